@@ -1,0 +1,278 @@
+"""
+Who is at the other end, as the kernel tells it, and who may unpickle for whom.
+
+Unpickling runs the sender's code, and a call unpickles at both ends: so pickle is
+spoken only between processes of one and the same, proven user.  This module holds the
+facts and the rule; it moves no message and keeps no state of a conversation.
+
+What counts as "the same user", and why each word is there:
+
+- *Equal uids, both known.*  The kernel shows one overflow uid for everybody whom a
+  user namespace does not map, real root included, and pid 0 for whoever is outside our
+  pid namespace.  An overflow uid is therefore *unknown*, and equal to nobody, unless we
+  are in the initial user namespace, where it is an ordinary person.
+- *Real, effective and saved ids are one, at each side.*  A root daemon that has done
+  ``seteuid(M)`` for a moment would otherwise unpickle M's bytes and M would regain root.
+  A process knows this of itself, so each end looks at itself, at every opening.
+- *No privileges from the file* (``AT_SECURE``) *and no capabilities in an ordinary user*:
+  the same, for set-uid programs and file capabilities.
+- *One user namespace*, where the kernel can say (Linux 6.11): a sandboxed process with
+  our uid mapped cannot trace us, so unpickling its bytes would let it out.
+
+A pid is a hint for people and logs.  Whether two messages come from one process is
+asked of pidfds, whose inode numbers are never reused (Linux 6.9; before that they are
+all alike, and the comparison of pid, uid and gid stands alone, which is enough because
+only a message that carries the socket is ever believed).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import os
+import socket
+import struct
+from functools import lru_cache
+
+import attrs
+
+__all__ = ["Credentials"]
+
+# asm-generic/socket.h; not in the socket module of CPython 3.11.
+SO_PEERGROUPS = 59
+SO_PASSPIDFD = 76
+SO_PEERPIDFD = 77
+
+#: ``struct ucred``: the pid is signed, the ids are not.  Read as signed, uid 4,000,000,000
+#: would be a negative number, which other programs have taken for "nobody" or for root.
+UCRED = struct.Struct("=iII")
+
+_PIDFD_GET_USER_NAMESPACE = 0xFF09  # linux/pidfd.h: _IO(0xFF, 9)
+_AT_SECURE = 23  # linux/auxvec.h
+_CAPABILITY_VERSION_3 = 0x20080522
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.getauxval.restype = ctypes.c_ulong
+_libc.getauxval.argtypes = [ctypes.c_ulong]
+
+
+@attrs.frozen
+class Credentials:
+    """
+    Who is calling, or who answers: effective ids, as the kernel gave them at opening.
+
+    Attributes:
+        pid: the process, or None if it is outside our pid namespace.  A hint: the number
+            may have been given to another process since.
+        uid: the user, or None if the kernel could not say.
+        gid: the group, or None if the kernel could not say.
+        groups: the supplementary groups, or None if the kernel could not say.
+
+    Modelled on: door_ucred(3C)
+    """
+
+    pid: int | None
+    uid: int | None
+    gid: int | None
+    groups: tuple[int, ...] | None
+
+
+Ids = tuple[int, int, int]  # pid, uid, gid, just as they stand in a struct ucred
+
+
+def unpack_ids(ucred: bytes) -> Ids:
+    """Read a ``struct ucred``; raise ``ValueError`` if it is none."""
+    if len(ucred) != UCRED.size:
+        raise ValueError(f"credentials of {len(ucred)} bytes, not {UCRED.size}")
+    pid, uid, gid = UCRED.unpack(ucred)
+    return pid, uid, gid
+
+
+def own_ucred() -> bytes:
+    """Pack our pid and effective ids, to be sent as explicit ``SCM_CREDENTIALS``."""
+    return UCRED.pack(os.getpid(), os.geteuid(), os.getegid())
+
+
+def sends_effective_ids_by_itself() -> bool:
+    """
+    Tell whether the kernel's own credentials on a message are our effective ids.
+
+    They are our *real* ids; where the two differ each message must carry them explicitly.
+    """
+    return os.getuid() == os.geteuid() and os.getgid() == os.getegid()
+
+
+# -- what the kernel says of a socket's other end ------------------------------------
+
+
+def peer_ucred(sock: socket.socket) -> bytes:
+    """Return the ``struct ucred`` of whoever made (or listened at) the other end."""
+    return sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, UCRED.size)
+
+
+def peer_pidfd(sock: socket.socket) -> int:
+    """
+    Return a pidfd of whoever made the other end; the caller owns it.
+
+    Returns -1 if this kernel (before 6.5) cannot say, or the process is gone for good.
+    """
+    try:
+        number = sock.getsockopt(socket.SOL_SOCKET, SO_PEERPIDFD)
+    except OSError as error:
+        if error.errno in (errno.ENOPROTOOPT, errno.ESRCH, errno.ENODATA, errno.EINVAL):
+            return -1
+        raise
+    os.set_inheritable(number, False)
+    return number
+
+
+def peer_groups(sock: socket.socket) -> tuple[int, ...] | None:
+    """Return the supplementary groups of whoever made the other end, None if unknown."""
+    size = 1024  # the most that socket.getsockopt takes: 256 groups
+    try:
+        packed = sock.getsockopt(socket.SOL_SOCKET, SO_PEERGROUPS, size)
+    except OSError as error:
+        if error.errno != errno.ERANGE:
+            return None
+        packed = _many_groups(sock.fileno())
+    return struct.unpack(f"={len(packed) // 4}I", packed)
+
+
+def _many_groups(descriptor: int) -> bytes:
+    """Ask for the groups of somebody who has more than 256 of them (at most 65,536)."""
+    buffer = ctypes.create_string_buffer(4 * 65_536)
+    size = ctypes.c_uint(len(buffer))
+    if _libc.getsockopt(descriptor, socket.SOL_SOCKET, SO_PEERGROUPS, buffer, ctypes.byref(size)):
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+    return buffer.raw[: size.value]
+
+
+def same_process(one: int, other: int) -> bool:
+    """
+    Tell whether two pidfds name one process; a missing one (-1) settles nothing.
+
+    Without pidfds, or with those of a kernel before 6.9, this is True, and the numbers
+    that the caller has compared already must do.
+    """
+    if one < 0 or other < 0:
+        return True
+    a, b = os.fstat(one), os.fstat(other)
+    return (a.st_dev, a.st_ino) == (b.st_dev, b.st_ino)
+
+
+# -- known and unknown ---------------------------------------------------------------
+
+
+@lru_cache(maxsize=1)
+def _overflow_ids() -> frozenset[int]:
+    """Return the ids that may mean "somebody who is not mapped here"."""
+    try:
+        with open("/proc/sys/kernel/overflowuid") as file:
+            return frozenset({65_534, int(file.read())})
+    except (OSError, ValueError):
+        return frozenset({65_534})
+
+
+_INITIAL_USER_NAMESPACE = 0xEFFFFFFD  # linux/proc_ns.h: PROC_USER_INIT_INO
+
+
+def _own_user_namespace() -> tuple[int, int]:
+    status = os.stat("/proc/self/ns/user")
+    return status.st_dev, status.st_ino
+
+
+def _in_initial_user_namespace() -> bool:
+    try:
+        return _own_user_namespace()[1] == _INITIAL_USER_NAMESPACE
+    except OSError:
+        return False  # cannot tell, so an overflow uid stays unknown
+
+
+def _known_id(number: int, pid: int) -> int | None:
+    """Return an id of a ucred, or None if it stands for nobody in particular."""
+    if number == 0xFFFFFFFF:
+        return None
+    if number in _overflow_ids() and (pid <= 0 or not _in_initial_user_namespace()):
+        return None
+    return number
+
+
+def credentials_of(ids: Ids, groups: tuple[int, ...] | None) -> Credentials:
+    """Turn what the kernel gave into what may be believed of it."""
+    pid, uid, gid = ids
+    return Credentials(
+        pid=pid if pid > 0 else None,
+        uid=_known_id(uid, pid),
+        gid=_known_id(gid, pid),
+        groups=groups,
+    )
+
+
+# -- who may speak pickle ------------------------------------------------------------
+
+
+def pickle_bar_here() -> str | None:
+    """Say why this process must not unpickle for a peer; None if nothing speaks against it."""
+    uids, gids = os.getresuid(), os.getresgid()
+    if len(set(uids)) > 1:
+        return f"real, effective and saved uid of this process are {uids}, not one"
+    if len(set(gids)) > 1:
+        return f"real, effective and saved gid of this process are {gids}, not one"
+    if _libc.getauxval(_AT_SECURE):
+        return "this process got privileges from its program file (set-uid, set-gid or capabilities)"
+    if uids[1] != 0 and _permitted_capabilities():
+        return f"this process of uid {uids[1]} holds capabilities"
+    return None
+
+
+def _permitted_capabilities() -> int:
+    """Return the permitted capabilities of this thread as a bit set (capget(2))."""
+    header = (ctypes.c_uint32 * 2)(_CAPABILITY_VERSION_3, 0)
+    data = (ctypes.c_uint32 * 6)()
+    if _libc.capget(header, data):
+        return -1  # cannot tell: as if it held them
+    return int(data[1]) | int(data[4]) << 32
+
+
+def pickle_bar(peer: Credentials, pidfd: int, *, trust: str) -> str | None:
+    """
+    Say why pickle may not be spoken between this process and a peer; None if it may.
+
+    Args:
+        peer: the peer, as believed.
+        pidfd: a pidfd of it, or -1.
+        trust: "namespace", the rule; "uid" leaves out the comparison of user namespaces.
+    """
+    own = os.geteuid()
+    if peer.uid is None:
+        return f"pickle is spoken only within one uid; ours is {own}, the kernel does not say whose the other is"
+    if peer.uid != own:
+        return f"pickle is spoken only within one uid; ours is {own}, the other side's {peer.uid}"
+    return pickle_bar_here() or (None if trust == "uid" else _namespace_bar(pidfd))
+
+
+def _namespace_bar(pidfd: int) -> str | None:
+    """Say why a peer does not count as being in our user namespace; None if it does."""
+    if pidfd < 0:
+        return None  # a kernel without pidfds of peers cannot say
+    try:
+        descriptor = fcntl.ioctl(pidfd, _PIDFD_GET_USER_NAMESPACE)
+    except OSError as error:
+        if error.errno in (errno.ENOTTY, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS):
+            return None  # a kernel before 6.11 cannot say
+        return (
+            "pickle is spoken only within one user namespace, and the kernel does not tell us "
+            f'the other side\'s ({error.strerror}); trust="uid" leaves this rule out'
+        )
+    try:
+        status = os.fstat(descriptor)
+        if (status.st_dev, status.st_ino) == _own_user_namespace():
+            return None
+    finally:
+        os.close(descriptor)
+    return (
+        "pickle is spoken only within one user namespace, and the other side is in another "
+        '(a sandbox or a container); trust="uid" leaves this rule out'
+    )

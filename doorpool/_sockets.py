@@ -1,0 +1,283 @@
+"""
+Sockets that carry credentials: how ours are made, and the one way to read them.
+
+Every socket of the library asks for the sender's credentials from birth (a message sent
+before ``SO_PASSCRED`` is set arrives from "pid 0, uid 65534").  Door sockets are
+``SOCK_SEQPACKET`` and are never waited on inside a send or a receive: their other end is
+shared, and a stranger may have cleared ``O_NONBLOCK``, so each call passes
+``MSG_DONTWAIT``.  Channels are ``SOCK_STREAM`` pairs; on the private one of an opened
+channel, of which nobody else ever held an end, blocking is right.
+
+``recv_fds`` and ``send_fds`` of the standard library ignore their flags, so descriptors
+would arrive inheritable: ``recvmsg`` and ``sendmsg`` are used throughout.
+
+In a forked child every socket made here is closed and never shut down, for the parent
+goes on using it: ``generation`` tells objects that they have crossed a fork.
+"""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import errno
+import fcntl
+import os
+import socket
+import struct
+import termios
+import weakref
+from collections.abc import Iterable, Sequence
+
+import attrs
+
+from doorpool._credentials import SO_PASSPIDFD, UCRED, Ids, own_ucred, unpack_ids
+
+SO_DOMAIN = 39  # asm-generic/socket.h
+SCM_CREDENTIALS = 2  # linux/socket.h
+SCM_PIDFD = 4
+
+#: The most descriptors that one message takes (SCM_MAX_FD of the kernel); 254 is EINVAL.
+MAX_DESCRIPTORS = 253
+
+#: Room for everything a message may carry.  Always all of it: what finds no room is closed
+#: by the kernel inside our ``recvmsg``, and such a close may block for as long as a sender
+#: likes (SO_LINGER).
+ANCILLARY_ROOM = (
+    socket.CMSG_SPACE(UCRED.size) + socket.CMSG_SPACE(4) + socket.CMSG_SPACE(4 * MAX_DESCRIPTORS)
+)
+
+DONTWAIT = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
+
+Ancillary = list[tuple[int, int, bytes]]
+
+#: Counts the forks between the first process and this one.
+generation = 0
+
+_owned: weakref.WeakSet[socket.socket] = weakref.WeakSet()
+_owned_numbers: set[int] = set()
+
+
+def own(sock: socket.socket) -> socket.socket:
+    """Mark a socket as one that a forked child must not keep; return it."""
+    _owned.add(sock)
+    return sock
+
+
+def own_number(descriptor: int) -> int:
+    """Mark a bare descriptor as one that a forked child must not keep; return it."""
+    _owned_numbers.add(descriptor)
+    return descriptor
+
+
+def close_number(descriptor: int) -> None:
+    """Close a bare descriptor that was marked by ``own_number``."""
+    _owned_numbers.discard(descriptor)
+    os.close(descriptor)
+
+
+def _forget_parent() -> None:
+    """Close, in a forked child, what belongs to the parent (never shutting it down)."""
+    global generation
+    generation += 1
+    for sock in list(_owned):
+        sock.close()
+    _owned.clear()
+    for descriptor in list(_owned_numbers):
+        with contextlib.suppress(OSError):
+            os.close(descriptor)
+    _owned_numbers.clear()
+
+
+os.register_at_fork(after_in_child=_forget_parent)
+
+
+# -- making --------------------------------------------------------------------------
+
+
+def _ask_for_credentials(sock: socket.socket) -> None:
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, SO_PASSPIDFD, 1)
+    except OSError as error:
+        if error.errno != errno.ENOPROTOOPT:  # before Linux 6.5 the numbers must do
+            raise
+
+
+def door_socket() -> socket.socket:
+    """Make an unbound, non-blocking door socket that asks for credentials."""
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
+    try:
+        _ask_for_credentials(sock)
+    except BaseException:
+        sock.close()
+        raise
+    return own(sock)
+
+
+def door_pair() -> tuple[socket.socket, socket.socket]:
+    """Make a descriptor and its port: two connected, non-blocking door sockets."""
+    holder, port = _pair(socket.SOCK_SEQPACKET)
+    holder.setblocking(False)
+    port.setblocking(False)
+    return holder, own(port)
+
+
+def channel_pair() -> tuple[socket.socket, socket.socket]:
+    """Make a stream pair, both ends asking for credentials."""
+    one, other = _pair(socket.SOCK_STREAM)
+    return own(one), own(other)
+
+
+def _pair(kind: int) -> tuple[socket.socket, socket.socket]:
+    one, other = socket.socketpair(socket.AF_UNIX, kind)
+    try:
+        for end in (one, other):
+            end.settimeout(None)  # whatever socket.setdefaulttimeout() says
+            _ask_for_credentials(end)
+    except BaseException:
+        one.close()
+        other.close()
+        raise
+    return one, other
+
+
+def adopt(descriptor: int) -> socket.socket:
+    """Wrap the number of a channel end that has arrived; it asks for credentials from now on."""
+    sock = socket.socket(fileno=descriptor)
+    sock.settimeout(None)
+    _ask_for_credentials(sock)
+    return own(sock)
+
+
+def is_unix(sock: socket.socket, kind: int) -> bool:
+    """Tell whether this is a local socket of a kind, by asking the kernel."""
+    try:
+        return (
+            sock.getsockopt(socket.SOL_SOCKET, SO_DOMAIN) == socket.AF_UNIX
+            and sock.getsockopt(socket.SOL_SOCKET, socket.SO_TYPE) == kind
+        )
+    except OSError:
+        return False
+
+
+def set_patience(sock: socket.socket, option: int, seconds: float) -> None:
+    """Bound how long a blocking send or receive may make no progress (SO_SNDTIMEO, SO_RCVTIMEO)."""
+    microseconds = max(1, int(seconds * 1_000_000))
+    packed = struct.pack("@ll", microseconds // 1_000_000, microseconds % 1_000_000)
+    sock.setsockopt(socket.SOL_SOCKET, option, packed)
+
+
+def unsent(sock: socket.socket) -> int:
+    """Return how many bytes of ours the other side has not read yet (SIOCOUTQ)."""
+    return _ask_number(sock, termios.TIOCOUTQ)
+
+
+def unread(sock: socket.socket) -> int:
+    """Return how many bytes wait to be read, over all messages (SIOCINQ)."""
+    return _ask_number(sock, termios.FIONREAD)
+
+
+def _ask_number(sock: socket.socket, request: int) -> int:
+    return int(struct.unpack("@i", fcntl.ioctl(sock, request, b"\0\0\0\0"))[0])
+
+
+# -- messages with credentials and descriptors ---------------------------------------
+
+
+def rights(descriptors: Iterable[int]) -> tuple[int, int, bytes]:
+    """Return the ancillary item that passes descriptors on."""
+    return socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors).tobytes()
+
+
+def own_credentials() -> tuple[int, int, bytes]:
+    """Return the ancillary item that names us, by our effective ids."""
+    return socket.SOL_SOCKET, SCM_CREDENTIALS, own_ucred()
+
+
+def send_letter(sock: socket.socket, data: bytes, descriptors: Sequence[int] = ()) -> None:
+    """
+    Send one message with our credentials, at once or not at all.
+
+    Raises:
+        BlockingIOError: the queue of the other side is full; nothing was sent.
+        OSError: the other side is gone.
+    """
+    ancillary = [own_credentials()]
+    if descriptors:
+        ancillary.append(rights(descriptors))
+    if sock.sendmsg([data], ancillary, DONTWAIT) != len(data):
+        raise BlockingIOError(errno.EAGAIN, "the message did not go as a whole")
+
+
+@attrs.define
+class Letter:
+    """
+    A message as it came: its bytes, who sent it, and the descriptors it brought.
+
+    The letter owns its descriptors until they are taken out of ``descriptors``.
+
+    Attributes:
+        data: the bytes.
+        ids: pid, uid and gid of the sender; None if the kernel gave none with the bytes.
+        ucred: the same, as it came.
+        pidfd: of the sender, or -1.
+        descriptors: those that came, in order, close-on-exec.
+        truncated: some descriptors did not fit, into our table or into the message.
+    """
+
+    data: bytes
+    ids: Ids | None = None
+    ucred: bytes = b""
+    pidfd: int = -1
+    descriptors: list[int] = attrs.field(factory=list)
+    truncated: bool = False
+
+    def close(self) -> None:
+        """Close every descriptor that nobody has taken."""
+        if self.pidfd >= 0:
+            os.close(self.pidfd)
+            self.pidfd = -1
+        close_all(self.descriptors)
+
+
+def receive_letter(sock: socket.socket, size: int, flags: int = 0) -> Letter:
+    """
+    Receive one message, with whatever came along, never waiting.
+
+    Raises:
+        BlockingIOError: there is none.
+        OSError: the other side is gone.
+    """
+    data, ancillary, flags, _ = sock.recvmsg(
+        size, ANCILLARY_ROOM, flags | socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
+    )
+    letter = Letter(data, truncated=bool(flags & (socket.MSG_CTRUNC | socket.MSG_TRUNC)))
+    for level, kind, value in ancillary:
+        _put_into(letter, level, kind, value)
+    if not data:
+        letter.ids = None  # an end of file on a stream says "pid 0, uid 0": nobody said that
+    return letter
+
+
+def _put_into(letter: Letter, level: int, kind: int, value: bytes) -> None:
+    if level != socket.SOL_SOCKET:
+        return
+    if kind == SCM_CREDENTIALS:
+        letter.ids, letter.ucred = unpack_ids(value), value
+    elif kind == SCM_PIDFD:
+        letter.pidfd = struct.unpack("=i", value)[0]
+    elif kind == socket.SCM_RIGHTS:
+        letter.descriptors += descriptors_in(value)
+
+
+def descriptors_in(value: bytes) -> list[int]:
+    """Return the numbers in an ``SCM_RIGHTS`` item; a cut last one counts for nothing."""
+    numbers = array.array("i")
+    numbers.frombytes(value[: len(value) - len(value) % numbers.itemsize])
+    return numbers.tolist()
+
+
+def close_all(descriptors: list[int]) -> None:
+    """Close and forget each of these descriptors."""
+    while descriptors:
+        os.close(descriptors.pop())

@@ -1,0 +1,514 @@
+"""
+The wire format: bytes in, bytes out; no socket, no clock, no thread.
+
+All numbers are little-endian.  Version 1 of everything below.
+
+*Greeting* (server -> every holder of a descriptor, one SEQPACKET message, only ever
+peeked at): what the door says of itself.  A claim, good for choosing how to marshal.
+
+     0  4  "dpGR"                             40  8  max_request, bytes
+     4  2  version                            48  4  max_descriptors
+     6  1  codec                              52  2  attributes, a bit set
+     7  1  0                                  54  2  0
+     8 16  door id                            56  4+n  name, UTF-8, behind its length
+    24  2  Python major, minor                    4+n  doc        (the same)
+    26 14  0                                      4+n  signature  (the same)
+                                              end 16   identity of __main__ (0: none)
+
+*Knock* (client -> server on a descriptor, one message, with one end of a fresh stream
+pair and the client's credentials attached):
+
+     0  4  "dpKN"                              6  2  Python major, minor
+     4  2  version                             8 16  identity of __main__
+
+*Answer* (server -> client on that pair, one message, with one end of the private pair
+and the server's credentials attached; a refusal brings no socket):
+
+     0  4  "dpAN"                              8  8  size of the shared page (0: none)
+     4  2  version                            16  …  refusal, where the answer is one
+     6  1  0 accepted, 1 refused
+     7  1  codec
+
+*Frame* (both ways on the private pair):
+
+     0  1  kind: Q request, R reply, F failure, P ping, A answer to it, G goodbye
+     1  1  version
+     2  2  descriptors that came with the first byte
+     4  4  buffers
+     8  8  call number: counts up from 1 on each channel; a reply bears its request's
+    16  8  length of all that follows
+    24  8  request: nanoseconds left for the call, 0 for no deadline; else 0
+    32     8 bytes a buffer: its length; then the data, then the buffers
+
+*Refusal* (the body of a failure, a goodbye, a refusing answer; behind "dpBY" and a
+version on a descriptor whose door was revoked, where it is only counted, never read):
+
+     0  1  reason
+     1  1  1 if the procedure may have run
+     2  6  0
+     8  8  the limit, where there is one
+    16  8  the value that was over it
+    24  …  text, UTF-8
+
+What a side does not speak it refuses in words: the first eight bytes of an answer and
+the refusal behind them keep their places in every version to come, so an older or newer
+client can show them.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from enum import IntEnum
+
+import attrs
+
+from doorpool._errors import ProtocolError
+
+VERSION = 1
+
+GREETING_SIZE = 65_536  #: The most that a greeting takes; names and docs are cut to fit.
+LETTER_SIZE = 4_096  #: The most that a knock or an answer takes.
+MAX_BUFFERS = 65_536  #: The most buffers in a frame: 512 KiB of table.
+
+ID_SIZE = 16
+NO_MAIN = bytes(16)
+
+_GREETING = struct.Struct("<4sHBB16sBB14xQIHH")
+_KNOCK = struct.Struct("<4sHBB16s")
+_ANSWER = struct.Struct("<4sHBBQ")
+_REFUSAL = struct.Struct("<BB6xQQ")
+_FAREWELL = struct.Struct("<4sH")
+HEADER = struct.Struct("<BBHIQQQ")
+_LENGTH = struct.Struct("<I")
+
+GREETING_MAGIC = b"dpGR"
+KNOCK_MAGIC = b"dpKN"
+ANSWER_MAGIC = b"dpAN"
+FAREWELL_MAGIC = b"dpBY"
+
+
+class Codec(IntEnum):
+    """How values are written on a channel; the server's choice, fixed when it opens."""
+
+    RAW = 0
+    PICKLE = 1
+
+
+class Attribute(IntEnum):
+    """A bit of a door's attributes, as the greeting carries them."""
+
+    PRIVATE = 1
+    REFUSE_DESCRIPTORS = 2
+
+
+class Kind(IntEnum):
+    """What a frame is."""
+
+    REQUEST = ord("Q")
+    REPLY = ord("R")
+    FAILURE = ord("F")
+    PING = ord("P")
+    PONG = ord("A")
+    GOODBYE = ord("G")
+
+
+_KINDS = frozenset(int(kind) for kind in Kind)
+
+
+class Reason(IntEnum):
+    """Why a call, a channel or an opening was refused."""
+
+    ABORTED = 1  # the invocation was dropped without an answer
+    TOO_LARGE = 2  # more bytes than the door's max_request
+    TOO_MANY_DESCRIPTORS = 3
+    REFUSES_DESCRIPTORS = 4
+    DESCRIPTORS_LOST = 5  # the server's table was full
+    REVOKED = 6
+    CLOSED = 7  # the server is closing
+    IDLE = 8  # the server has closed an idle channel; open another
+    BUSY = 9
+    DENIED = 10  # these two may not talk
+    UNSPOKEN = 11  # another version of this protocol
+    PROTOCOL = 12
+    REPLY_TOO_LARGE = 13
+
+
+def _stretch(text: bytes, size: int) -> bytes:
+    """Cut UTF-8 to a size, between characters."""
+    return text if len(text) <= size else text[:size].decode("utf-8", "ignore").encode()
+
+
+def _decode(text: bytes) -> str:
+    return text.decode("utf-8", "replace")
+
+
+# -- greeting ------------------------------------------------------------------------
+
+
+@attrs.frozen
+class Greeting:
+    """What a door says of itself."""
+
+    id: bytes
+    codec: Codec
+    name: str
+    python: tuple[int, int]
+    main: bytes = NO_MAIN
+    max_request: int = 2**30
+    max_descriptors: int = 253
+    attributes: int = 0
+    doc: str = ""
+    signature: str = ""
+
+    def encode(self) -> bytes:
+        """Write the greeting as one message of at most ``GREETING_SIZE`` bytes."""
+        head = _GREETING.pack(
+            GREETING_MAGIC, VERSION, self.codec, 0, self.id, *self.python,
+            self.max_request, self.max_descriptors, self.attributes, 0,
+        )  # fmt: skip
+        texts = [(self.name, 1_024), (self.doc, 32_768), (self.signature, 16_384)]
+        fields = [_stretch(text.encode("utf-8", "replace"), size) for text, size in texts]
+        return head + b"".join(_LENGTH.pack(len(f)) + f for f in fields) + self.main
+
+
+def decode_greeting(data: bytes) -> Greeting | None:
+    """
+    Read a greeting; None if this is none at all.
+
+    Raises:
+        ProtocolError: it is one, of a version not spoken here or malformed.
+    """
+    if data[:4] != GREETING_MAGIC:
+        return None
+    check_version(data, "the door")
+    try:
+        return _decode_greeting(data)
+    except (struct.error, ValueError, IndexError) as error:
+        raise ProtocolError(f"the door's greeting is malformed: {error}") from None
+
+
+def _decode_greeting(data: bytes) -> Greeting:
+    fields = _GREETING.unpack_from(data)
+    _, _, codec, _, door_id, major, minor, max_request, max_descriptors, attributes, _ = fields
+    texts, at = [], _GREETING.size
+    for _ in range(3):
+        (length,) = _LENGTH.unpack_from(data, at)
+        at += _LENGTH.size
+        if at + length > len(data):
+            raise ValueError("a text ends behind its end")
+        texts.append(_decode(data[at : at + length]))
+        at += length
+    if len(data) != at + 16:
+        raise ValueError(f"{len(data)} bytes, not {at + 16}")
+    name, doc, signature = texts
+    return Greeting(
+        door_id, Codec(codec), name, (major, minor), data[at:], max_request, max_descriptors,
+        attributes, doc, signature,
+    )  # fmt: skip
+
+
+def check_version(data: bytes, who: str) -> None:
+    """Refuse, in words, a message of another version of the protocol."""
+    if len(data) < 6:
+        raise ProtocolError(f"{who} sent {len(data)} bytes, which say no version")
+    version = int.from_bytes(data[4:6], "little")
+    if version != VERSION:
+        raise ProtocolError(
+            f"{who} speaks version {version} of the door protocol, this doorpool version {VERSION}; "
+            "install the same doorpool at both ends"
+        )
+
+
+# -- knock and answer ----------------------------------------------------------------
+
+
+@attrs.frozen
+class Knock:
+    """What a client says of itself when it opens a channel; a claim."""
+
+    python: tuple[int, int]
+    main: bytes = NO_MAIN
+
+    def encode(self) -> bytes:
+        """Write the knock."""
+        return _KNOCK.pack(KNOCK_MAGIC, VERSION, *self.python, self.main)
+
+
+def decode_knock(data: bytes) -> Knock:
+    """
+    Read a knock.
+
+    Raises:
+        ProtocolError: it is none, of a version not spoken here, or malformed.
+    """
+    if data[:4] != KNOCK_MAGIC:
+        raise ProtocolError("a message on a door descriptor was no knock")
+    check_version(data, "the client")
+    if len(data) != _KNOCK.size:
+        raise ProtocolError(f"a knock of {len(data)} bytes, not {_KNOCK.size}")
+    _, _, major, minor, main = _KNOCK.unpack(data)
+    return Knock((major, minor), main)
+
+
+@attrs.frozen
+class Refusal:
+    """Why something was refused, and whether the procedure may have run all the same."""
+
+    reason: Reason
+    text: str = ""
+    may_have_run: bool = False
+    limit: int = 0
+    value: int = 0
+
+    def encode(self) -> bytes:
+        """Write the refusal; its text is cut to what a letter takes."""
+        head = _REFUSAL.pack(self.reason, self.may_have_run, self.limit, self.value)
+        return head + _stretch(self.text.encode("utf-8", "replace"), LETTER_SIZE - 64)
+
+
+def decode_refusal(data: bytes | bytearray) -> Refusal:
+    """
+    Read a refusal.
+
+    Raises:
+        ProtocolError: it is none.
+    """
+    if len(data) < _REFUSAL.size:
+        raise ProtocolError(f"a refusal of {len(data)} bytes", may_have_run=True)
+    reason, may_have_run, limit, value = _REFUSAL.unpack_from(data)
+    try:
+        known = Reason(reason)
+    except ValueError:
+        raise ProtocolError(f"a refusal for the unknown reason {reason}", may_have_run=True) from None
+    return Refusal(known, _decode(bytes(data[_REFUSAL.size :])), may_have_run != 0, limit, value)
+
+
+@attrs.frozen
+class Answer:
+    """How a server answers a knock."""
+
+    codec: Codec = Codec.RAW
+    refusal: Refusal | None = None
+
+    def encode(self) -> bytes:
+        """Write the answer."""
+        refused = self.refusal is not None
+        head = _ANSWER.pack(ANSWER_MAGIC, VERSION, refused, self.codec, 0)
+        return head + self.refusal.encode() if self.refusal else head
+
+
+def decode_answer(data: bytes) -> Answer:
+    """
+    Read an answer.
+
+    Raises:
+        ProtocolError: it is none, of a version not spoken here, or malformed.
+    """
+    if data[:4] != ANSWER_MAGIC or len(data) < _ANSWER.size:
+        raise ProtocolError("the answer to a knock was none")
+    _, _, refused, codec, _ = _ANSWER.unpack_from(data)
+    if refused == 1:  # before the version: a refusal may be about just that
+        return Answer(refusal=decode_refusal(data[_ANSWER.size :]))
+    check_version(data, "the server")
+    if refused or len(data) != _ANSWER.size or codec not in Codec.__members__.values():
+        raise ProtocolError("the answer to a knock is malformed")
+    return Answer(Codec(codec))
+
+
+def farewell(refusal: Refusal) -> bytes:
+    """
+    Write the goodbye that is left on a descriptor behind its greeting.
+
+    Descriptors are only peeked at, so nobody reads it: that the queue holds more than the
+    greeting is what tells a door that was taken away from a server that died.
+    """
+    return _FAREWELL.pack(FAREWELL_MAGIC, VERSION) + refusal.encode()
+
+
+# -- frames --------------------------------------------------------------------------
+
+
+class Frame:
+    """
+    One message on a channel, whole.
+
+    Attributes:
+        kind: what it is.
+        number: the call it belongs to.
+        nanoseconds: what is left for the call, 0 for no deadline.
+        data, buffers: the bytes; buffers are writable and aligned as ``malloc`` aligns.
+        descriptors: those that came with it; owned by whoever takes the frame.
+        refusal: why it must be refused; then its body was not kept, or not even read.
+    """
+
+    __slots__ = ("buffers", "data", "descriptors", "kind", "nanoseconds", "number", "refusal")
+
+    def __init__(
+        self,
+        kind: int,
+        number: int,
+        nanoseconds: int = 0,
+        data: bytes | bytearray = b"",
+        buffers: Sequence[bytearray] = (),
+        descriptors: list[int] | None = None,
+        refusal: Refusal | None = None,
+    ) -> None:
+        self.kind = kind
+        self.number = number
+        self.nanoseconds = nanoseconds
+        self.data = data
+        self.buffers = buffers
+        self.descriptors = descriptors if descriptors is not None else []
+        self.refusal = refusal
+
+
+def frame_head(
+    kind: int,
+    number: int,
+    data: bytes | bytearray | memoryview,
+    buffers: Sequence[memoryview] = (),
+    descriptors: int = 0,
+    nanoseconds: int = 0,
+) -> bytes:
+    """Write the header of a frame and the table of its buffers."""
+    if not buffers:
+        return HEADER.pack(kind, VERSION, descriptors, 0, number, len(data), nanoseconds)
+    lengths = [buffer.nbytes for buffer in buffers]
+    body = 8 * len(lengths) + len(data) + sum(lengths)
+    head = HEADER.pack(kind, VERSION, descriptors, len(lengths), number, body, nanoseconds)
+    return head + struct.pack(f"<{len(lengths)}Q", *lengths)
+
+
+class Assembly:
+    """
+    Puts one frame together from the pieces in which a stream brings it.
+
+    Feed it bytes while ``views()`` is None (the header and the table of buffers), then
+    fill the views it hands out, which are allocated only once the header's lengths have
+    been accepted.  A body over the limit is never allocated: ``refusal`` is set and
+    ``surplus`` says how many bytes of the stream belong to it still.
+    """
+
+    __slots__ = ("_head", "_views", "fields", "parts", "refusal", "surplus")
+
+    def __init__(self) -> None:
+        self._head = bytearray()
+        self._views: list[memoryview] | None = None
+        self.fields: tuple[int, ...] | None = None
+        self.parts: list[bytearray] = []
+        self.refusal: Refusal | None = None
+        self.surplus = 0
+
+    @property
+    def wanted(self) -> int:
+        """How many bytes are missing before the lengths of all parts are known."""
+        whole = HEADER.size if self.fields is None else HEADER.size + 8 * self.fields[3]
+        return whole - len(self._head)
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing is missing any more."""
+        return self.refusal is not None or (self._views is not None and not self._views)
+
+    def views(self) -> list[memoryview] | None:
+        """Return what is still to be filled, in order; None while the head is incomplete."""
+        return self._views
+
+    def feed(self, piece: bytes, limit: int) -> None:
+        """
+        Take bytes in the order of the stream.
+
+        Args:
+            piece: the bytes.
+            limit: how many bytes of data and buffers together are allowed.
+
+        Raises:
+            ProtocolError: they are no frame, or more than one.
+        """
+        while piece and self._views is None and self.refusal is None:
+            take = self.wanted
+            self._head += piece[:take]
+            piece = piece[take:]
+            if not self.wanted:
+                self._measure(limit)
+        if self.refusal is not None:
+            self._discard(len(piece))
+        elif piece:
+            self._fill(piece)
+
+    def _measure(self, limit: int) -> None:
+        """Read the header, or the table behind it, and allocate once both are accepted."""
+        if self.fields is None:
+            self.fields = read_header(self._head)
+            self._accept(limit)
+        if self.refusal is None and not self.wanted:
+            self._allocate()
+
+    def _accept(self, limit: int) -> None:
+        assert self.fields is not None
+        _, _, _, buffers, _, body, _ = self.fields
+        size = body - 8 * buffers
+        if size < 0 or buffers > MAX_BUFFERS:
+            raise ProtocolError(f"a frame of {body} bytes claims {buffers} buffers")
+        if size > limit:
+            self.refusal = Refusal(Reason.TOO_LARGE, limit=limit, value=size)
+            self.surplus = body
+
+    def _allocate(self) -> None:
+        assert self.fields is not None
+        buffers, body = self.fields[3], self.fields[5]
+        lengths = struct.unpack_from(f"<{buffers}Q", self._head, HEADER.size)
+        data = body - 8 * buffers - sum(lengths)
+        if data < 0:
+            raise ProtocolError("the buffers of a frame are longer than the frame")
+        self.parts = [bytearray(length) for length in (data, *lengths)]
+        self._views = [memoryview(part) for part in self.parts if part]
+
+    def _discard(self, size: int) -> None:
+        if size > self.surplus:
+            raise ProtocolError("bytes behind the end of a frame")
+        self.surplus -= size
+
+    def _fill(self, piece: bytes) -> None:
+        views = self._views
+        assert views is not None
+        while piece:
+            if not views:
+                raise ProtocolError("bytes behind the end of a frame")
+            size = min(len(piece), len(views[0]))
+            views[0][:size] = piece[:size]
+            piece = piece[size:]
+            self.filled(size)
+
+    def filled(self, size: int) -> None:
+        """Say that so many bytes were written into the views."""
+        views = self._views
+        assert views is not None
+        while size:
+            step = min(size, len(views[0]))
+            views[0] = views[0][step:]
+            if not views[0]:
+                del views[0]
+            size -= step
+
+    def frame(self) -> Frame:
+        """Return the frame, which must be complete (descriptors are the reader's to add)."""
+        assert self.fields is not None
+        kind, _, _, _, number, _, nanoseconds = self.fields
+        if self.refusal is not None:
+            return Frame(kind, number, nanoseconds, refusal=self.refusal)
+        return Frame(kind, number, nanoseconds, self.parts[0], self.parts[1:])
+
+
+def read_header(head: bytes | bytearray) -> tuple[int, ...]:
+    """
+    Read the 32 bytes of a frame's header.
+
+    Raises:
+        ProtocolError: they are none.
+    """
+    fields = HEADER.unpack_from(head)
+    if fields[1] != VERSION or fields[0] not in _KINDS:
+        raise ProtocolError(f"no frame begins with {bytes(head[:2])!r}")
+    return fields
