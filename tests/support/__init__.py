@@ -1,0 +1,37 @@
+"""
+What the tests share; the fixtures in ``conftest.py`` are made of it.
+
+    child       what a child process of a test imports: ready(), result(), become(), counters
+    processes   start Python processes and forked children, always with an end
+    leaks       what a process holds: descriptors, threads, children
+    marker      a pickle that leaves a trace if anybody unpickles it
+"""
+
+from support.child import become, count_unpickling, unpickling_counts
+from support.leaks import Holdings
+from support.marker import Marker, bomb_bytes
+from support.processes import (
+    Child,
+    ChildFailed,
+    Finished,
+    run_as_uid,
+    run_python,
+    start_python,
+    wait_until,
+)
+
+__all__ = [
+    "Child",
+    "ChildFailed",
+    "Finished",
+    "Holdings",
+    "Marker",
+    "become",
+    "bomb_bytes",
+    "count_unpickling",
+    "run_as_uid",
+    "run_python",
+    "start_python",
+    "unpickling_counts",
+    "wait_until",
+]

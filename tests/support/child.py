@@ -1,0 +1,125 @@
+"""
+The child's side: what a process started by a test says to it, and who it becomes.
+
+Nothing here imports doorpool or pytest before it is asked to: a child may be one that
+must not have the library loaded.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import os
+import pickle
+import sys
+from typing import Any
+
+#: Names, in the environment, the descriptor on which the child reports to the test.
+REPORT_FD = "DOORPOOL_TEST_REPORT_FD"
+
+#: Imported before a child gives its privileges up: afterwards it may be unable to read the
+#: directories that the interpreter lives in (root's home, say).
+_BEFORE_BECOMING = (
+    "concurrent.futures.process",
+    "concurrent.futures.thread",
+    "contextlib",
+    "doorpool",
+    "doorpool.door",
+    "encodings.idna",
+    "linecache",
+    "multiprocessing.reduction",
+    "multiprocessing.resource_sharer",
+    "pickletools",
+    "tempfile",
+    "traceback",
+    "uuid",
+)
+
+_PR_SET_DUMPABLE = 4  # linux/prctl.h
+
+_found_classes = 0
+_counting = False
+
+# The report is between this process and the test: no program started from here inherits it.
+if REPORT_FD in os.environ:
+    os.set_inheritable(int(os.environ[REPORT_FD]), False)
+
+
+def ready(value: Any = None) -> None:
+    """
+    Tell the test that the child is ready, with a value it may want to know.
+    """
+    _report(("ready", value))
+
+
+def result(value: Any) -> None:
+    """
+    Hand the result of the child to the test; the last one counts.
+    """
+    _report(("result", value))
+
+
+def _report(message: tuple[str, Any]) -> None:
+    body = dumps(message)
+    body = len(body).to_bytes(8, "little") + body
+    fd = int(os.environ[REPORT_FD])
+    while body:
+        body = body[os.write(fd, body) :]
+
+
+def dumps(value: Any) -> bytes:
+    """
+    Pickle by reference where that works, by value where it does not.
+    """
+    try:
+        return pickle.dumps(value)
+    except Exception:
+        return importlib.import_module("cloudpickle").dumps(value)
+
+
+def become(uid: int, gid: int | None = None, groups: tuple[int, ...] = ()) -> None:
+    """
+    Give up root for good: all of the process's ids become those given.
+
+    What the child may need later is imported first (see ``_BEFORE_BECOMING``).
+    """
+    for name in _BEFORE_BECOMING:
+        try:
+            importlib.import_module(name)
+        except ImportError:
+            continue
+    gid = uid if gid is None else gid
+    os.setgroups(groups)
+    os.setresgid(gid, gid, gid)
+    os.setresuid(uid, uid, uid)
+    # As if the process had been started by that user: /proc/self is its own again.
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_DUMPABLE, 1, 0, 0, 0)
+
+
+def count_unpickling() -> None:
+    """
+    Count from now on, in this process, the classes and functions that any unpickler looks up.
+
+    An audit hook cannot be taken out again: for child processes only.
+    """
+    global _counting
+    if not _counting:
+        _counting = True
+        sys.addaudithook(_on_audit)
+
+
+def _on_audit(event: str, _args: tuple[Any, ...]) -> None:
+    global _found_classes
+    if event == "pickle.find_class":
+        _found_classes += 1
+
+
+def unpickling_counts() -> dict[str, int]:
+    """
+    Read the counters: ``find_class`` since count_unpickling(), ``unpickled`` by the library.
+    """
+    marshal = sys.modules.get("doorpool._marshal")
+    return {
+        "find_class": _found_classes,
+        "unpickled": 0 if marshal is None else int(marshal.unpickled),
+    }
