@@ -1,0 +1,83 @@
+"""
+The examples: each runs as two processes, and prints what its docstrings say that it prints.
+"""
+
+import ast
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+LESSONS = sorted(path.name for path in EXAMPLES.iterdir() if (path / "server.py").exists())
+
+#: Lines an example may have.
+FITS_ON_A_PAGE = 40
+
+
+def shown_output(script: Path) -> list[str]:
+    """What the docstring of a script says that it prints: its indented lines."""
+    docstring = ast.get_docstring(ast.parse(script.read_text()))
+    assert docstring is not None, f"{script} has no docstring"
+    return [line.removeprefix("    ") for line in docstring.splitlines() if line.startswith("    ")]
+
+
+def lines_of(side: str, printed: str) -> list[str]:
+    """What one side printed, from what the runner shows."""
+    prefix = f"{side} | "
+    return [line.removeprefix(prefix) for line in printed.splitlines() if line.startswith(prefix)]
+
+
+def run(lesson: str) -> str:
+    finished = subprocess.run(
+        [sys.executable, EXAMPLES / "run.py", lesson],
+        env=os.environ | {"PYTHONPATH": str(EXAMPLES.parent)},
+        capture_output=True,
+        text=True,
+        timeout=50,
+        check=False,
+    )
+    assert (finished.returncode, finished.stderr) == (0, ""), finished.stdout
+    return finished.stdout
+
+
+def test_there_are_examples():
+    assert {"01_create_a_door", "02_knock_knock", "03_hello_world", "04_results_of_any_size"} <= set(LESSONS)
+
+
+@pytest.mark.parametrize("lesson", LESSONS)
+def test_both_sides_print_what_their_docstrings_show(lesson):
+    printed = run(lesson)
+    assert lines_of("client", printed) == shown_output(EXAMPLES / lesson / "client.py")
+    assert lines_of("server", printed) == shown_output(EXAMPLES / lesson / "server.py")
+    assert len(printed.splitlines()) == len(lines_of("client", printed) + lines_of("server", printed))
+
+
+@pytest.mark.parametrize(
+    "script", sorted(EXAMPLES.glob("*/*.py")), ids=lambda path: f"{path.parent.name}/{path.name}"
+)
+def test_an_example_fits_on_a_page(script):
+    assert len(script.read_text().splitlines()) < FITS_ON_A_PAGE
+
+
+def test_every_lesson_is_in_the_course():
+    course = (EXAMPLES / "README.md").read_text()
+    assert [lesson for lesson in LESSONS if f"[`{lesson}`]({lesson})" not in course] == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_server_ends_cleanly_and_takes_its_name_away(number, door_dir, spawn_python, run_python):
+    """As the course says: two terminals, and Ctrl-C."""
+    lesson = EXAMPLES / "03_hello_world"
+    server = spawn_python((lesson / "server.py").read_text(), cwd=door_dir)
+    client = (
+        'import doorpool; doorpool.Proxy("server.door", wait=10).close()\n'
+        + (lesson / "client.py").read_text()
+    )
+    assert run_python(client, cwd=door_dir).stdout == "Well, hello to you too!\n"
+    server.signal(number)
+    assert (server.wait(), server.stderr) == (0, "")
+    assert os.listdir(door_dir) == []
