@@ -63,6 +63,12 @@ def own(sock: socket.socket) -> socket.socket:
     return sock
 
 
+def disown(sock: socket.socket) -> socket.socket:
+    """Let a forked child keep a socket after all; return it."""
+    _owned.discard(sock)
+    return sock
+
+
 def own_number(descriptor: int) -> int:
     """Mark a bare descriptor as one that a forked child must not keep; return it."""
     _owned_numbers.add(descriptor)
@@ -94,8 +100,10 @@ os.register_at_fork(after_in_child=_forget_parent)
 # -- making --------------------------------------------------------------------------
 
 
-def _ask_for_credentials(sock: socket.socket) -> None:
+def _ask_for_credentials(sock: socket.socket, *, pidfds: bool) -> None:
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+    if not pidfds:
+        return
     try:
         sock.setsockopt(socket.SOL_SOCKET, SO_PASSPIDFD, 1)
     except OSError as error:
@@ -107,7 +115,7 @@ def door_socket() -> socket.socket:
     """Make an unbound, non-blocking door socket that asks for credentials."""
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
     try:
-        _ask_for_credentials(sock)
+        _ask_for_credentials(sock, pidfds=True)
     except BaseException:
         sock.close()
         raise
@@ -122,31 +130,33 @@ def door_pair() -> tuple[socket.socket, socket.socket]:
     return holder, own(port)
 
 
-def channel_pair() -> tuple[socket.socket, socket.socket]:
-    """Make a stream pair, both ends asking for credentials."""
+def knock_pair() -> tuple[socket.socket, socket.socket]:
+    """Make the stream pair over which a knock is answered."""
     one, other = _pair(socket.SOCK_STREAM)
     return own(one), own(other)
 
 
-def _pair(kind: int) -> tuple[socket.socket, socket.socket]:
+def private_pair() -> tuple[socket.socket, socket.socket]:
+    """
+    Make the stream pair of a channel.
+
+    It asks for no pidfds: one on every message would cost 4 µs and a descriptor to close.
+    """
+    one, other = _pair(socket.SOCK_STREAM, pidfds=False)
+    return own(one), own(other)
+
+
+def _pair(kind: int, *, pidfds: bool = True) -> tuple[socket.socket, socket.socket]:
     one, other = socket.socketpair(socket.AF_UNIX, kind)
     try:
         for end in (one, other):
             end.settimeout(None)  # whatever socket.setdefaulttimeout() says
-            _ask_for_credentials(end)
+            _ask_for_credentials(end, pidfds=pidfds)
     except BaseException:
         one.close()
         other.close()
         raise
     return one, other
-
-
-def adopt(descriptor: int) -> socket.socket:
-    """Wrap the number of a channel end that has arrived; it asks for credentials from now on."""
-    sock = socket.socket(fileno=descriptor)
-    sock.settimeout(None)
-    _ask_for_credentials(sock)
-    return own(sock)
 
 
 def is_unix(sock: socket.socket, kind: int) -> bool:

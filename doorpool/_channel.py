@@ -1,0 +1,370 @@
+"""
+A channel: one end of the private pair, on which calls go one at a time.
+
+Nobody but the two ends ever held an end of the pair, so blocking on it is right.  Who is
+at the other end was settled when it was opened; each receive compares the credentials
+that came with the bytes to those of the opening, and anything else ends the channel: it
+never changes who it is.  (An end that was inherited through a fork, passed on, or kept by
+a process that changed its ids speaks with other credentials.)
+
+The two ends use the same code.  A server reads with ``MSG_DONTWAIT`` and comes back
+later for the rest of a frame; a client blocks, and looks up each time its patience ends.
+
+Descriptors come with the first byte of a frame or not at all, as many as its header
+says; the kernel never lets one receive run past the bytes they were attached to.
+"""
+
+from __future__ import annotations
+
+import select
+import socket
+from collections.abc import Callable, Sequence
+
+from doorpool import _sockets
+from doorpool._credentials import Credentials, own_ucred, sends_effective_ids_by_itself
+from doorpool._errors import ProtocolError
+from doorpool._sockets import (
+    ANCILLARY_ROOM,
+    SCM_CREDENTIALS,
+    Ancillary,
+    close_all,
+    descriptors_in,
+    rights,
+)
+from doorpool._wire import HEADER, VERSION, Assembly, Frame, Reason, Refusal, frame_head, read_header
+
+#: The first look at a frame: what is shorter arrives in one system call.
+FIRST = 16_384
+
+#: The most that one receive or send is asked for, so that a look around is never far.
+STEP = 1 << 20
+_MAX_VECTOR = 512  # views in one sendmsg or recvmsg; IOV_MAX of Linux is 1,024
+
+#: A frame whose data is shorter is joined to its header: one copy is cheaper than a vector.
+JOIN = 65_536
+
+_RECEIVE = socket.MSG_CMSG_CLOEXEC
+_TRUNCATED = socket.MSG_CTRUNC
+
+
+class Hangup(Exception):
+    """
+    The other end is closed.
+
+    Attributes:
+        unread: the kernel says that something of ours was never read there (ECONNRESET).
+    """
+
+    def __init__(self, unread: bool = False) -> None:
+        super().__init__(unread)
+        self.unread = unread
+
+
+class Channel:
+    """
+    One end of the private pair of an opened channel.
+
+    One thread at a time; who may be that one is the holder's affair.
+
+    Attributes:
+        peer: who is at the other end, fixed at opening.
+        number: of the last call that was begun here.
+        pidfd: of the process at the other end, -1 if there is none; the channel owns it.
+    """
+
+    __slots__ = (
+        "_assembly",
+        "_expected",
+        "_explicit",
+        "_fds",
+        "_lost",
+        "_patience",
+        "_surplus",
+        "number",
+        "peer",
+        "pidfd",
+        "socket",
+    )
+
+    def __init__(self, sock: socket.socket, peer: Credentials, ucred: bytes, pidfd: int = -1) -> None:
+        self.socket = sock
+        self.peer = peer
+        self.pidfd = pidfd if pidfd < 0 else _sockets.own_number(pidfd)
+        self.number = 0
+        self._expected: Ancillary = [(socket.SOL_SOCKET, SCM_CREDENTIALS, ucred)]
+        self._explicit = not sends_effective_ids_by_itself()
+        self._assembly: Assembly | None = None
+        self._surplus = 0
+        self._fds: list[int] = []
+        self._lost = False
+        self._patience: float | None = None
+
+    def __del__(self) -> None:
+        # A channel lost between two byte codes (Ctrl-C) closes without a warning.
+        self.close()
+
+    def fileno(self) -> int:
+        """Return the descriptor, -1 once closed."""
+        return self.socket.fileno()
+
+    @property
+    def closed(self) -> bool:
+        """Whether this end was closed."""
+        return self.socket.fileno() < 0
+
+    def set_patience(self, seconds: float) -> None:
+        """Bound how long one blocking receive waits before it returns with nothing."""
+        if seconds != self._patience:
+            _sockets.set_patience(self.socket, socket.SO_RCVTIMEO, seconds)
+            self._patience = seconds
+
+    def set_send_patience(self, seconds: float) -> None:
+        """Bound how long one blocking send waits without any progress."""
+        _sockets.set_patience(self.socket, socket.SO_SNDTIMEO, seconds)
+
+    def shutdown(self) -> None:
+        """Wake whoever blocks on either end; idempotent."""
+        try:
+            self.socket.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            return  # the other end is gone, or ours is closed
+
+    def close(self) -> None:
+        """Close this end, and what had arrived of an unfinished frame; idempotent."""
+        self.socket.close()
+        pidfd, self.pidfd = self.pidfd, -1
+        if pidfd >= 0:
+            _sockets.close_number(pidfd)
+        close_all(self._fds)
+
+    # -- sending -----------------------------------------------------------------------
+
+    def post(
+        self,
+        kind: int,
+        number: int,
+        data: bytes | bytearray | memoryview = b"",
+        buffers: Sequence[memoryview] = (),
+        descriptors: Sequence[int] = (),
+        nanoseconds: int = 0,
+        patience: Callable[[], None] | None = None,
+    ) -> None:
+        """
+        Send one frame, waiting for the other side to take it.
+
+        Args:
+            kind, number, data, buffers, nanoseconds: of the frame.
+            descriptors: go with its first byte; they stay the caller's.
+            patience: called when a send has made no progress for the send patience; it
+                raises to give up.  Without it the first such time raises.
+
+        Raises:
+            OSError: the other side is gone (nobody acts on a part of a frame).
+            TimeoutError: no progress, and no ``patience``.
+        """
+        if not buffers and not descriptors and len(data) < JOIN:
+            rest = self._send_joined(kind, number, data, nanoseconds)
+            if not rest:
+                return
+            self._send_views([rest], (), patience)
+            return
+        head = frame_head(kind, number, data, buffers, len(descriptors), nanoseconds)
+        views = [memoryview(head), memoryview(data).cast("B"), *(b.cast("B") for b in buffers)]
+        self._send_views([view for view in views if view.nbytes], descriptors, patience)
+
+    def _send_joined(
+        self, kind: int, number: int, data: bytes | bytearray | memoryview, nanoseconds: int
+    ) -> memoryview | None:
+        """Send a small frame in one call; return what is left of it, seldom anything."""
+        whole = HEADER.pack(kind, VERSION, 0, 0, number, len(data), nanoseconds) + data
+        if self._explicit:
+            return memoryview(whole)
+        try:
+            sent = self.socket.send(whole, socket.MSG_NOSIGNAL)
+        except BlockingIOError:
+            sent = 0
+        return None if sent == len(whole) else memoryview(whole)[sent:]
+
+    def _send_views(
+        self, views: list[memoryview], descriptors: Sequence[int], patience: Callable[[], None] | None
+    ) -> None:
+        ancillary: Ancillary = []
+        if self._explicit:
+            ancillary.append((socket.SOL_SOCKET, SCM_CREDENTIALS, own_ucred()))
+        first = [*ancillary, rights(descriptors)] if descriptors else ancillary
+        while views:
+            try:
+                sent = self.socket.sendmsg(_step(views), first, socket.MSG_NOSIGNAL)
+            except BlockingIOError:
+                if patience is None:
+                    raise TimeoutError("the other side reads nothing") from None
+                patience()
+                continue
+            first = ancillary
+            _advance(views, sent)
+
+    def say(self, kind: int, number: int, data: bytes = b"") -> None:
+        """
+        Send a small frame at once or not at all, such as last words.
+
+        A peer that is gone misses it; so does one that has not read what it asked for
+        before, and no thread waits for him.
+        """
+        whole = frame_head(kind, number, data) + data
+        ancillary = [(socket.SOL_SOCKET, SCM_CREDENTIALS, own_ucred())] if self._explicit else []
+        try:
+            self.socket.sendmsg([whole], ancillary, _sockets.DONTWAIT)
+        except OSError:
+            return
+
+    # -- receiving ---------------------------------------------------------------------
+
+    def read(self, limit: int, flags: int = 0) -> Frame | None:
+        """
+        Return the next frame once it is whole; None if there is nothing (more) to read now.
+
+        With ``MSG_DONTWAIT`` "now" is at once, else when the patience ends.  What has come
+        of an unfinished frame is kept for the next time.
+
+        Args:
+            limit: how many bytes of data and buffers are allowed.  A frame over it is
+                returned as soon as its header is here, with ``refusal`` set, and its
+                body is thrown away as it comes.
+
+        Raises:
+            Hangup: the other end is closed.
+            ProtocolError: what came is no frame, or not from whom it must be.
+        """
+        try:
+            if self._surplus:
+                self._skip(flags)
+            if self._assembly is None:
+                chunk = self._receive(FIRST, flags)
+                frame = self._read_small(chunk, limit)
+                if frame is not None:
+                    return frame
+                self._assembly = Assembly()
+                self._assembly.feed(chunk, limit)
+            return self._assemble(self._assembly, limit, flags)
+        except BlockingIOError:
+            return None
+        except ConnectionError as error:
+            raise self._hangup(error) from None
+
+    def _hangup(self, error: ConnectionError) -> Exception:
+        if isinstance(error, ProtocolError):
+            return error
+        return Hangup(unread=isinstance(error, ConnectionResetError))
+
+    def _read_small(self, chunk: bytes, limit: int) -> Frame | None:
+        """Return the frame if the chunk is just one, without buffers or descriptors."""
+        if len(chunk) < HEADER.size:
+            return None
+        kind, _, descriptors, buffers, number, body, nanoseconds = read_header(chunk)
+        if len(chunk) != HEADER.size + body or body > limit:
+            return None
+        if buffers or descriptors or self._fds or self._lost:
+            return None
+        return Frame(kind, number, nanoseconds, chunk[HEADER.size :])
+
+    def _assemble(self, assembly: Assembly, limit: int, flags: int) -> Frame:
+        while not assembly.complete:
+            views = assembly.views()
+            if views is None:
+                assembly.feed(self._receive(assembly.wanted, flags, first=False), limit)
+            else:
+                assembly.filled(self._receive_into(_step(views), flags))
+        self._assembly = None
+        self._surplus = assembly.surplus
+        return self._with_descriptors(assembly.frame(), assembly)
+
+    def _with_descriptors(self, frame: Frame, assembly: Assembly) -> Frame:
+        """Give the frame the descriptors that came with it: all that it names, or none."""
+        assert assembly.fields is not None
+        claimed = assembly.fields[2]
+        came, self._fds = self._fds, []
+        lost, self._lost = self._lost, False
+        if not lost and len(came) != claimed:
+            close_all(came)
+            raise ProtocolError(f"a frame claims {claimed} descriptors and brought {len(came)}")
+        if lost or frame.refusal is not None:
+            close_all(came)
+        if lost and frame.refusal is None:
+            frame.refusal = Refusal(Reason.DESCRIPTORS_LOST, value=claimed)
+        frame.descriptors = came
+        return frame
+
+    def _skip(self, flags: int) -> None:
+        """Throw away what is left of a body that was refused."""
+        while self._surplus:
+            self._surplus -= len(self._receive(min(self._surplus, STEP), flags, first=False))
+
+    def _receive(self, size: int, flags: int, first: bool = True) -> bytes:
+        """Receive some bytes of the peer's; every receive on a channel ends up here or below."""
+        data, ancillary, came, _ = self.socket.recvmsg(size, ANCILLARY_ROOM, flags | _RECEIVE)
+        if not data:
+            raise ConnectionAbortedError  # end of file, whose "credentials" nobody sent
+        if ancillary != self._expected or came & _TRUNCATED:
+            self._examine(ancillary, came, first)
+        return data
+
+    def _receive_into(self, views: list[memoryview], flags: int) -> int:
+        size, ancillary, came, _ = self.socket.recvmsg_into(views, ANCILLARY_ROOM, flags | _RECEIVE)
+        if not size:
+            raise ConnectionAbortedError
+        if ancillary != self._expected or came & _TRUNCATED:
+            self._examine(ancillary, came, first=False)
+        return size
+
+    def _examine(self, ancillary: Ancillary, came: int, first: bool) -> None:
+        """Take the descriptors that came along; refuse any other sender."""
+        others: Ancillary = []
+        for item in ancillary:
+            if item[:2] == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+                self._fds += descriptors_in(item[2])
+            else:
+                others.append(item)
+        self._lost = self._lost or bool(came & _TRUNCATED)
+        if others != self._expected:
+            close_all(self._fds)
+            raise ProtocolError("bytes on a channel from somebody else than the one who opened it")
+        if not first and (self._fds_came(ancillary) or came & _TRUNCATED):
+            close_all(self._fds)
+            raise ProtocolError("descriptors in the middle of a frame")
+
+    @staticmethod
+    def _fds_came(ancillary: Ancillary) -> bool:
+        return any(item[1] == socket.SCM_RIGHTS for item in ancillary)
+
+
+def _step(views: list[memoryview]) -> list[memoryview]:
+    """Return the next few views, no more bytes than are sent or received in one step."""
+    step, size = [], 0
+    for view in views[:_MAX_VECTOR]:
+        step.append(view[: STEP - size])
+        size += step[-1].nbytes
+        if size >= STEP:
+            break
+    return step
+
+
+def _advance(views: list[memoryview], size: int) -> None:
+    """Drop so many bytes from the front."""
+    gone = 0
+    while gone < len(views) and size >= views[gone].nbytes:
+        size -= views[gone].nbytes
+        gone += 1
+    del views[:gone]
+    if size:
+        views[0] = views[0][size:]
+
+
+def process_is_gone(pidfd: int) -> bool:
+    """Tell whether the process of a pidfd has ended; False where there is none to ask."""
+    if pidfd < 0:
+        return False
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    return bool(poll.poll(0))
+
+

@@ -1,0 +1,750 @@
+"""
+The caller's side of the raw layer: a handle is an open descriptor of a door.
+
+A call takes an idle channel from the handle's stack, or opens one, sends the request and
+blocks in a receive until the reply is there.  Ten threads that call at once use ten
+channels; there is no reader thread and nothing is shared between two calls.
+
+How a call ends, and what is known then
+    Nothing is repeated unless it is certain that the procedure did not and will not run.
+    The kernel tells, and the order of things makes it exact:
+
+    - The request was not sent whole: the server acts on whole requests only.  Not run.
+    - ``ECONNRESET`` instead of a reply: the server's end was closed with something of ours
+      unread.  Not run.
+    - End of file instead of a reply: the server had read it all.  It may have run.
+    - We give up: shut our end down, then ask how much the server has not read
+      (``SIOCOUTQ``).  Something: it will see the shutdown when it has read the rest, and
+      it looks before it runs anything.  Not run.  Nothing: whatever it says on the channel
+      from now on decides, and silence means that it may have run.
+    - A goodbye frame says so itself.
+
+    A blocking receive returns with nothing once a second at the latest.  Only then is the
+    server's pidfd looked at: a forked child of a dead server may hold its sockets open, so
+    that no hang-up ever comes.
+
+A channel that was idle may have been closed by the server meanwhile.  If the call on it
+certainly did not run, it is made again on a fresh one.
+
+Whom to believe: the answer to the knock decides, by ``doorpool._credentials``; what the
+greeting says is a claim.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import math
+import numbers
+import os
+import select
+import socket
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Collection, Iterator, Sequence
+from typing import NoReturn
+
+import attrs
+
+from doorpool import _channel, _names, _opening, _sockets, _wire
+from doorpool._channel import Channel, Hangup, process_is_gone
+from doorpool._credentials import Credentials, credentials_of, peer_pidfd, peer_ucred, pickle_bar, unpack_ids
+from doorpool._errors import (
+    AccessError,
+    BrokenDoorError,
+    BusyError,
+    CallTimeoutError,
+    ClosedError,
+    DoorError,
+    LimitError,
+    NotADoorError,
+    ProtocolError,
+    RevokedError,
+)
+from doorpool._gate import check_descriptors
+from doorpool._sockets import MAX_DESCRIPTORS
+from doorpool._wire import Attribute, Codec, Frame, Greeting, Kind, Knock, Reason, Refusal
+
+MAX_IDLE = 8  #: Idle channels that a handle keeps, the last used first.
+LOOK_UP = 1.0  #: Seconds after which a waiting caller looks whether the server is alive.
+MAX_REPLY = 2**40  #: A reply that claims to be longer is a broken server's.
+_DROPPED_KNOCKS = 3  #: How often a knock is made that vanishes at a door that is there.
+
+FOREVER = 1e8  # seconds; three years
+
+
+def check_seconds(value: float | None, name: str) -> float | None:
+    """
+    Return a timeout as a float, or None for none.
+
+    Raises:
+        TypeError: it is no real number.
+        ValueError: it is not above 0.
+    """
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} is a number of seconds or None, not {value!r}")
+    seconds = float(value)
+    if math.isnan(seconds) or seconds <= 0:
+        raise ValueError(f"{name} is a number of seconds above 0, or None for none; not {value!r}")
+    return seconds if seconds <= FOREVER else None
+
+
+def deadline_after(seconds: float | None) -> float | None:
+    """Return when so many seconds are over, by ``time.monotonic()``; None for never."""
+    return None if seconds is None else time.monotonic() + seconds
+
+
+@attrs.define
+class Reply:
+    """
+    What came back from a call.
+
+    Attributes:
+        data: the bytes.
+        buffers: the buffers, writable; yours to keep.
+        descriptors: the numbers that came along.  Yours to close, or take them out of the
+            list and let ``close`` do the rest.
+    """
+
+    data: bytes | bytearray
+    buffers: Sequence[bytearray] = ()
+    descriptors: list[int] = attrs.field(factory=list)
+
+    def close(self) -> None:
+        """Close the descriptors that are still in the list."""
+        _sockets.close_all(self.descriptors)
+
+    def __enter__(self) -> Reply:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class Handle:
+    """
+    An open descriptor of a door, to call it by.
+
+    Any number of threads may use it at once.  In a forked child it goes on with channels
+    of its own, through the inherited descriptor.
+
+    Args:
+        door: a path, or the number of a descriptor, which is taken over if this succeeds.
+        open_timeout: seconds for opening.
+        server: the uids that are believed; by default our own, and root for a door that
+            does not speak pickle.
+        trust: "namespace" or "uid": see ``doorpool._credentials``.
+        words: what to say of ourselves when knocking.
+        lazy: look at the greeting only; the first call opens the first channel.
+
+    Raises:
+        FileNotFoundError, PermissionError, NotADoorError: of the path.
+        BrokenDoorError: the server is gone.
+        CallTimeoutError: the server does not answer.
+        AccessError: the server may not be believed, or refuses us.
+
+    Modelled on: open(2) of a door, door_call(3C), door_info(3C)
+    """
+
+    def __init__(
+        self, door: _names.Path | int, *, open_timeout: float | None = 5.0,
+        server: Collection[int] | None = None, trust: str = "namespace",
+        words: Knock | None = None, lazy: bool = False,
+    ) -> None:  # fmt: skip
+        deadline = deadline_after(check_seconds(open_timeout, "open_timeout"))
+        self._server = None if server is None else frozenset(server)
+        self._trust = trust
+        self._words = words or Knock(sys.version_info[:2])
+        self._owner: int | None = None
+        self.path: str | None = None
+        self._closed = False
+        self._users = 0
+        self._reset()
+        self._socket = self._reach(door, deadline)
+        self.server: Credentials
+        try:
+            self.greeting = self._peek(deadline)
+            self.server = credentials_of(unpack_ids(peer_ucred(self._socket)), None)
+            if not lazy:
+                self._give_back(self._dial(deadline))
+        except BaseException:
+            if self.path is None:
+                self._socket.detach()
+            self._socket.close()
+            raise
+
+    def __repr__(self) -> str:
+        state = "closed" if self._closed else f"{len(self._idle)} idle channels"
+        return f"<Handle of {self.name} {state}>"
+
+    def __enter__(self) -> Handle:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def name(self) -> str:
+        """What messages call the door: its path, or its own name and the descriptor."""
+        if self.path is not None:
+            return self.path
+        greeting: Greeting | None = getattr(self, "greeting", None)
+        return f"door {greeting.name!r}" if greeting else "the descriptor"
+
+    @property
+    def closed(self) -> bool:
+        """Whether it was closed."""
+        return self._closed
+
+    def fileno(self) -> int:
+        """
+        Return the door descriptor, for passing on; -1 once closed.
+
+        Reading or writing it is undefined.
+        """
+        return -1 if self._closed else self._socket.fileno()
+
+    def info(self) -> Greeting:
+        """Return what the door said of itself when it was opened; never a round trip."""
+        return self.greeting
+
+    # -- reaching -----------------------------------------------------------------------------
+
+    def _reset(self) -> None:
+        """Begin anew: at first, and in a forked child, where the parent's locks mean nothing."""
+        self._generation = _sockets.generation
+        self._lock = threading.Lock()
+        self._idle: deque[Channel] = deque()
+
+    def _reach(self, door: _names.Path | int, deadline: float | None) -> socket.socket:
+        if isinstance(door, bool) or not isinstance(door, str | bytes | os.PathLike | int):
+            raise TypeError(f"a door is a path or the number of a descriptor, not {door!r}")
+        if isinstance(door, int):
+            return self._take_number(door)
+        reached = _names.reach(door, deadline=deadline)
+        self.path, self._owner = reached.path, reached.owner
+        sock = _sockets.disown(reached.socket)  # a forked child dials through it
+        try:
+            self._check_listener(sock)
+        except BaseException:
+            sock.close()
+            raise
+        return sock
+
+    @staticmethod
+    def _take_number(number: int) -> socket.socket:
+        text = f"descriptor {number} is no door"
+        try:
+            sock = socket.socket(fileno=number)
+        except (OSError, ValueError, OverflowError) as error:
+            raise NotADoorError(f"{text}: {error}") from None
+        if not _sockets.is_unix(sock, socket.SOCK_SEQPACKET):
+            sock.detach()
+            raise NotADoorError(text)
+        sock.setblocking(False)
+        return sock
+
+    def _check_listener(self, sock: socket.socket) -> None:
+        """Look, before knocking, whose door this is; root may listen for others to serve."""
+        listener = credentials_of(unpack_ids(peer_ucred(sock)), None)
+        if listener.uid != 0:
+            self._believe(Codec.RAW if self._server is not None else None, listener, -1)
+
+    def _peek(self, deadline: float | None) -> Greeting:
+        """Look at the greeting, which stays in the queue for every other holder."""
+        data = b""
+        with self._translated("the server hung up before it said anything"):
+            data = self._peek_message(deadline)
+        if not data:
+            raise BrokenDoorError(f"{self.name}: the server is gone", filename=self.path)
+        greeting = _wire.decode_greeting(data)
+        if greeting is None:
+            raise NotADoorError(f"{self.name} is a socket, but no door", filename=self.path)
+        return greeting
+
+    def _peek_message(self, deadline: float | None) -> bytes:
+        flags = socket.MSG_PEEK | socket.MSG_DONTWAIT
+        for attempt in (1, 2):
+            while True:
+                try:
+                    return self._socket.recv(_wire.GREETING_SIZE, flags)
+                except BlockingIOError:
+                    self._await(self._socket, select.POLLIN, deadline, "does not answer")
+                except ConnectionResetError:
+                    # Told once, of a knock that was never read; the queue is still there.
+                    if attempt == 2:
+                        raise
+                    break
+        return b""
+
+    @contextlib.contextmanager
+    def _translated(self, text: str) -> Iterator[None]:
+        try:
+            yield
+        except ConnectionError as error:
+            if isinstance(error, DoorError):
+                raise
+            raise BrokenDoorError(f"{self.name}: {text}", filename=self.path) from None
+        except OSError as error:
+            if isinstance(error, DoorError):
+                raise
+            raise NotADoorError(f"{self.name} is no door: {error.strerror}", filename=self.path) from None
+
+    def _await(self, sock: socket.socket, events: int, deadline: float | None, text: str) -> None:
+        """Wait for a socket of an opening, for at most ``LOOK_UP``; raise when time is over."""
+        left = LOOK_UP if deadline is None else min(LOOK_UP, deadline - time.monotonic())
+        if left <= 0:
+            raise CallTimeoutError(f"{self.name} {text}; nothing was called", filename=self.path)
+        poll = select.poll()
+        poll.register(sock, events)
+        poll.poll(left * 1000)
+
+    # -- opening channels -----------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _descriptor(self) -> Iterator[socket.socket]:
+        """Lend the door descriptor: while somebody uses it, ``close`` leaves it open."""
+        with self._lock:
+            if self._closed:
+                raise ClosedError(f"{self.name}: this handle is closed")
+            self._users += 1
+        try:
+            yield self._socket
+        finally:
+            with self._lock:
+                self._users -= 1
+                if self._closed and not self._users:
+                    self._socket.close()
+
+    def _dial(self, deadline: float | None) -> Channel:
+        """Open a channel: knock, hear the answer, and decide whether to believe it."""
+        with self._descriptor() as door:
+            for _ in range(_DROPPED_KNOCKS):
+                try:
+                    with self._knock(door, deadline) as ours:
+                        opened = self._hear(door, ours, deadline)
+                except EOFError:
+                    self._check_there(door)
+                    continue
+                return self._settle(opened)
+        raise BusyError(f"{self.name} dropped the knock; its server may be short of descriptors")
+
+    def _knock(self, door: socket.socket, deadline: float | None) -> socket.socket:
+        while True:
+            try:
+                return _opening.knock(door, self._words)
+            except BlockingIOError:
+                self._await(door, select.POLLOUT, deadline, "has too many knocks to hear yet")
+            except ConnectionError:
+                raise self._gone(door) from None
+            except OSError as error:
+                if error.errno != errno.ETOOMANYREFS:
+                    raise
+                raise BusyError(f"{self.name}: too many descriptors in flight for this user") from None
+
+    def _hear(
+        self, door: socket.socket, ours: socket.socket, deadline: float | None
+    ) -> _opening.Opened | Refusal:
+        while True:
+            self._await(ours, select.POLLIN, deadline, "does not answer")
+            try:
+                return _opening.hear_answer(ours)
+            except BlockingIOError:
+                self._check_there(door)
+
+    def _check_there(self, door: socket.socket) -> None:
+        """Raise if the server is gone, or has taken the door away."""
+        poll = select.poll()
+        poll.register(door, 0)
+        if poll.poll(0):
+            raise self._gone(door)
+        pidfd = peer_pidfd(door)
+        try:
+            if process_is_gone(pidfd):
+                raise BrokenDoorError(f"{self.name}: the server is dead", filename=self.path)
+        finally:
+            if pidfd >= 0:
+                os.close(pidfd)
+
+    def _gone(self, door: socket.socket) -> DoorError:
+        """Say whether a door that hung up was taken away or has lost its server."""
+        if _sockets.unread(door) > len(self._greeting_bytes(door)):
+            return RevokedError(f"{self.name}: the server has taken this door away", filename=self.path)
+        return BrokenDoorError(f"{self.name}: the server is gone", filename=self.path)
+
+    @staticmethod
+    def _greeting_bytes(door: socket.socket) -> bytes:
+        for _ in range(2):
+            with contextlib.suppress(OSError):
+                return door.recv(_wire.GREETING_SIZE, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        return b""
+
+    def _settle(self, opened: _opening.Opened | Refusal) -> Channel:
+        """Decide about an answer; the channel is believed from here on."""
+        if isinstance(opened, Refusal):
+            raise self._error(opened)
+        channel = opened.channel
+        try:
+            if opened.codec is not self.greeting.codec:
+                raise ProtocolError(
+                    f"{self.name} greeted with codec {self.greeting.codec.name} and answered "
+                    f"with {opened.codec.name}"
+                )
+            self._believe(opened.codec, channel.peer, channel.pidfd)
+        except BaseException:
+            channel.close()
+            raise
+        self.server = channel.peer
+        return channel
+
+    def _believe(self, codec: Codec | None, server: Credentials, pidfd: int) -> None:
+        """
+        Raise unless a server may be believed.
+
+        Args:
+            codec: what it wants to speak; None: the listener, whose codec nobody knows yet.
+            server: who it is.
+            pidfd: of its process.
+        """
+        own = os.geteuid()
+        allowed = self._server
+        if allowed is None:
+            allowed = frozenset({own}) if codec is Codec.PICKLE else frozenset({own, 0})
+        if server.uid is None or server.uid not in allowed:
+            self._refuse(
+                f"its server is pid {server.pid}, uid {server.uid}; "
+                f"believed are the uids {sorted(allowed)}, ours is {own}"
+            )
+        if self._owner not in (None, 0, server.uid):
+            self._refuse(f"its file belongs to uid {self._owner}, and uid {server.uid} answers")
+        bar = pickle_bar(server, pidfd, trust=self._trust) if codec is Codec.PICKLE else None
+        if bar is not None:
+            self._refuse(f"its server is pid {server.pid}: {bar}")
+
+    def _refuse(self, text: str) -> NoReturn:
+        raise AccessError(f"{self.name} is not believed: {text}", filename=self.path)
+
+    # -- calling --------------------------------------------------------------------------------
+
+    def call(
+        self,
+        data: bytes | bytearray | memoryview = b"",
+        buffers: Sequence[memoryview] = (),
+        descriptors: Sequence[int] = (),
+        *,
+        timeout: float | None = None,
+    ) -> Reply:
+        """
+        Call the door and wait for the reply.
+
+        Args:
+            data, buffers: the request's bytes.
+            descriptors: go along; they stay the caller's.
+            timeout: seconds, for everything from here to the reply; None for none.
+
+        Raises:
+            ClosedError, RevokedError, BusyError, LimitError, AccessError: it did not run.
+            BrokenDoorError, CallTimeoutError, ProtocolError: ``may_have_run`` says.
+            OSError: ``EBADF`` for a descriptor that is not open; ``EMFILE`` where there is
+                no free one for a channel, or for what the reply brings.
+
+        Modelled on: door_call(3C)
+        """
+        deadline = deadline_after(check_seconds(timeout, "timeout"))
+        return self.call_until(deadline, data, buffers, descriptors)
+
+    def call_until(
+        self,
+        deadline: float | None,
+        data: bytes | bytearray | memoryview = b"",
+        buffers: Sequence[memoryview] = (),
+        descriptors: Sequence[int] = (),
+    ) -> Reply:
+        """Call with a deadline by ``time.monotonic()``; otherwise as ``call``."""
+        if self._closed:
+            raise ClosedError(f"{self.name}: this handle is closed")
+        self._check_request(data, buffers, descriptors)
+        frame = self._run(Kind.REQUEST, deadline, data, buffers, descriptors)
+        if frame.refusal is not None:
+            raise OSError(errno.EMFILE, "no free descriptors for those that the reply brought")
+        return Reply(frame.data, frame.buffers, frame.descriptors)
+
+    def _check_request(
+        self,
+        data: bytes | bytearray | memoryview,
+        buffers: Sequence[memoryview],
+        descriptors: Sequence[int],
+    ) -> None:
+        size, limit = len(data), self.greeting.max_request
+        if buffers:
+            size += sum(buffer.nbytes for buffer in buffers)
+        if size > limit:
+            raise LimitError(
+                f"{self.name}: a request of {size} bytes is over max_request, {limit}",
+                limit=limit, value=size,
+            )  # fmt: skip
+        if descriptors:
+            if self.greeting.attributes & Attribute.REFUSE_DESCRIPTORS:
+                raise LimitError(f"{self.name} takes no descriptors", limit=0, value=len(descriptors))
+            check_descriptors(self.name, descriptors, min(self.greeting.max_descriptors, MAX_DESCRIPTORS))
+
+    def ping(self, *, timeout: float | None = None) -> None:
+        """
+        Have the server answer without running the procedure.
+
+        Raises: as ``call``.
+        """
+        if self._closed:
+            raise ClosedError(f"{self.name}: this handle is closed")
+        self._run(Kind.PING, deadline_after(check_seconds(timeout, "timeout")))
+
+    @property
+    def alive(self) -> bool:
+        """Whether the server is there, as far as the kernel tells; no round trip."""
+        if self._closed:
+            return False
+        try:
+            with self._descriptor() as door:
+                self._check_there(door)
+        except DoorError:
+            return False
+        return True
+
+    def _run(
+        self,
+        kind: Kind,
+        deadline: float | None,
+        data: bytes | bytearray | memoryview = b"",
+        buffers: Sequence[memoryview] = (),
+        descriptors: Sequence[int] = (),
+    ) -> Frame:
+        """Make one exchange, on a second channel if the first was dead before it began."""
+        channel = self._borrow()
+        if channel is not None:
+            try:
+                return self._exchange(channel, kind, deadline, data, buffers, descriptors)
+            except _StaleChannel:
+                pass  # it certainly did not run: once more, on a fresh one
+        return self._exchange(self._dial(deadline), kind, deadline, data, buffers, descriptors, fresh=True)
+
+    def _borrow(self) -> Channel | None:
+        """Take the idle channel that was used last, if there is one."""
+        if self._generation != _sockets.generation:
+            self._reset()
+        try:
+            return self._idle.pop()
+        except IndexError:
+            return None
+
+    def _give_back(self, channel: Channel) -> None:
+        idle = self._idle
+        idle.append(channel)
+        if self._closed or len(idle) > MAX_IDLE:
+            with contextlib.suppress(IndexError):
+                idle.popleft().close()
+
+    def _exchange(
+        self,
+        channel: Channel,
+        kind: Kind,
+        deadline: float | None,
+        data: bytes | bytearray | memoryview,
+        buffers: Sequence[memoryview],
+        descriptors: Sequence[int],
+        *,
+        fresh: bool = False,
+    ) -> Frame:
+        """Send one frame and wait for its answer; the channel goes back only if both went well."""
+        channel.number += 1
+        try:
+            self._send(channel, kind, deadline, data, buffers, descriptors)
+            frame = self._receive(channel, deadline)
+        except Hangup as hangup:
+            channel.close()
+            raise self._broken(hangup, fresh) from None
+        except BaseException:
+            channel.shutdown()  # a plain close would leave a whole request to be run
+            channel.close()
+            raise
+        if frame.kind in (Kind.REPLY, Kind.PONG) and frame.number == channel.number:
+            self._give_back(channel)
+            return frame
+        self._take_failure(channel, frame, fresh)
+
+    def _broken(self, hangup: Hangup, fresh: bool) -> Exception:
+        if hangup.unread and not fresh:
+            return _StaleChannel()
+        text = "was gone before it read the call" if hangup.unread else "went away during the call"
+        return BrokenDoorError(
+            f"{self.name}: the server {text}", may_have_run=not hangup.unread, filename=self.path
+        )
+
+    def _take_failure(self, channel: Channel, frame: Frame, fresh: bool) -> NoReturn:
+        """Raise what a frame that is no reply means."""
+        refusal = None
+        if frame.kind == Kind.GOODBYE:
+            channel.close()
+            refusal = _wire.decode_refusal(frame.data)
+            if refusal.reason is Reason.IDLE and not fresh:
+                raise _StaleChannel
+        elif frame.kind == Kind.FAILURE and frame.number == channel.number:
+            self._give_back(channel)
+            refusal = _wire.decode_refusal(frame.data)
+        if refusal is None:
+            channel.shutdown()
+            channel.close()
+            raise ProtocolError(
+                f"{self.name}: frame {chr(frame.kind)!r} with number {frame.number} "
+                f"in answer to call {channel.number}",
+                may_have_run=True,
+            )
+        raise self._error(refusal)
+
+    def _send(
+        self,
+        channel: Channel,
+        kind: Kind,
+        deadline: float | None,
+        data: bytes | bytearray | memoryview,
+        buffers: Sequence[memoryview],
+        descriptors: Sequence[int],
+    ) -> None:
+        nanoseconds = 0
+        patience = LOOK_UP
+        if deadline is not None:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise self._late(False)
+            nanoseconds = int(left * 1e9) or 1
+            patience = min(LOOK_UP, left)
+        channel.set_patience(patience)
+        if len(data) >= _channel.JOIN or buffers:
+            channel.set_send_patience(patience)
+        try:
+            channel.post(
+                kind, channel.number, data, buffers, descriptors, nanoseconds,
+                lambda: self._look_up_sending(channel, deadline),
+            )  # fmt: skip
+        except ConnectionError as error:
+            if isinstance(error, DoorError):
+                raise
+            self._hear_last_words(channel)
+        except OSError as error:
+            if error.errno != errno.ETOOMANYREFS:
+                raise
+            raise BusyError(f"{self.name}: too many descriptors in flight for this user") from None
+
+    def _hear_last_words(self, channel: Channel) -> NoReturn:
+        """The request could not be sent whole, so it does not run; find out why."""
+        frame = channel.read(MAX_REPLY, socket.MSG_DONTWAIT)
+        if frame is not None and frame.kind == Kind.GOODBYE:
+            refusal = _wire.decode_refusal(frame.data)
+            if refusal.reason is not Reason.IDLE:
+                raise self._error(refusal)
+        raise Hangup(unread=True)
+
+    def _receive(self, channel: Channel, deadline: float | None) -> Frame:
+        try:
+            while True:
+                frame = channel.read(MAX_REPLY)
+                if frame is not None:
+                    return frame
+                self._look_up(channel, deadline)
+        except ProtocolError as error:
+            error.may_have_run = True
+            raise
+
+    def _look_up(self, channel: Channel, deadline: float | None) -> None:
+        """Having waited in vain for a reply: raise if the time is over or the server dead."""
+        left = LOOK_UP if deadline is None else deadline - time.monotonic()
+        if left <= 0:
+            raise self._late(self._give_up(channel))
+        if process_is_gone(channel.pidfd):
+            raise BrokenDoorError(
+                f"{self.name}: the server died during the call",
+                may_have_run=self._give_up(channel),
+                filename=self.path,
+            )
+        channel.set_patience(min(LOOK_UP, left))
+
+    def _look_up_sending(self, channel: Channel, deadline: float | None) -> None:
+        """Having sent nothing for a while: raise if the time is over or the server dead."""
+        left = LOOK_UP if deadline is None else deadline - time.monotonic()
+        if left <= 0:
+            raise self._late(False)
+        if process_is_gone(channel.pidfd):
+            raise BrokenDoorError(f"{self.name}: the server died", filename=self.path)
+        channel.set_send_patience(min(LOOK_UP, left))
+
+    def _late(self, may_have_run: bool) -> CallTimeoutError:
+        became = "may have run" if may_have_run else "did not run"
+        return CallTimeoutError(
+            f"{self.name}: no reply in the time given; the call {became}",
+            may_have_run=may_have_run,
+            filename=self.path,
+        )
+
+    def _give_up(self, channel: Channel) -> bool:
+        """End a call that was sent whole; return whether it may have run (see above)."""
+        channel.shutdown()
+        if _sockets.unsent(channel.socket):
+            return False
+        try:
+            frame = channel.read(MAX_REPLY, socket.MSG_DONTWAIT)
+        except Hangup as hangup:
+            return not hangup.unread
+        except ProtocolError:
+            return True
+        if frame is None or frame.kind not in (Kind.GOODBYE, Kind.FAILURE):
+            return True
+        return _wire.decode_refusal(frame.data).may_have_run
+
+    def _error(self, refusal: Refusal) -> DoorError:
+        """Return the error that a refusal means."""
+        text = f"{self.name}: {refusal.text}"
+        may = refusal.may_have_run
+        match refusal.reason:
+            case Reason.REVOKED | Reason.CLOSED:
+                return RevokedError(text, may_have_run=may, filename=self.path)
+            case Reason.TOO_LARGE | Reason.TOO_MANY_DESCRIPTORS | Reason.REFUSES_DESCRIPTORS:
+                return LimitError(text, limit=refusal.limit, value=refusal.value, may_have_run=may)
+            case Reason.REPLY_TOO_LARGE:
+                return LimitError(text, limit=refusal.limit, value=refusal.value, may_have_run=True)
+            case Reason.BUSY | Reason.DESCRIPTORS_LOST | Reason.IDLE:
+                return BusyError(text, may_have_run=may)
+            case Reason.DENIED:
+                return AccessError(text, may_have_run=may, filename=self.path)
+            case Reason.ABORTED:
+                return BrokenDoorError(text, may_have_run=may, filename=self.path)
+            case _:
+                return ProtocolError(text, may_have_run=may, filename=self.path)
+
+    # -- closing --------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """
+        Close the descriptor and the idle channels; idempotent, any thread.
+
+        Calls that are running are not disturbed; their channels close when they end.
+        """
+        if self._generation != _sockets.generation:
+            self._reset()
+        with self._lock:
+            self._closed = True
+            if not self._users:
+                self._socket.close()
+        while True:
+            try:
+                self._idle.pop().close()
+            except IndexError:
+                return
+
+
+class _StaleChannel(Exception):
+    """An idle channel was dead before the call on it could run."""
+
+
