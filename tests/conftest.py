@@ -225,6 +225,24 @@ def root_only() -> None:
 
 
 @pytest.fixture
+def namespaces(root_only: None) -> None:
+    """
+    Skip, counted, where root may not make user and pid namespaces, as in many containers.
+
+    The functions to do it with are support.enter_user_namespace and enter_pid_namespace.
+    """
+
+    def attempt() -> None:
+        support.enter_user_namespace((0, 0, 1))
+        support.enter_pid_namespace()
+
+    try:
+        support.run_as_uid(None, attempt)
+    except OSError as error:
+        pytest.skip(f"no namespaces here: {error}")
+
+
+@pytest.fixture
 def marker() -> Iterator[support.Marker]:
     """
     A place that shows whether anybody has unpickled a bomb made for it.

@@ -7,7 +7,13 @@ What the tests share; the fixtures in ``conftest.py`` are made of it.
     marker      a pickle that leaves a trace if anybody unpickles it
 """
 
-from support.child import become, count_unpickling, unpickling_counts
+from support.child import (
+    become,
+    count_unpickling,
+    enter_pid_namespace,
+    enter_user_namespace,
+    unpickling_counts,
+)
 from support.leaks import Holdings
 from support.marker import Marker, bomb_bytes
 from support.processes import (
@@ -29,6 +35,8 @@ __all__ = [
     "become",
     "bomb_bytes",
     "count_unpickling",
+    "enter_pid_namespace",
+    "enter_user_namespace",
     "run_as_uid",
     "run_python",
     "start_python",

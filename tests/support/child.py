@@ -35,7 +35,10 @@ _BEFORE_BECOMING = (
     "uuid",
 )
 
-_PR_SET_DUMPABLE = 4  # linux/prctl.h
+_PR_SET_PDEATHSIG, _PR_SET_DUMPABLE = 1, 4  # linux/prctl.h
+_CLONE_NEWUSER, _CLONE_NEWPID = 0x1000_0000, 0x2000_0000  # linux/sched.h; os.unshare() is of 3.12
+
+_libc = ctypes.CDLL(None, use_errno=True)
 
 _found_classes = 0
 _counting = False
@@ -93,7 +96,58 @@ def become(uid: int, gid: int | None = None, groups: tuple[int, ...] = ()) -> No
     os.setresgid(gid, gid, gid)
     os.setresuid(uid, uid, uid)
     # As if the process had been started by that user: /proc/self is its own again.
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_DUMPABLE, 1, 0, 0, 0)
+    _libc.prctl(_PR_SET_DUMPABLE, 1, 0, 0, 0)
+
+
+def enter_user_namespace(*ranges: tuple[int, int, int]) -> None:
+    """
+    Move this process into a user namespace of its own (root only, one thread).
+
+    Args:
+        ranges: lines of the map, for users and groups alike: (first id inside, first id
+            outside, how many).  The process has its old ids until it changes them.
+    """
+    lines = "".join(f"{inside} {outside} {count}\n" for inside, outside, count in ranges)
+    mine = os.getpid()
+    wait, go = os.pipe()
+    if (writer := os.fork()) == 0:  # stays outside, where it may write the map
+        try:
+            os.close(go)
+            if os.read(wait, 1):
+                for name in ("uid_map", "gid_map"):
+                    with open(f"/proc/{mine}/{name}", "w") as file:
+                        file.write(lines)
+        except OSError as error:
+            os._exit(error.errno or 1)
+        os._exit(0)
+    os.close(wait)
+    try:
+        _unshare(_CLONE_NEWUSER)
+        os.write(go, b"!")
+    finally:
+        os.close(go)
+        failed = os.waitstatus_to_exitcode(os.waitpid(writer, 0)[1])
+    if failed:
+        raise OSError(failed, f"cannot map {lines!r}: {os.strerror(failed)}")
+
+
+def enter_pid_namespace() -> None:
+    """
+    Go on as process 1 of a new pid namespace: the caller of this is a fork of the process.
+
+    The process itself waits for it, and ends with its code.
+    """
+    _unshare(_CLONE_NEWPID)
+    if (inside := os.fork()) != 0:
+        code = os.waitstatus_to_exitcode(os.waitpid(inside, 0)[1])
+        os._exit(code if code >= 0 else 128 - code)
+    _libc.prctl(_PR_SET_PDEATHSIG, 9, 0, 0, 0)
+
+
+def _unshare(flags: int) -> None:
+    if _libc.unshare(flags) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, f"unshare: {os.strerror(number)}")
 
 
 def count_unpickling() -> None:

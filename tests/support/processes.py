@@ -34,7 +34,10 @@ ROOT = Path(__file__).resolve().parents[2]
 READY_TIMEOUT = 20.0  # seconds; an interpreter with NumPy and cloudpickle on a busy single CPU
 RUN_TIMEOUT = 40.0  # seconds; below the 60 that a test may take, so that this one tells what happened
 
-_HEADER = "from support.child import ready, result, become, count_unpickling, unpickling_counts\n"
+_HEADER = (
+    "from support.child import ready, result, become, count_unpickling, unpickling_counts, "
+    "enter_pid_namespace, enter_user_namespace\n"
+)
 
 _CALL_FUNCTION = """
 import pickle

@@ -27,6 +27,7 @@ LAYERS = [
     {"_descriptor"},
     {"_keeper"},
     {"_gate"},
+    {"_handle"},
     {"door"},
     {"_exceptions"},
     {"_marshal"},

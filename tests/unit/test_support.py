@@ -2,6 +2,7 @@
 The helpers of the tests: that they notice what they are there to notice.
 """
 
+import errno
 import os
 import select
 import signal
@@ -89,7 +90,9 @@ def test_a_child_that_ends_before_it_is_ready_is_not_waited_for():
 
 
 def test_children_end_with_their_own_children():
-    with support.start_python("import os, time; ready(os.fork()); time.sleep(60)") as child:
+    with support.start_python(
+        "import os, time; pid = os.fork(); pid and ready(pid); time.sleep(60)"
+    ) as child:
         grandchild = os.pidfd_open(child.wait_ready())
     try:
         support.wait_until(lambda: not _alive(grandchild))
@@ -148,6 +151,28 @@ def test_a_forked_child_is_wholly_the_other_user(as_uid):
 def test_a_started_script_is_wholly_the_other_user(run_python):
     value = run_python("import os; result((os.getresuid(), os.getresgid(), os.getgroups()))", uid=54321).value
     assert value == ((54321,) * 3, (54321,) * 3, [])
+
+
+@pytest.mark.usefixtures("namespaces")
+def test_a_forked_child_can_move_into_a_user_namespace():
+    def inside():
+        before = os.getuid()
+        support.enter_user_namespace((0, 0, 1), (65534, 1000, 1))
+        return before, os.getuid(), os.stat(f"/proc/{os.getppid()}").st_uid
+
+    assert support.run_as_uid(None, inside) == (0, 0, 0)
+    with pytest.raises(OSError, match="cannot map") as caught:
+        support.run_as_uid(None, support.enter_user_namespace, (0, 0, 0))
+    assert caught.value.errno == errno.EINVAL
+
+
+@pytest.mark.usefixtures("namespaces")
+def test_a_forked_child_can_move_into_a_pid_namespace():
+    def inside():
+        support.enter_pid_namespace()
+        return os.getpid()
+
+    assert support.run_as_uid(None, inside) == 1
 
 
 def test_a_bomb_leaves_its_mark_and_the_audit_hook_counts_it(marker, run_python):
