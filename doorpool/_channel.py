@@ -147,13 +147,14 @@ class Channel:
         buffers: Sequence[memoryview] = (),
         descriptors: Sequence[int] = (),
         nanoseconds: int = 0,
+        sent: int = 0,
         patience: Callable[[], None] | None = None,
     ) -> None:
         """
         Send one frame, waiting for the other side to take it.
 
         Args:
-            kind, number, data, buffers, nanoseconds: of the frame.
+            kind, number, data, buffers, nanoseconds, sent: of the frame.
             descriptors: go with its first byte; they stay the caller's.
             patience: called when a send has made no progress for the send patience; it
                 raises to give up.  Without it the first such time raises.
@@ -163,27 +164,27 @@ class Channel:
             TimeoutError: no progress, and no ``patience``.
         """
         if not buffers and not descriptors and len(data) < JOIN:
-            rest = self._send_joined(kind, number, data, nanoseconds)
+            rest = self._send_joined(kind, number, data, nanoseconds, sent)
             if not rest:
                 return
             self._send_views([rest], (), patience)
             return
-        head = frame_head(kind, number, data, buffers, len(descriptors), nanoseconds)
+        head = frame_head(kind, number, data, buffers, len(descriptors), nanoseconds, sent)
         views = [memoryview(head), memoryview(data).cast("B"), *(b.cast("B") for b in buffers)]
         self._send_views([view for view in views if view.nbytes], descriptors, patience)
 
     def _send_joined(
-        self, kind: int, number: int, data: bytes | bytearray | memoryview, nanoseconds: int
+        self, kind: int, number: int, data: bytes | bytearray | memoryview, nanoseconds: int, sent: int
     ) -> memoryview | None:
         """Send a small frame in one call; return what is left of it, seldom anything."""
-        whole = HEADER.pack(kind, VERSION, 0, 0, number, len(data), nanoseconds) + data
+        whole = HEADER.pack(kind, VERSION, 0, 0, number, len(data), nanoseconds, sent) + data
         if self._explicit:
             return memoryview(whole)
         try:
-            sent = self.socket.send(whole, socket.MSG_NOSIGNAL)
+            size = self.socket.send(whole, socket.MSG_NOSIGNAL)
         except BlockingIOError:
-            sent = 0
-        return None if sent == len(whole) else memoryview(whole)[sent:]
+            size = 0
+        return None if size == len(whole) else memoryview(whole)[size:]
 
     def _send_views(
         self, views: list[memoryview], descriptors: Sequence[int], patience: Callable[[], None] | None
@@ -260,12 +261,12 @@ class Channel:
         """Return the frame if the chunk is just one, without buffers or descriptors."""
         if len(chunk) < HEADER.size:
             return None
-        kind, _, descriptors, buffers, number, body, nanoseconds = read_header(chunk)
+        kind, _, descriptors, buffers, number, body, nanoseconds, sent = read_header(chunk)
         if len(chunk) != HEADER.size + body or body > limit:
             return None
         if buffers or descriptors or self._fds or self._lost:
             return None
-        return Frame(kind, number, nanoseconds, chunk[HEADER.size :])
+        return Frame(kind, number, nanoseconds, sent, chunk[HEADER.size :])
 
     def _assemble(self, assembly: Assembly, limit: int, flags: int) -> Frame:
         while not assembly.complete:

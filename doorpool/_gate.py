@@ -357,6 +357,7 @@ class Invocation:
         credentials: who is calling, as of the opening of its channel.
         words: what the caller says of itself (a claim).
         deadline: on ``time.monotonic()``, None for none.
+        waited: seconds since the caller sent it, by his own account.
 
     Modelled on: the arguments of a server procedure, door_create(3C)
     """
@@ -369,18 +370,24 @@ class Invocation:
         "data",
         "deadline",
         "descriptors",
-        "received",
+        "waited",
     )
 
     def __init__(self, gate: Gate, served: Served, frame: Frame) -> None:
-        self.received = time.monotonic()
+        now = time.monotonic()
         self._gate = gate
         self._served = served
         self._open = True
         self.data = frame.data
         self.buffers = frame.buffers
         self.descriptors = frame.descriptors
-        self.deadline = self.received + frame.nanoseconds / 1e9 if frame.nanoseconds else None
+        # At once, and from what was left then: the two clocks may differ (time namespaces),
+        # so what went by in the queue is taken off only if it makes sense.
+        self.waited = max(0.0, now - frame.sent / 1e9) if frame.sent else 0.0
+        self.deadline = None
+        if frame.nanoseconds:
+            left = frame.nanoseconds / 1e9
+            self.deadline = now + max(0.0, left - self.waited)
 
     def __del__(self) -> None:
         if getattr(self, "_open", False):

@@ -615,8 +615,9 @@ class Handle:
     ) -> None:
         nanoseconds = 0
         patience = LOOK_UP
+        now = time.monotonic()
         if deadline is not None:
-            left = deadline - time.monotonic()
+            left = deadline - now
             if left <= 0:
                 raise self._late(False)
             nanoseconds = int(left * 1e9) or 1
@@ -626,7 +627,7 @@ class Handle:
             channel.set_send_patience(patience)
         try:
             channel.post(
-                kind, channel.number, data, buffers, descriptors, nanoseconds,
+                kind, channel.number, data, buffers, descriptors, nanoseconds, int(now * 1e9),
                 lambda: self._look_up_sending(channel, deadline),
             )  # fmt: skip
         except ConnectionError as error:

@@ -38,7 +38,8 @@ and the server's credentials attached; a refusal brings no socket):
      8  8  call number: counts up from 1 on each channel; a reply bears its request's
     16  8  length of all that follows
     24  8  request: nanoseconds left for the call, 0 for no deadline; else 0
-    32     8 bytes a buffer: its length; then the data, then the buffers
+    32  8  request: when it was sent, nanoseconds on CLOCK_MONOTONIC (a claim); else 0
+    40     8 bytes a buffer: its length; then the data, then the buffers
 
 *Refusal* (the body of a failure, a goodbye, a refusing answer; behind "dpBY" and a
 version on a descriptor whose door was revoked, where it is only counted, never read):
@@ -79,7 +80,7 @@ _KNOCK = struct.Struct("<4sHBB16s")
 _ANSWER = struct.Struct("<4sHBBQ")
 _REFUSAL = struct.Struct("<BB6xQQ")
 _FAREWELL = struct.Struct("<4sH")
-HEADER = struct.Struct("<BBHIQQQ")
+HEADER = struct.Struct("<BBHIQQQQ")
 _LENGTH = struct.Struct("<I")
 
 GREETING_MAGIC = b"dpGR"
@@ -337,18 +338,20 @@ class Frame:
         kind: what it is.
         number: the call it belongs to.
         nanoseconds: what is left for the call, 0 for no deadline.
+        sent: when it was sent, by the sender's clock; 0 if it did not say.
         data, buffers: the bytes; buffers are writable and aligned as ``malloc`` aligns.
         descriptors: those that came with it; owned by whoever takes the frame.
         refusal: why it must be refused; then its body was not kept, or not even read.
     """
 
-    __slots__ = ("buffers", "data", "descriptors", "kind", "nanoseconds", "number", "refusal")
+    __slots__ = ("buffers", "data", "descriptors", "kind", "nanoseconds", "number", "refusal", "sent")
 
     def __init__(
         self,
         kind: int,
         number: int,
         nanoseconds: int = 0,
+        sent: int = 0,
         data: bytes | bytearray = b"",
         buffers: Sequence[bytearray] = (),
         descriptors: list[int] | None = None,
@@ -357,6 +360,7 @@ class Frame:
         self.kind = kind
         self.number = number
         self.nanoseconds = nanoseconds
+        self.sent = sent
         self.data = data
         self.buffers = buffers
         self.descriptors = descriptors if descriptors is not None else []
@@ -370,13 +374,14 @@ def frame_head(
     buffers: Sequence[memoryview] = (),
     descriptors: int = 0,
     nanoseconds: int = 0,
+    sent: int = 0,
 ) -> bytes:
     """Write the header of a frame and the table of its buffers."""
     if not buffers:
-        return HEADER.pack(kind, VERSION, descriptors, 0, number, len(data), nanoseconds)
+        return HEADER.pack(kind, VERSION, descriptors, 0, number, len(data), nanoseconds, sent)
     lengths = [buffer.nbytes for buffer in buffers]
     body = 8 * len(lengths) + len(data) + sum(lengths)
-    head = HEADER.pack(kind, VERSION, descriptors, len(lengths), number, body, nanoseconds)
+    head = HEADER.pack(kind, VERSION, descriptors, len(lengths), number, body, nanoseconds, sent)
     return head + struct.pack(f"<{len(lengths)}Q", *lengths)
 
 
@@ -447,7 +452,7 @@ class Assembly:
 
     def _accept(self, limit: int) -> None:
         assert self.fields is not None
-        _, _, _, buffers, _, body, _ = self.fields
+        _, _, _, buffers, _, body, _, _ = self.fields
         size = body - 8 * buffers
         if size < 0 or buffers > MAX_BUFFERS:
             raise ProtocolError(f"a frame of {body} bytes claims {buffers} buffers")
@@ -495,15 +500,15 @@ class Assembly:
     def frame(self) -> Frame:
         """Return the frame, which must be complete (descriptors are the reader's to add)."""
         assert self.fields is not None
-        kind, _, _, _, number, _, nanoseconds = self.fields
+        kind, _, _, _, number, _, nanoseconds, sent = self.fields
         if self.refusal is not None:
-            return Frame(kind, number, nanoseconds, refusal=self.refusal)
-        return Frame(kind, number, nanoseconds, self.parts[0], self.parts[1:])
+            return Frame(kind, number, nanoseconds, sent, refusal=self.refusal)
+        return Frame(kind, number, nanoseconds, sent, self.parts[0], self.parts[1:])
 
 
 def read_header(head: bytes | bytearray) -> tuple[int, ...]:
     """
-    Read the 32 bytes of a frame's header.
+    Read the 40 bytes of a frame's header.
 
     Raises:
         ProtocolError: they are none.
