@@ -49,8 +49,13 @@ def lasting_parts() -> None:
     That is its keeper, and the modules that a first call imports.
     """
     try:
+        from doorpool._keeper import keeper
+    except ImportError:  # its lowest layers can be tested without it
+        return
+    keeper()
+    try:
         from doorpool import Proxy, Server
-    except ImportError:  # its lowest layers are tested without it
+    except ImportError:
         return
     folder = tempfile.mkdtemp(prefix="dp-")
     try:

@@ -41,6 +41,7 @@ PUBLIC = ERRORS | {
     "current_call",
 }
 
+#: Of ``doorpool.door``.
 RAW_LAYER = {"Door", "Gate", "Handle", "Invocation", "Reply"}
 
 #: The verbs of the public classes that ``examples/`` and the docs rely on.
