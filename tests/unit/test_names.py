@@ -7,7 +7,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import gc
 import os
 import signal
 import socket
@@ -618,20 +617,16 @@ def test_removing_follows_the_directory_that_was_opened(door_dir, published):
     assert (door_dir / "one/a.door").exists()
 
 
-def test_removing_without_permission_says_so(make_dir, as_uid):
-    folder = make_dir(0o700)
-    with publish(folder / "a.door") as name:
-
-        def as_somebody_else() -> None:
-            os.seteuid(STRANGER)
-            try:
-                with pytest.raises(PermissionError, match="permission") as caught:
-                    name.remove()
-                assert caught.value.filename == name.path
-            finally:
-                os.seteuid(0)
-
-        as_somebody_else()
+@pytest.mark.parametrize("mode", [0o700, 0o755])
+def test_removing_without_permission_says_so(make_dir, root_only, mode):
+    with publish(make_dir(mode) / "a.door") as name:
+        os.seteuid(STRANGER)
+        try:
+            with pytest.raises(PermissionError, match="permission") as caught:
+                name.remove()
+        finally:
+            os.seteuid(0)
+        assert caught.value.filename == name.path
         assert name.remove()
 
 
@@ -655,9 +650,10 @@ def test_a_forked_child_takes_nothing_along(door_dir, published):
 def test_a_name_dropped_open_warns_and_closes(door_dir):
     name = publish(door_dir / "a.door")
     name.remove()
+    kept = [name]
+    del name
     with pytest.warns(ResourceWarning, match=r"a\.door"):
-        del name
-        gc.collect()
+        kept.clear()
 
 
 # -- paths
@@ -667,7 +663,7 @@ def test_a_name_dropped_open_warns_and_closes(door_dir):
 @pytest.mark.parametrize("path", ["", b"", "@x", b"@x", "\0x", b"\0x", "a\0b", b"/tmp/a\0b", Path("@x")])
 @pytest.mark.parametrize("function", [publish, reach])
 def test_paths_that_are_no_paths(function, path):
-    with pytest.raises(ValueError, match="abstract names|abstract name|NUL|empty"):
+    with pytest.raises(ValueError, match=r"abstract name|NUL|empty"):
         function(path)
 
 
@@ -863,7 +859,7 @@ def test_a_directory_that_we_may_not_write(make_dir, as_uid):
         assert repr(str(hidden / "sub")) in str(caught.value)
 
 
-@pytest.mark.parametrize("mode", [0o700, 0o755, 0o1777, 0o1733, 0o300])
+@pytest.mark.parametrize("mode", [0o700, 0o755, 0o1777])
 def test_directories_that_will_do(make_dir, as_uid, mode):
     folder = make_dir(mode) if mode & stat.S_ISVTX else make_dir(mode, STRANGER)
 
@@ -874,6 +870,17 @@ def test_directories_that_will_do(make_dir, as_uid, mode):
                 assert name.remove()
 
     as_uid(STRANGER, twice)
+    assert os.listdir(folder) == []
+
+
+@pytest.mark.parametrize("mode", [0o1733, 0o300])
+def test_a_directory_that_cannot_be_locked_is_refused_at_once(make_dir, as_uid, mode):
+    """
+    And not when the name is to be removed, or taken over after a crash.
+    """
+    folder = make_dir(mode) if mode & stat.S_ISVTX else make_dir(mode, STRANGER)
+    with pytest.raises(PermissionError, match="read"):
+        as_uid(STRANGER, publish, folder / "a.door")
     assert os.listdir(folder) == []
 
 
@@ -1072,7 +1079,6 @@ def test_without_free_descriptors_the_error_says_so(door_dir):
                 try:
                     made = function(door_dir / part)  # type: ignore[operator]
                 except OSError as error:
-                    assert error.errno == errno.EMFILE
                     said.append(str(error))
                 else:
                     (made.socket if function is reach else made).close()  # type: ignore[attr-defined]
@@ -1084,7 +1090,8 @@ def test_without_free_descriptors_the_error_says_so(door_dir):
 
     said = support.run_as_uid(None, starved)
     assert len(said) >= 2
-    assert all("RLIMIT_NOFILE" in text and str(door_dir) in text for text in said)
+    assert all("[Errno 24]" in text and "RLIMIT_NOFILE" in text for text in said)
+    assert all(str(door_dir) in text for text in said)
     assert os.listdir(door_dir) == []
 
 
@@ -1257,6 +1264,7 @@ def test_a_name_swapped_between_looking_and_connecting_is_not_reached(door_dir, 
     with pytest.raises(BlockingIOError):
         with reach(honest.path).socket:
             squatter.listener.accept()
+    os.unlink(honest.path)
 
 
 # -- waiting in line
