@@ -126,6 +126,11 @@ class Gate:
         return self._waiting
 
     @property
+    def channels(self) -> int:
+        """How many channels are open here."""
+        return len(self._served)
+
+    @property
     def closed(self) -> bool:
         """Whether the gate was closed."""
         return self._closed
@@ -473,6 +478,15 @@ class Invocation:
         if self._open:
             refusal = Refusal(reason, text, may_have_run, limit, value)
             self._answer(Kind.FAILURE, refusal.encode())
+
+    def cut(self) -> None:
+        """
+        Let the caller go without an answer; from any thread.
+
+        He is told that the call may have run.  Whoever has the invocation may go on, and
+        answer it: nobody hears.
+        """
+        self._served.channel.shutdown()
 
     def _answer(
         self,

@@ -208,6 +208,11 @@ class Handle:
         """
         return -1 if self._closed else self._socket.fileno()
 
+    @property
+    def is_local(self) -> bool:
+        """Whether the door is of this very process."""
+        return self.server.pid == os.getpid()
+
     def info(self) -> Greeting:
         """Return what the door said of itself when it was opened; never a round trip."""
         return self.greeting

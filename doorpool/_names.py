@@ -245,7 +245,7 @@ def publish(
 
     Modelled on: fattach(3C)
     """
-    told = _absolute(path)
+    told = absolute_path(path)
     mode = _checked_mode(mode)
     gid = -1 if group is None else _group_number(group)
     with _explaining(told), contextlib.ExitStack() as undo:
@@ -841,7 +841,7 @@ def reach(path: Path, *, deadline: float | None = None) -> Reached:
 
     Modelled on: open(2) of a door
     """
-    told = _absolute(path)
+    told = absolute_path(path)
     with _explaining(told), _held(_find(told)) as node:
         status = os.fstat(node)
         if not stat.S_ISSOCK(status.st_mode):
@@ -972,7 +972,7 @@ def _refusal(number: int, status: os.stat_result, told: str) -> OSError:
 # -- small things --------------------------------------------------------------------
 
 
-def _absolute(path: Path) -> str:
+def absolute_path(path: Path) -> str:
     """
     Check a path and make it absolute, leaving its parts as they are.
 

@@ -1,0 +1,81 @@
+"""
+Doors for Python on Linux: call a function of another process on the same machine.
+
+    with Server() as server:                          # one process
+        server.attach(answer, "server.door")
+        server.run()
+
+    with Proxy("server.door") as answer:              # any other
+        print(answer("Hello, World!"))
+
+The rooms of the house, from the roof down; each leans only on those below it:
+
+    _server      Server                     _proxy      Proxy, DoorInfo
+    _endpoint    Endpoint                   _call       Call, current_call
+    _threads     server threads: how many, when they come and go
+    _marshal     objects <-> bytes and buffers          _exceptions  what leaves a procedure
+    door         the raw layer, public: bytes, buffers and descriptors
+    _handle      the caller's side of it    _gate       the server's side
+    _keeper      the one thread that accepts and answers knocks
+    _descriptor  Descriptor
+    _opening     knock and answer: who is at the other end
+    _channel     the private pair on which calls go
+    _names       the file system: attach, detach, stale names, long paths
+    _sockets     sockets that carry credentials
+    _wire        every byte that is sent: frames, knocks, answers, greetings
+    _credentials, _errors
+"""
+
+import sys as _sys
+
+if not _sys.platform.startswith("linux"):
+    raise ImportError(f"doorpool needs Linux 5.4 or newer, and this is {_sys.platform}")
+
+from doorpool._call import Call, current_call
+from doorpool._credentials import Credentials
+from doorpool._descriptor import Descriptor
+from doorpool._endpoint import Endpoint
+from doorpool._errors import (
+    AccessError,
+    BrokenDoorError,
+    BusyError,
+    CallTimeoutError,
+    ClosedError,
+    DoorError,
+    LimitError,
+    MarshalError,
+    NotADoorError,
+    ProtocolError,
+    RemoteError,
+    RemoteTraceback,
+    RevokedError,
+)
+from doorpool._proxy import DoorInfo, Proxy
+from doorpool._server import Server, Statistics
+
+__all__ = [
+    "AccessError",
+    "BrokenDoorError",
+    "BusyError",
+    "Call",
+    "CallTimeoutError",
+    "ClosedError",
+    "Credentials",
+    "Descriptor",
+    "DoorError",
+    "DoorInfo",
+    "Endpoint",
+    "LimitError",
+    "MarshalError",
+    "NotADoorError",
+    "Proxy",
+    "ProtocolError",
+    "RemoteError",
+    "RemoteTraceback",
+    "RevokedError",
+    "Server",
+    "Statistics",
+    "current_call",
+]
+
+__version__ = "0.1.0.dev0"

@@ -1,0 +1,69 @@
+"""The call that a procedure is answering: who asked, until when, and whether he still waits."""
+
+from __future__ import annotations
+
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from doorpool._credentials import Credentials
+    from doorpool.door import Invocation
+
+__all__ = ["Call", "current_call"]
+
+current: ContextVar[Call] = ContextVar("doorpool.current_call")
+
+
+class Call:
+    """
+    One call, seen from the procedure that answers it; readable afterwards too.
+
+    Attributes:
+        caller: who is calling, as the kernel said when the channel was opened.  The
+            immediate caller only: one that calls on behalf of somebody else hides him.
+        endpoint: the door that was called.
+        deadline: when the caller gives up, by ``time.monotonic()`` here; None for never.
+        waited: seconds from sending to a thread's taking the call, by the caller's account.
+
+    Modelled on: door_ucred(3C), door_info(3C) with DOOR_QUERY
+    """
+
+    __slots__ = ("_invocation", "caller", "deadline", "endpoint", "waited")
+
+    def __init__(self, invocation: Invocation, endpoint: Any) -> None:
+        self._invocation = invocation
+        self.caller: Credentials = invocation.credentials
+        self.endpoint = endpoint
+        self.deadline: float | None = invocation.deadline
+        self.waited: float = invocation.waited
+
+    def __repr__(self) -> str:
+        return f"<Call of {self.endpoint.name!r} by {self.caller}>"
+
+    @property
+    def cancelled(self) -> bool:
+        """
+        Whether the caller has given up or is dead; False once the call was answered.
+
+        Looks at the channel and at the caller's process each time it is asked, and is true
+        at once.  Nothing is ever interrupted: a procedure that wants to stop early asks.
+        """
+        return not self._invocation.answered and self._invocation.cancelled
+
+
+def current_call() -> Call:
+    """
+    Return the call that this code is answering.
+
+    It follows the context: ``asyncio.to_thread`` and copied contexts have it, a thread
+    that the procedure starts by itself has none.
+
+    Raises:
+        RuntimeError: no call is being answered here.
+
+    Modelled on: door_ucred(3C), which fails with EINVAL outside a server procedure
+    """
+    try:
+        return current.get()
+    except LookupError:
+        raise RuntimeError("no call is being answered here: current_call() is for procedures") from None

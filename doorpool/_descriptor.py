@@ -1,0 +1,86 @@
+"""A descriptor with an owner."""
+
+from __future__ import annotations
+
+import os
+import warnings
+
+__all__ = ["Descriptor"]
+
+
+class Descriptor:
+    """
+    Own the number of an open file, and close it once.
+
+    After ``close`` or ``take`` the number is -1.  Collected open, it closes itself with a
+    ``ResourceWarning``.  Closing is idempotent; one thread at a time.
+
+    Args:
+        number: the descriptor; owned by this object from now on.
+
+    Raises:
+        TypeError, ValueError: the number is no descriptor's.
+    """
+
+    __slots__ = ("_number",)
+
+    def __init__(self, number: int) -> None:
+        self._number = -1
+        if isinstance(number, bool) or not isinstance(number, int):
+            raise TypeError(f"a descriptor is a number, not {number!r}")
+        if number < 0:
+            raise ValueError(f"a descriptor is not below 0: {number}")
+        self._number = number
+
+    def __repr__(self) -> str:
+        return f"<Descriptor {self._number}>" if self._number >= 0 else "<Descriptor closed>"
+
+    def __del__(self) -> None:
+        if self._number >= 0:
+            warnings.warn(f"unclosed {self!r}", ResourceWarning, source=self, stacklevel=2)
+            self.close()
+
+    def __enter__(self) -> Descriptor:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def closed(self) -> bool:
+        """Whether it was closed or taken."""
+        return self._number < 0
+
+    def fileno(self) -> int:
+        """Return the number, -1 once closed; it stays this object's."""
+        return self._number
+
+    def take(self) -> int:
+        """
+        Return the number and give up owning it: it is the caller's to close.
+
+        Raises:
+            ValueError: it was closed or taken before.
+        """
+        number, self._number = self._number, -1
+        if number < 0:
+            raise ValueError("this descriptor is closed")
+        return number
+
+    def dup(self) -> Descriptor:
+        """
+        Return a second descriptor of the same open file, close-on-exec.
+
+        Raises:
+            ValueError: it was closed or taken before.
+            OSError: ``EMFILE``.
+        """
+        if self._number < 0:
+            raise ValueError("this descriptor is closed")
+        return Descriptor(os.dup(self._number))
+
+    def close(self) -> None:
+        """Close it; idempotent."""
+        number, self._number = self._number, -1
+        if number >= 0:
+            os.close(number)

@@ -1,0 +1,416 @@
+"""
+An endpoint: a procedure and the door that leads to it, with objects for arguments.
+
+An endpoint belongs to one server, in whose threads its procedure runs.  Made on its own it
+belongs to none until it is first attached or handed out; then to the process's default
+server, which ``_server`` provides (``find_default_server``).
+
+Whatever happens in a procedure, or while its arguments or its result are marshalled, the
+caller is answered, and the channel goes on:
+
+    arguments cannot be rebuilt here    MarshalError, did not run
+    the procedure returns               its result
+    it raises                           the exception as itself, or a RemoteError
+    the result cannot cross             MarshalError, has run
+    the result is over max_reply        LimitError, has run
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import warnings
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from doorpool import _sockets
+from doorpool._call import Call, current
+from doorpool._descriptor import Descriptor
+from doorpool._errors import ClosedError, DoorError, LimitError
+from doorpool._marshal import (
+    Dialect,
+    Parcel,
+    own_dialect,
+    pack_exception,
+    pack_refusal,
+    pack_result,
+    unpack_arguments,
+)
+from doorpool._names import absolute_path
+from doorpool._wire import Refusal
+from doorpool.door import Codec, Door, Invocation
+
+if TYPE_CHECKING:
+    from doorpool._errors import Path
+    from doorpool._server import Server
+
+__all__ = ["Endpoint"]
+
+log = logging.getLogger("doorpool")
+
+#: Returns the server of endpoints that were made without one; set by ``_server``.
+find_default_server: Callable[[], Server]
+
+
+class Endpoint:
+    """
+    Offer a procedure to other processes.
+
+    Args:
+        target: what is called: anything callable with the caller's arguments.  It runs in a
+            server thread, several at once if several call.
+        name: what messages call the door; the target's ``__qualname__`` by default.
+        mode: of the names it gets, as ``ls -l`` shows it.  Connecting takes *write*
+            permission on Linux, so ``0o666`` lets everybody knock.  (Only processes of our
+            own user are let in: pickle is spoken here.)
+        trust: "namespace": the caller must be in our user namespace too, where the kernel
+            can say.  "uid": the same user is enough, a sandboxed one included.
+        refuse_descriptors: refuse every call that brings a descriptor.
+        max_request, max_reply: bytes; over it is a ``LimitError`` for the caller.  May be
+            set at any time.
+        max_descriptors: of a request, at most 253; likewise.
+
+    Raises:
+        TypeError: the target cannot be called, or only from ``async`` code.
+        ValueError: an option is out of its range.
+
+    Modelled on: door_create(3C)
+    """
+
+    def __init__(
+        self, target: Callable[..., Any], *, name: str | None = None, mode: int = 0o600,
+        codec: str = "pickle", trust: str = "namespace", refuse_descriptors: bool = False,
+        max_request: int = 2**30, max_reply: int = 2**30, max_descriptors: int = 253,
+    ) -> None:  # fmt: skip
+        self._server: Server | None = None
+        self._door: Door | None = None
+        self._closed = False
+        self._generation = _sockets.generation
+        self.target = _checked_target(target)
+        self.name = _checked_name(name, target)
+        self.mode = check_mode(mode)
+        self._trust = _checked_choice("trust", trust, ("namespace", "uid"))
+        self._codec = _checked_choice("codec", codec, ("pickle",))
+        self._refuse_descriptors = bool(refuse_descriptors)
+        self._max_request = _checked_limit("max_request", max_request)
+        self._max_reply = _checked_limit("max_reply", max_reply)
+        self._max_descriptors = _checked_limit("max_descriptors", max_descriptors, 253)
+
+    def __repr__(self) -> str:
+        state = "closed" if self._closed else ", ".join(self.paths) or "no name"
+        return f"<Endpoint {self.name!r}: {state}>"
+
+    def __enter__(self) -> Endpoint:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        door = getattr(self, "_door", None)
+        if door is not None and not self._closed and self._generation == _sockets.generation:
+            warnings.warn(f"unclosed {self!r}", ResourceWarning, source=self, stacklevel=2)
+            self.close()
+
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            f"{self!r} is a door of this process and cannot be pickled; give it a name with attach() "
+            "and open a Proxy of the path there"
+        )
+
+    # -- limits, changeable at any time (P1) -------------------------------------------------
+
+    @property
+    def max_request(self) -> int:
+        """The most bytes of a request."""
+        return self._max_request
+
+    @max_request.setter
+    def max_request(self, value: int) -> None:
+        self._set_limit("max_request", _checked_limit("max_request", value))
+
+    @property
+    def max_reply(self) -> int:
+        """The most bytes of a reply."""
+        return self._max_reply
+
+    @max_reply.setter
+    def max_reply(self, value: int) -> None:
+        self._set_limit("max_reply", _checked_limit("max_reply", value))
+
+    @property
+    def max_descriptors(self) -> int:
+        """The most descriptors of a request."""
+        return self._max_descriptors
+
+    @max_descriptors.setter
+    def max_descriptors(self, value: int) -> None:
+        self._set_limit("max_descriptors", _checked_limit("max_descriptors", value, 253))
+
+    def _set_limit(self, name: str, value: int) -> None:
+        setattr(self, f"_{name}", value)
+        if self._door is not None:
+            setattr(self._door, name, value)
+
+    # -- where it is -------------------------------------------------------------------------
+
+    @property
+    def server(self) -> Server | None:
+        """The server whose threads run it, None so far for one that was made alone."""
+        return self._server
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """Its names, absolute, in the order of attaching."""
+        return self._door.paths if self._door is not None else ()
+
+    @property
+    def closed(self) -> bool:
+        """Whether it was closed."""
+        return self._closed
+
+    @property
+    def revoked(self) -> bool:
+        """Whether it was revoked, or closed."""
+        return self._closed or (self._door is not None and self._door.revoked)
+
+    def adopt(self, server: Server) -> None:
+        """
+        Let a server's threads run it; for ``Server``.
+
+        Raises:
+            ValueError: it is another server's.
+            ClosedError: it is closed.
+        """
+        self._check_open()
+        if self._server is not None and self._server is not server:
+            raise ValueError(f"{self!r} is of another server")
+        self._server = server
+
+    def _check_open(self) -> None:
+        if self._closed or self._generation != _sockets.generation:
+            raise ClosedError(f"{self!r} is closed")
+
+    def _ready_door(self) -> Door:
+        """Return the door, made now if this is the first time it is needed."""
+        self._check_open()
+        if self._server is None:
+            find_default_server().adopt(self)
+        if self._door is None:
+            assert self._server is not None
+            self._door = self._make_door(self._server)
+        return self._door
+
+    def _make_door(self, server: Server) -> Door:
+        return Door(
+            server.gate,
+            name=self.name,
+            cookie=self,
+            codec=Codec.PICKLE,
+            trust=self._trust,
+            refuse_descriptors=self._refuse_descriptors,
+            max_request=self._max_request,
+            max_reply=self._max_reply,
+            max_descriptors=self._max_descriptors,
+            main=own_dialect().main,
+            doc=inspect.getdoc(self.target) or "",
+            signature=_signature(self.target),
+        )
+
+    # -- handing out and taking away ---------------------------------------------------------
+
+    def attach(
+        self, path: Path, *, mode: int | None = None, group: str | int | None = None,
+        replace: bool = False,
+    ) -> Endpoint:  # fmt: skip
+        """
+        Give the door a name in the file system, and return the endpoint.
+
+        Args:
+            path: where; the directory must exist.
+            mode: of this name; the endpoint's own by default.
+            group: whose the file becomes, by name or number.
+            replace: take over the name of a door of ours that still answers.  (That of a
+                server that died is taken over in any case.)
+
+        Raises:
+            ClosedError: the endpoint or its server is closed, or it was revoked.
+            FileExistsError: something else has the name, and is left alone.
+            OSError: as the file system says.
+
+        Modelled on: fattach(3C)
+        """
+        mode = self.mode if mode is None else check_mode(mode)
+        self._ready_door().listen(path, mode=mode, group=group, replace=replace)
+        return self
+
+    def detach(self, path: Path | None = None) -> None:
+        """
+        Take a name away, or all of them; whoever came in by it stays.
+
+        Raises:
+            ValueError: it has no such name.
+
+        Modelled on: fdetach(3C)
+        """
+        door = self._door
+        names = list(self.paths) if path is None else [absolute_path(path)]
+        for name in names:
+            if door is None or name not in door.paths:
+                raise ValueError(f"{self!r} has no name {name!r}")
+            door.unlisten(name)
+
+    def open(self) -> Descriptor:
+        """
+        Return a fresh descriptor of the door, the caller's to close.
+
+        It can be inherited (``pass_fds``), sent through a socket, and opened with
+        ``Proxy(number)`` by whoever holds it, with no permission on any path.  Give each
+        receiver one of its own: copies of one share a fate.
+
+        Raises:
+            ClosedError: the endpoint or its server is closed, or it was revoked.
+            OSError: ``EMFILE``.
+        """
+        return Descriptor(self._ready_door().open())
+
+    def revoke(self) -> None:
+        """
+        Refuse new calls of this door.
+
+        Its names go.  Running calls finish and are answered.  Idempotent; any thread;
+        waits for no peer.
+
+        Raises:
+            PermissionError: this process did not make the door.
+
+        Modelled on: door_revoke(3C)
+        """
+        if self._door is not None:
+            self._door.revoke()
+        else:
+            self._closed = True
+
+    def close(self) -> None:
+        """Detach all names, revoke the door, and let the server forget it; idempotent."""
+        if self._closed:
+            return
+        self._closed = True
+        if self._generation != _sockets.generation:
+            return  # the parent's door, and none of ours
+        if self._door is not None:
+            self._door.revoke()
+        if self._server is not None:
+            self._server.forget(self)
+
+    def retire(self, refusal: Refusal) -> None:
+        """Close because the server closes; callers are told this reason."""
+        if self._door is not None:
+            self._door.revoke(refusal)
+        self._closed = True
+
+    # -- answering ---------------------------------------------------------------------------
+
+    def serve(self, invocation: Invocation) -> bool:
+        """
+        Answer one invocation, whatever happens; return whether the procedure returned.
+
+        Runs in a server thread.
+        """
+        peer = Dialect(invocation.words.python, invocation.words.main)
+        try:
+            args, kwargs = unpack_arguments(invocation.data, invocation.buffers)
+        except DoorError as error:
+            log.warning("%s: %s: %s", self.name, invocation.credentials, error)
+            parcel, returned = pack_refusal(error, peer), False
+        else:
+            parcel, returned = self._invoke(invocation, args, kwargs, peer)
+        try:
+            invocation.reply(parcel.data, parcel.buffers)
+        except LimitError as error:
+            log.error("%s: %s", self.name, error)
+            invocation.reply(pack_refusal(error, peer).data)
+            return False
+        return returned
+
+    def _invoke(
+        self, invocation: Invocation, args: tuple[Any, ...], kwargs: dict[str, Any], peer: Dialect
+    ) -> tuple[Parcel, bool]:
+        """Run the procedure and marshal what becomes of it."""
+        token = current.set(Call(invocation, self))
+        try:
+            value = self.target(*args, **kwargs)
+        except BaseException as error:
+            if error.__traceback__ is not None:
+                error.__traceback__ = error.__traceback__.tb_next  # begin with the procedure's own frame
+            self._log(error)
+            return pack_exception(error, peer), False
+        finally:
+            current.reset(token)
+        try:
+            return pack_result(value, peer), True
+        except DoorError as error:
+            log.error("%s: %s", self.name, error)
+            return pack_refusal(error, peer), False
+
+    def _log(self, error: BaseException) -> None:
+        if isinstance(error, Exception):
+            log.debug("%s raised", self.name, exc_info=error)
+        else:
+            log.error("%s raised what is no Exception", self.name, exc_info=error)
+
+
+def serve(invocation: Invocation) -> bool:
+    """Have the endpoint of an invocation answer it."""
+    endpoint: Endpoint = invocation.door.cookie
+    return endpoint.serve(invocation)
+
+
+def _checked_target(target: Any) -> Callable[..., Any]:
+    if not callable(target):
+        raise TypeError(f"a door leads to something that can be called, not to {target!r}")
+    call = target if inspect.isroutine(target) or inspect.isclass(target) else type(target).__call__
+    for function in (target, inspect.unwrap(call)):
+        if inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function):
+            raise TypeError(f"{target!r} is an async function, which a door cannot run")
+        if inspect.isgeneratorfunction(function):
+            raise TypeError(f"{target!r} is a generator function: its items cannot cross a door")
+    return target  # type: ignore[no-any-return]
+
+
+def _checked_name(name: str | None, target: Any) -> str:
+    if name is None:
+        return str(getattr(target, "__qualname__", None) or type(target).__qualname__)
+    if not isinstance(name, str):
+        raise TypeError(f"a door's name is a string, not {name!r}")
+    return name
+
+
+def _checked_choice(what: str, value: str, choices: tuple[str, ...]) -> str:
+    if value not in choices:
+        raise ValueError(f"{what} is {' or '.join(map(repr, choices))}, not {value!r}")
+    return value
+
+
+def _checked_limit(what: str, value: int, most: int = 2**62) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{what} is a whole number, not {value!r}")
+    if not 0 <= value <= most:
+        raise ValueError(f"{what} is from 0 to {most}, not {value}")
+    return value
+
+
+def check_mode(mode: int) -> int:
+    """Return the mode of a name if it is one."""
+    if isinstance(mode, bool) or not isinstance(mode, int):
+        raise TypeError(f"a mode is a number such as 0o660, not {mode!r}")
+    if not 0 <= mode <= 0o777:
+        raise ValueError(f"a mode is from 0 to 0o777, not {mode:#o}")
+    return mode
+
+
+def _signature(target: Callable[..., Any]) -> str:
+    try:
+        return str(inspect.signature(target))
+    except (TypeError, ValueError):
+        return ""

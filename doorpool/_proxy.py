@@ -1,0 +1,458 @@
+"""
+A proxy: somebody else's procedure, to be called like one's own.
+
+All views of one open door (``options``) share a ``_Line``: the handle, who was believed
+when it was opened, and how to open the path anew when the server has been restarted.
+
+Reopening
+    A call that certainly did not run, because the server has gone, closed or revoked the
+    door, is made once more if the door was opened by path: the path is opened anew, by
+    the same rule of whom to believe, and must lead to the same user and codec as at
+    first.  One thread reopens and the others wait for it.  If the second try did not run
+    either, the first error is raised, with the second as its cause.  If it may have run,
+    the second is raised: an error must never promise what is not so.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from multiprocessing import reduction
+from typing import Any
+
+import attrs
+
+from doorpool import _sockets
+from doorpool._credentials import Credentials
+from doorpool._descriptor import Descriptor
+from doorpool._endpoint import Endpoint
+from doorpool._errors import (
+    AccessError,
+    BrokenDoorError,
+    CallTimeoutError,
+    ClosedError,
+    DoorError,
+    Path,
+    RevokedError,
+)
+from doorpool._marshal import Dialect, own_dialect, pack_arguments, unpack_outcome
+from doorpool._wire import Attribute, Knock
+from doorpool._handle import FOREVER, check_seconds, deadline_after
+from doorpool.door import Handle, Reply
+
+__all__ = ["DoorInfo", "Proxy"]
+
+#: How often a path is tried again while ``wait=`` lasts, seconds.  Neither a directory that is
+#: not there yet nor a server that is still to listen can be waited for by an event.
+_RETRY = 0.02
+
+_SUBMITTERS = 64  #: Threads at most that ``submit`` and ``map`` start.
+
+
+class _Unchanged:
+    """The absence of an option, where None means something."""
+
+    def __repr__(self) -> str:
+        return "..."
+
+
+_UNCHANGED = _Unchanged()
+
+
+@attrs.frozen
+class DoorInfo:
+    """
+    What a door said of itself when it was opened.
+
+    Attributes:
+        id: 32 hex digits, the same for every descriptor of one door.  The server's claim.
+        name: what the server calls it.
+        path: by which it was opened, absolute; None if by descriptor.
+        server: who answers, as the kernel says.
+        attributes: of "private", "refuse_descriptors", "local" (it is a door of this process).
+        codec: how values are written.
+        max_request: the most bytes of a request.
+        max_descriptors: the most descriptors of a request.
+        python: the server's, major and minor version.
+        doc: the procedure's docstring.
+        signature: of the procedure, as text.
+
+    Modelled on: door_info(3C)
+    """
+
+    id: str
+    name: str
+    path: str | None
+    server: Credentials
+    attributes: frozenset[str]
+    codec: str
+    max_request: int
+    max_descriptors: int
+    python: tuple[int, int]
+    doc: str
+    signature: str
+
+
+def _describe(handle: Handle) -> DoorInfo:
+    greeting = handle.greeting
+    bits = {Attribute.PRIVATE: "private", Attribute.REFUSE_DESCRIPTORS: "refuse_descriptors"}
+    attributes = {text for bit, text in bits.items() if greeting.attributes & bit}
+    if handle.is_local:
+        attributes.add("local")
+    return DoorInfo(
+        id=greeting.id.hex(), name=greeting.name, path=handle.path, server=handle.server,
+        attributes=frozenset(attributes), codec=greeting.codec.name.lower(),
+        max_request=greeting.max_request, max_descriptors=greeting.max_descriptors,
+        python=greeting.python, doc=greeting.doc, signature=greeting.signature,
+    )  # fmt: skip
+
+
+class _Line:
+    """What the views of one open door share."""
+
+    def __init__(
+        self, door: Path | int, *, open_timeout: float | None, reopens: bool, trust: str
+    ) -> None:
+        self.open_timeout = open_timeout
+        self.trust = trust
+        self.closed = False
+        self.handle = self._open(door)
+        self.reopens = reopens and self.handle.path is not None
+        self.id = self.handle.greeting.id
+        self._believed = self.handle.server.uid, self.handle.greeting.codec
+        self._take(self.handle)
+        self._reset()
+
+    def _reset(self) -> None:
+        """Begin anew: at first, and in a forked child, where the parent's threads are not."""
+        self._generation = _sockets.generation
+        self._lock = threading.Lock()
+        self._executor: ThreadPoolExecutor | None = None
+
+    def _lock_here(self) -> threading.Lock:
+        if self._generation != _sockets.generation:
+            self._reset()
+        return self._lock
+
+    def _open(self, door: Path | int) -> Handle:
+        own = own_dialect()
+        words = Knock(own.python, own.main)
+        return Handle(door, open_timeout=self.open_timeout, trust=self.trust, words=words)
+
+    def _take(self, handle: Handle) -> None:
+        self.handle = handle
+        self.info = _describe(handle)
+        self.dialect = Dialect(handle.greeting.python, handle.greeting.main)
+
+    def call(self, args: tuple[Any, ...], kwargs: dict[str, Any], deadline: float | None) -> Any:
+        """Make one call; see "Reopening" above."""
+        handle = self.handle
+        try:
+            reply = self._exchange(handle, args, kwargs, deadline)
+        except (RevokedError, BrokenDoorError) as first:
+            if first.may_have_run or not self.reopens or self.closed:
+                raise
+            reply = self._call_anew(handle, first, args, kwargs, deadline)
+        return unpack_outcome(reply.data, reply.buffers)
+
+    def _exchange(
+        self, handle: Handle, args: tuple[Any, ...], kwargs: dict[str, Any], deadline: float | None
+    ) -> Reply:
+        parcel = pack_arguments(args, kwargs, self.dialect)
+        return handle.call_until(deadline, parcel.data, parcel.buffers)
+
+    def _call_anew(
+        self, gone: Handle, first: DoorError, args: tuple[Any, ...], kwargs: dict[str, Any],
+        deadline: float | None,
+    ) -> Reply:  # fmt: skip
+        """Call again through the reopened door; the first error stands if that does not run either."""
+        try:
+            return self._exchange(self._reopen(gone), args, kwargs, deadline)
+        except (DoorError, OSError) as second:
+            if getattr(second, "may_have_run", False):
+                raise
+            raise first from second
+
+    def _reopen(self, gone: Handle) -> Handle:
+        """Open the path anew, unless another thread has done so meanwhile."""
+        with self._lock_here():
+            if self.closed:
+                raise ClosedError(f"{gone.name}: this proxy is closed")
+            if self.handle is not gone:
+                return self.handle
+            assert gone.path is not None
+            handle = self._open(gone.path)
+            believed = handle.server.uid, handle.greeting.codec
+            if believed != self._believed:
+                handle.close()
+                raise AccessError(
+                    f"{gone.name} is served by uid {believed[0]} with codec {believed[1].name} now, and "
+                    f"was opened with uid {self._believed[0]} and codec {self._believed[1].name}"
+                )
+            self._take(handle)
+            gone.close()
+            return handle
+
+    def executor(self) -> ThreadPoolExecutor:
+        """Return the threads in which ``submit`` calls."""
+        with self._lock_here():
+            if self.closed:
+                raise ClosedError(f"{self.handle.name}: this proxy is closed")
+            if self._executor is None:
+                self._executor = ThreadPoolExecutor(_SUBMITTERS, "doorpool-submit")
+            return self._executor
+
+    def close(self) -> None:
+        """Close the door for all views; idempotent."""
+        with self._lock_here():
+            self.closed = True
+            executor, self._executor = self._executor, None
+        self.handle.close()
+        if executor is not None:
+            executor.shutdown(wait=False, cancel_futures=True)
+
+
+class Proxy:
+    """
+    Call a procedure of another process like a function of one's own.
+
+    Opening happens here and fails here.  Any number of threads may call at once; each call
+    has a channel of its own.  In a forked child the proxy goes on with channels of its own.
+
+    Args:
+        door: a path; or the number or ``Descriptor`` of an open door, taken over if this
+            succeeds; or an ``Endpoint`` or another ``Proxy``, for a second descriptor of it.
+        timeout: seconds for each call, from entering it to the unmarshalled result, the
+            opening of a channel included; None for none.
+        open_timeout: seconds for opening the door.
+        wait: seconds for which to wait for a door to be there.
+        reopen: open a path anew, and call again, when the server has gone and the call
+            certainly did not run.
+        trust: "namespace": believe a server only in our own user namespace, where the kernel
+            can say.  "uid": the same user is enough.
+
+    Raises:
+        FileNotFoundError: nothing is at the path.
+        PermissionError: we may not connect to it (that takes write permission).
+        AccessError: the server is not ours, or refuses us.
+        NotADoorError: what is there is no door.
+        BrokenDoorError: the server is gone.
+        CallTimeoutError: the server does not answer.
+        TypeError, ValueError: an argument is out of its range.
+
+    Modelled on: door_call(3C)
+    """
+
+    __slots__ = ("__weakref__", "_line", "_timeout", "_view")
+
+    _line: _Line
+
+    def __init__(
+        self, door: Path | int | Descriptor | Endpoint | Proxy, *, timeout: float | None = None,
+        open_timeout: float | None = 5.0, wait: float = 0.0, reopen: bool = True,
+        trust: str = "namespace",
+    ) -> None:  # fmt: skip
+        self._view = False
+        self._timeout = check_seconds(timeout, "timeout")
+        if trust not in ("namespace", "uid"):
+            raise ValueError(f"trust is 'namespace' or 'uid', not {trust!r}")
+
+        def connect(opened: Path | int) -> _Line:
+            return _Line(opened, open_timeout=open_timeout, reopens=reopen, trust=trust)
+
+        if isinstance(door, int | Descriptor | Endpoint | Proxy):
+            self._line = _connect_descriptor(door, connect)
+        else:
+            self._line = _connect_path(door, connect, _checked_wait(wait))
+
+    # -- calling -------------------------------------------------------------------------------
+
+    def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
+        """
+        Call the procedure; return what it returns, or raise what it raises.
+
+        Blocks until the reply is here.
+
+        Raises:
+            DoorError: the call could not be made or its end is not known; ``may_have_run``.
+            Exception: whatever left the procedure; a ``RemoteError`` if that cannot cross.
+        """
+        line = self._line
+        return line.call(args, kwargs, deadline_after(self._timeout))
+
+    def options(self, *, timeout: float | None | _Unchanged = _UNCHANGED) -> Proxy:
+        """
+        Return a view of this open door with other options; what is left out stays as it is.
+
+        Closing any view closes the door for all of them.
+        """
+        view = object.__new__(Proxy)
+        view._view = True
+        view._line = self._line
+        absent = isinstance(timeout, _Unchanged)
+        view._timeout = self._timeout if absent else check_seconds(timeout, "timeout")  # type: ignore[arg-type]
+        return view
+
+    def submit(self, /, *args: Any, **kwargs: Any) -> Future[Any]:
+        """Call in a thread of this process; return a future of the result."""
+        return self._line.executor().submit(self, *args, **kwargs)
+
+    def map(self, *iterables: Iterable[Any], timeout: float | None = None) -> Iterator[Any]:
+        """
+        Call once for each set of arguments, many at once; yield the results in order.
+
+        Args:
+            iterables: as of the built-in ``map``; they are read at once.
+            timeout: seconds from now until the last result must be there.
+        """
+        return self._line.executor().map(self, *iterables, timeout=timeout)
+
+    def ping(self, timeout: float | None = None) -> None:
+        """
+        Have the server answer, without running the procedure.
+
+        Args:
+            timeout: seconds; the proxy's own by default.
+
+        Raises:
+            DoorError: it did not.
+        """
+        seconds = self._timeout if timeout is None else check_seconds(timeout, "timeout")
+        self._line.handle.ping(timeout=seconds)
+
+    # -- the door ------------------------------------------------------------------------------
+
+    @property
+    def info(self) -> DoorInfo:
+        """What the door said of itself when opened; never a round trip."""
+        return self._line.info
+
+    @property
+    def alive(self) -> bool:
+        """Whether the server is there, as far as the kernel tells; no round trip."""
+        return self._line.handle.alive
+
+    @property
+    def closed(self) -> bool:
+        """Whether it was closed, by any view."""
+        return self._line.closed
+
+    def fileno(self) -> int:
+        """
+        Return the door's descriptor, for passing on; -1 once closed.
+
+        It stays the proxy's.  Reading or writing it is undefined.
+        """
+        return self._line.handle.fileno()
+
+    def close(self) -> None:
+        """
+        Close the door, for all views; idempotent, any thread.
+
+        Calls that are running are not disturbed.
+        """
+        self._line.close()
+
+    def __enter__(self) -> Proxy:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        line = getattr(self, "_line", None)
+        if line is None or self._view or line.closed:
+            return
+        warnings.warn(f"unclosed {self!r}", ResourceWarning, source=self, stacklevel=2)
+        line.close()
+
+    def __repr__(self) -> str:
+        line = self._line
+        state = " closed" if line.closed else ""
+        return f"<Proxy of {line.info.name!r} at {line.handle.name}{state}>"
+
+    def __eq__(self, other: object) -> bool:
+        return self._line.id == other._line.id if isinstance(other, Proxy) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self._line.id)
+
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            f"{self!r} is an open door and cannot be pickled: open a Proxy of the path where it is "
+            "needed, or pass it as an argument of multiprocessing.Process"
+        )
+
+
+def _checked_wait(wait: float) -> float:
+    if wait == 0 and not isinstance(wait, bool):
+        return 0.0
+    return check_seconds(wait, "wait") or FOREVER
+
+
+def _connect_path(path: Path, connect: Callable[[Path], _Line], wait: float) -> _Line:
+    """Open a path, trying again for a while if no door is there yet."""
+    until = time.monotonic() + wait
+    while True:
+        try:
+            return connect(path)
+        except (FileNotFoundError, BrokenDoorError, RevokedError):
+            if time.monotonic() + _RETRY > until:
+                raise
+        except CallTimeoutError:
+            if time.monotonic() > until:
+                raise
+        time.sleep(_RETRY)
+
+
+def _connect_descriptor(
+    door: int | Descriptor | Endpoint | Proxy, connect: Callable[[int], _Line]
+) -> _Line:
+    """Open a descriptor; one that was given is taken over only if this succeeds."""
+    if isinstance(door, int):
+        return connect(door)
+    if isinstance(door, Descriptor):
+        with door.dup() as copy:
+            line = connect(copy.fileno())
+            copy.take()
+        door.close()
+        return line
+    with door.open() if isinstance(door, Endpoint) else Descriptor(os.dup(_checked_number(door))) as copy:
+        line = connect(copy.fileno())
+        copy.take()
+        return line
+
+
+# -- multiprocessing: as an argument of a process or a pool's task -------------------------------
+
+
+def _reduce_for_multiprocessing(proxy: Proxy) -> Any:
+    """Pass a proxy to a child: by path if it has one, else its descriptor."""
+    line = proxy._line
+    options = {"timeout": proxy._timeout, "open_timeout": line.open_timeout, "trust": line.trust}
+    if line.handle.path is not None:
+        return _from_path, (line.handle.path, {**options, "reopen": line.reopens})
+    return _from_duplicate, (reduction.DupFd(_checked_number(proxy)), options)
+
+
+def _checked_number(proxy: Proxy) -> int:
+    number = proxy.fileno()
+    if number < 0:
+        raise ClosedError(f"{proxy!r} is closed")
+    return number
+
+
+def _from_path(path: str, options: dict[str, Any]) -> Proxy:
+    return Proxy(path, **options)
+
+
+def _from_duplicate(duplicate: Any, options: dict[str, Any]) -> Proxy:
+    with Descriptor(duplicate.detach()) as descriptor:
+        return Proxy(descriptor, **options)
+
+
+reduction.ForkingPickler.register(Proxy, _reduce_for_multiprocessing)

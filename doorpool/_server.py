@@ -1,0 +1,483 @@
+"""
+A server: a pool of threads, and the endpoints whose procedures run in them.
+
+    new --start()--> started --close()--> closing --> closed
+
+Before ``start`` endpoints and names are only recorded; it makes all of them or none.
+Closing goes in the order in which callers notice least: names first, so that nobody new
+comes; then every idle channel is told; running calls finish; at the end of the time what
+is left is cut.
+
+Signals, in ``run()`` of the main thread
+    Python runs a handler in the main thread between two byte codes, so a handler could
+    surface inside somebody's procedure, and would have to wait for a long C call of his
+    to end (1.22 s against 0.20 s).  Instead, where Python's own handlers are in place,
+    ``run`` sets ones that do nothing, and a wake-up descriptor that the keeper reads.  The
+    first signal closes the server; a second one, when the time for closing is over and a
+    procedure still holds the main thread, ends the process with ``128 + n``; its names are
+    gone by then.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import logging
+import os
+import resource
+import signal
+import socket
+import threading
+import warnings
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar, overload
+
+import attrs
+
+from doorpool import _endpoint, _sockets
+from doorpool._endpoint import Endpoint, check_mode
+from doorpool._errors import ClosedError, Path
+from doorpool._handle import check_seconds
+from doorpool._keeper import keeper
+from doorpool._names import absolute_path
+from doorpool._threads import Pool
+from doorpool._wire import Reason, Refusal
+from doorpool.door import Gate
+
+__all__ = ["Server", "Statistics"]
+
+log = logging.getLogger("doorpool")
+
+Procedure = TypeVar("Procedure", bound=Callable[..., Any])
+
+_JOIN = 1.0  # seconds for threads that have nothing left to do to be gone
+
+#: What ``run`` answers, if nobody else has said what is to happen.
+_SIGNALS = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+
+
+@attrs.frozen
+class Statistics:
+    """
+    How a server is doing.
+
+    Attributes:
+        threads: server threads there are.
+        waiting: of these, how many wait for a call.
+        running: procedures that run now.
+        served: calls answered so far.
+        errors: of these, those in which the procedure returned nothing.
+        channels: open channels.
+        doors: endpoints that are not closed.
+        waited: seconds that callers waited for a thread, over all calls, by their account.
+    """
+
+    threads: int
+    waiting: int
+    running: int
+    served: int
+    errors: int
+    channels: int
+    doors: int
+    waited: float
+
+
+@attrs.define
+class _Name:
+    """A name that is to be made when the server starts."""
+
+    endpoint: Endpoint
+    path: str
+    mode: int | None
+    group: str | int | None
+    replace: bool
+
+
+class Server:
+    """
+    Run procedures for other processes.
+
+    Args:
+        max_threads: how many server threads at most; beyond it callers wait.
+        idle_timeout: seconds after which a thread that nobody needs goes; None: never.
+        close_timeout: seconds that running calls have when a ``with`` block is left.
+        thread_setup: called first in each server thread.
+        name: begins the names of its threads.
+
+    Raises:
+        TypeError, ValueError: an option is out of its range.
+
+    Modelled on: door_server_create(3C), door_create(3C)
+    """
+
+    def __init__(
+        self, *, max_threads: int = 64, idle_timeout: float | None = 10.0,
+        close_timeout: float | None = 5.0, thread_setup: Callable[[], object] | None = None,
+        name: str | None = None,
+    ) -> None:  # fmt: skip
+        self._started = False
+        self._generation = _sockets.generation
+        if isinstance(max_threads, bool) or not isinstance(max_threads, int):
+            raise TypeError(f"max_threads is a whole number, not {max_threads!r}")
+        if max_threads < 1:
+            raise ValueError(f"max_threads is at least 1, not {max_threads}")
+        if thread_setup is not None and not callable(thread_setup):
+            raise TypeError(f"thread_setup is something to call, not {thread_setup!r}")
+        self.name = "doorpool" if name is None else str(name)
+        self._close_timeout = _checked_close_timeout(close_timeout)
+        self._pool = Pool(
+            self.name, _endpoint.serve, max_threads=max_threads,
+            idle_timeout=check_seconds(idle_timeout, "idle_timeout"), thread_setup=thread_setup,
+        )  # fmt: skip
+        self._lock = threading.RLock()
+        self._endpoints: dict[Endpoint, None] = {}
+        self._adopted: weakref.WeakSet[Endpoint] = weakref.WeakSet()
+        self._to_make: list[_Name] = []
+        self._closing = False
+        self._overdue = False
+        self._closed = threading.Event()
+
+    def __repr__(self) -> str:
+        state = "closed" if self.closed else "started" if self._started else "not started"
+        return f"<Server {self.name!r}: {state}, {len(self._endpoints)} endpoints>"
+
+    @property
+    def gate(self) -> Gate:
+        """The gate at which its threads wait."""
+        return self._pool.gate
+
+    @property
+    def closed(self) -> bool:
+        """Whether it was closed, or is being closed."""
+        return self._closing
+
+    @property
+    def endpoints(self) -> tuple[Endpoint, ...]:
+        """The endpoints, in the order of attaching."""
+        return tuple(self._endpoints)
+
+    def statistics(self) -> Statistics:
+        """Return how the server is doing."""
+        pool = self._pool
+        return Statistics(
+            threads=pool.threads, waiting=pool.gate.waiting, running=pool.running,
+            served=pool.served, errors=pool.errors, channels=pool.gate.channels,
+            doors=len(self._endpoints) + len(self._adopted), waited=pool.waited,
+        )  # fmt: skip
+
+    # -- endpoints ---------------------------------------------------------------------------
+
+    @overload
+    def endpoint(self, path: Procedure, /) -> Procedure: ...
+    @overload
+    def endpoint(
+        self, path: Path | None = None, /, *, mode: int | None = None,
+        group: str | int | None = None, replace: bool = False, **options: Any,
+    ) -> Callable[[Procedure], Procedure]: ...  # fmt: skip
+    def endpoint(
+        self, path: Any = None, /, *, mode: int | None = None, group: str | int | None = None,
+        replace: bool = False, **options: Any,
+    ) -> Any:  # fmt: skip
+        """
+        Offer the decorated function, at a path if one is given; return it unchanged.
+
+        ``@server.endpoint("x.door")``, ``@server.endpoint()`` and ``@server.endpoint`` are all
+        right.  Arguments and errors as of ``attach``.
+        """
+        if callable(path):
+            self.attach(path)
+            return path
+
+        def offer(target: Procedure) -> Procedure:
+            self.attach(target, path, mode=mode, group=group, replace=replace, **options)
+            return target
+
+        return offer
+
+    def attach(
+        self, target: Callable[..., Any] | Endpoint, path: Path | None = None, *,
+        mode: int | None = None, group: str | int | None = None, replace: bool = False,
+        **options: Any,
+    ) -> Endpoint:  # fmt: skip
+        """
+        Offer something callable, under a name in the file system if a path is given.
+
+        Before ``start`` the name is only recorded; on a started server it is made at once.
+
+        Args:
+            target: what is called, or an ``Endpoint``: one of no server becomes this one's, one
+                of this server gets another name.
+            path: where; the directory must exist.
+            mode: of the name; by default that of the endpoint, ``0o600``.
+            group: whose the file becomes, by name or number.
+            replace: take over the name of a door of ours that still answers.
+            options: of ``Endpoint``.
+
+        Raises:
+            ClosedError: the server is closed.
+            TypeError: the target cannot be offered; options together with an ``Endpoint``.
+            ValueError: the endpoint is another server's; an option is out of its range.
+            FileExistsError: something else has the name, and is left alone.
+            OSError: as the file system says.
+
+        Modelled on: door_create(3C), fattach(3C)
+        """
+        self._check_open()
+        if isinstance(target, Endpoint) and options:
+            raise TypeError(f"an Endpoint has its options already: {', '.join(sorted(options))}")
+        where = None if path is None else absolute_path(path)
+        mode = None if mode is None else check_mode(mode)
+        endpoint = target if isinstance(target, Endpoint) else Endpoint(target, **options)
+        with self._lock:
+            known = endpoint in self._endpoints
+            endpoint.adopt(self)
+            try:
+                self._name(endpoint, where, mode, group, replace)
+            except BaseException:
+                if not known and not isinstance(target, Endpoint):
+                    endpoint.close()
+                raise
+            self._endpoints[endpoint] = None
+        return endpoint
+
+    def _name(
+        self, endpoint: Endpoint, path: str | None, mode: int | None, group: str | int | None,
+        replace: bool,
+    ) -> None:  # fmt: skip
+        if path is None:
+            return
+        if self._started:
+            endpoint.attach(path, mode=mode, group=group, replace=replace)
+        else:
+            self._to_make.append(_Name(endpoint, path, mode, group, replace))
+
+    def forget(self, endpoint: Endpoint) -> None:
+        """Let go of a closed endpoint; for ``Endpoint``."""
+        self._endpoints.pop(endpoint, None)
+        self._adopted.discard(endpoint)
+
+    def adopt(self, endpoint: Endpoint) -> None:
+        """Run an endpoint that was made without a server, without keeping it alive."""
+        endpoint.adopt(self)
+        self._adopted.add(endpoint)
+
+    # -- starting ----------------------------------------------------------------------------
+
+    def _check_open(self) -> None:
+        if self._generation != _sockets.generation:
+            raise ClosedError(f"{self!r} belongs to the process that this one was forked from")
+        if self._closing:
+            raise ClosedError(f"{self!r} cannot be used again")
+
+    def start(self) -> Server:
+        """
+        Start the threads and make all names, or none; return the server.
+
+        When this returns every name answers.  Starting a started server does nothing.
+
+        Raises:
+            ClosedError: it was closed.
+            RuntimeError: no thread can be had.
+            OSError: a name cannot be made; those made before are gone again.
+        """
+        with self._lock:
+            self._check_open()
+            if self._started:
+                return self
+            self._make_names()
+            self._started = True
+            _started.add(self)
+        return self
+
+    def _make_names(self) -> None:
+        made: list[_Name] = []
+        try:
+            for name in self._to_make:
+                name.endpoint.attach(name.path, mode=name.mode, group=name.group, replace=name.replace)
+                made.append(name)
+            self._pool.start()
+        except BaseException:
+            for name in made:
+                name.endpoint.detach(name.path)
+            raise
+        self._to_make.clear()
+
+    def __enter__(self) -> Server:
+        return self.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.close(self._close_timeout)
+
+    # -- running -----------------------------------------------------------------------------
+
+    def run(self, *, signals: bool = True, raise_nofile: bool = False) -> None:
+        """
+        Serve calls with this thread too, until the server is closed.
+
+        Starts the server if it was not.  The thread counts toward ``max_threads``.
+
+        Args:
+            signals: in the main thread, let SIGINT and SIGTERM close the server, unless
+                the program has handlers of its own.  A second one, when ``close_timeout`` is
+                over, ends the process.
+            raise_nofile: first raise the soft limit of open files to the hard one.
+
+        Raises:
+            RuntimeError: this thread runs a server already.
+            ClosedError: the server was closed before.
+            OSError: a name cannot be made.
+
+        Modelled on: door_return(3C)
+        """
+        self._pool.check_lendable()
+        if raise_nofile:
+            hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        main = threading.current_thread() is threading.main_thread()
+        with self._closing_on_signals() if signals and main else contextlib.nullcontext():
+            self.start()
+            self._pool.lend()
+            self._closed.wait()
+
+    @contextlib.contextmanager
+    def _closing_on_signals(self) -> Iterator[None]:
+        """Have signals close the server, where Python's own handlers are in place."""
+        ours = {n: old for n, old in _SIGNALS.items() if signal.getsignal(n) is old}
+        reader, writer = socket.socketpair()
+        with reader, writer:
+            reader.setblocking(False)
+            writer.setblocking(False)
+            keeper().watch(reader.fileno(), lambda: self._hear_signals(reader, set(ours)))
+            before = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+            for number in ours:
+                signal.signal(number, _do_nothing)
+            try:
+                yield
+            finally:
+                for number, handler in ours.items():
+                    signal.signal(number, handler)
+                signal.set_wakeup_fd(before)
+                keeper().unwatch(reader.fileno())
+
+    def _hear_signals(self, reader: socket.socket, ours: set[signal.Signals]) -> None:
+        """Close the server, in a thread of its own; in the keeper's thread."""
+        try:
+            numbers = reader.recv(64)
+        except BlockingIOError:
+            return
+        for number in numbers:
+            if number not in ours:
+                continue
+            if self._overdue:
+                os._exit(128 + number)
+            if not self._closing:
+                closer = threading.Thread(target=self._close_by_signal, name=f"{self.name}-closing")
+                closer.start()
+
+    def _close_by_signal(self) -> None:
+        self.close(self._close_timeout)
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """
+        Wait until the server has been closed; return whether it has.
+
+        Args:
+            timeout: seconds; None waits for ever.
+        """
+        return self._closed.wait(check_seconds(timeout, "timeout"))
+
+    # -- closing -----------------------------------------------------------------------------
+
+    def close(self, timeout: float | None = 5.0) -> None:
+        """
+        Close the server; idempotent, any thread, also from a procedure of its own.
+
+        Names go first, then every idle channel is told.  Running calls finish; those that
+        do not in time are cut, and their callers get ``BrokenDoorError(may_have_run=True)``.
+        A call that closes its own server is not waited for.
+
+        Args:
+            timeout: seconds for running calls; 0: none; None: for ever.
+
+        Modelled on: door_revoke(3C) of every door of the process
+        """
+        timeout = _checked_close_timeout(timeout)
+        if self._generation != _sockets.generation:
+            return  # the parent's
+        with self._lock:
+            first, self._closing = not self._closing, True
+        if not first:
+            if not self._pool.is_ours():
+                self._closed.wait(timeout)
+            return
+        try:
+            self._close(timeout)
+        finally:
+            _started.discard(self)
+            self._closed.set()
+
+    def _close(self, timeout: float | None) -> None:
+        refusal = Refusal(Reason.CLOSED, "the server is closing")
+        endpoints = [*self._endpoints, *self._adopted]
+        for endpoint in endpoints:
+            endpoint.retire(refusal)
+        late = self._pool.close(timeout)
+        self._overdue = True
+        if late:
+            names = ", ".join(sorted({invocation.door.name for invocation in late}))
+            log.warning("%s: %d calls cut after %s s: %s", self.name, len(late), timeout, names)
+        for invocation in late:
+            invocation.cut()
+        self._pool.join(_JOIN)
+
+    def __del__(self) -> None:
+        if getattr(self, "_started", False) and not self._closing and self._generation == _sockets.generation:
+            warnings.warn(f"unclosed {self!r}", ResourceWarning, source=self, stacklevel=2)
+            self.close(0)
+
+
+def _checked_close_timeout(timeout: float | None) -> float | None:
+    if timeout == 0 and not isinstance(timeout, bool):
+        return 0.0
+    return check_seconds(timeout, "timeout")
+
+
+def _do_nothing(*_: object) -> None:
+    """Handle a signal that the keeper reads."""
+
+
+_started: weakref.WeakSet[Server] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    """Take the names of servers away that are still there at exit."""
+    for server in list(_started):
+        server.close(0)
+
+
+# -- the default server ----------------------------------------------------------------------
+
+_default: Server | None = None
+_making_default = threading.Lock()
+
+
+def _default_server() -> Server:
+    """Return the server of endpoints that were made without one, starting it the first time."""
+    global _default
+    with _making_default:
+        if _default is None or _default.closed or _default._generation != _sockets.generation:
+            _default = Server(name="doorpool-default").start()
+        return _default
+
+
+def _forget_parent() -> None:
+    global _default, _making_default
+    _default = None
+    _making_default = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_forget_parent)
+_endpoint.find_default_server = _default_server
+
