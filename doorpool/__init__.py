@@ -10,8 +10,9 @@ Doors for Python on Linux: call a function of another process on the same machin
 
 The rooms of the house, from the roof down; each leans only on those below it:
 
-    _server      Server                     _proxy      Proxy, DoorInfo
+    _server      Server                     _proxy      Proxy
     _endpoint    Endpoint                   _call       Call, current_call
+    _info        DoorInfo
     _threads     server threads: how many, when they come and go
     _marshal     objects <-> bytes and buffers          _exceptions  what leaves a procedure
     door         the raw layer, public: bytes, buffers and descriptors
@@ -50,7 +51,8 @@ from doorpool._errors import (
     RemoteTraceback,
     RevokedError,
 )
-from doorpool._proxy import DoorInfo, Proxy
+from doorpool._info import DoorInfo
+from doorpool._proxy import Proxy
 from doorpool._server import Server, Statistics
 
 __all__ = [

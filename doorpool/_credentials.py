@@ -247,7 +247,9 @@ def pickle_bar(peer: Credentials, pidfd: int, *, trust: str) -> str | None:
     """
     own = os.geteuid()
     if peer.uid is None:
-        return f"pickle is spoken only within one uid; ours is {own}, the kernel does not say whose the other is"
+        return (
+            f"pickle is spoken only within one uid; ours is {own}, the kernel does not say whose the other is"
+        )
     if peer.uid != own:
         return f"pickle is spoken only within one uid; ours is {own}, the other side's {peer.uid}"
     return pickle_bar_here() or (None if trust == "uid" else _namespace_bar(pidfd))

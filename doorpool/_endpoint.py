@@ -3,7 +3,7 @@ An endpoint: a procedure and the door that leads to it, with objects for argumen
 
 An endpoint belongs to one server, in whose threads its procedure runs.  Made on its own it
 belongs to none until it is first attached or handed out; then to the process's default
-server, which ``_server`` provides (``find_default_server``).
+server, which ``_server`` provides.
 
 Whatever happens in a procedure, or while its arguments or its result are marshalled, the
 caller is answered, and the channel goes on:
@@ -19,14 +19,17 @@ from __future__ import annotations
 
 import inspect
 import logging
+import os
 import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from doorpool import _sockets
 from doorpool._call import Call, current
+from doorpool._credentials import Credentials
 from doorpool._descriptor import Descriptor
 from doorpool._errors import ClosedError, DoorError, LimitError
+from doorpool._info import DoorInfo, describe
 from doorpool._marshal import (
     Dialect,
     Parcel,
@@ -48,8 +51,13 @@ __all__ = ["Endpoint"]
 
 log = logging.getLogger("doorpool")
 
-#: Returns the server of endpoints that were made without one; set by ``_server``.
-find_default_server: Callable[[], Server]
+_find_default_server: Callable[[], Server] | None = None
+
+
+def provide_default_server(find: Callable[[], Server]) -> None:
+    """Say how to get the server of endpoints that were made without one; for ``_server``."""
+    global _find_default_server
+    _find_default_server = find
 
 
 class Endpoint:
@@ -165,6 +173,19 @@ class Endpoint:
         return self._door.paths if self._door is not None else ()
 
     @property
+    def info(self) -> DoorInfo:
+        """
+        What the door says of itself to whoever opens it.
+
+        Raises:
+            ClosedError: it is closed.
+        """
+        door = self._ready_door()
+        groups = tuple(os.getgroups())
+        own = Credentials(os.getpid(), os.geteuid(), os.getegid(), groups)
+        return describe(door.greeting(), None, own, local=True)
+
+    @property
     def closed(self) -> bool:
         """Whether it was closed."""
         return self._closed
@@ -195,7 +216,8 @@ class Endpoint:
         """Return the door, made now if this is the first time it is needed."""
         self._check_open()
         if self._server is None:
-            find_default_server().adopt(self)
+            assert _find_default_server is not None
+            _find_default_server().adopt(self)
         if self._door is None:
             assert self._server is not None
             self._door = self._make_door(self._server)

@@ -71,9 +71,10 @@ class DoorError(Exception):
         may_have_run: bool | None = None,
         filename: Path | None = None,
     ) -> None:
-        if isinstance(self, OSError) and self._errno is not None:
+        if isinstance(self, OSError):
+            os_error: OSError = self
             super().__init__(self._errno, message)
-            self.filename = filename
+            os_error.filename = filename
         else:
             super().__init__(message)
         self.may_have_run = self._may_have_run if may_have_run is None else may_have_run
@@ -178,9 +179,7 @@ class RemoteError(DoorError):
 
     _may_have_run = True
 
-    def __init__(
-        self, message: str = "", *, type_name: str = "", may_have_run: bool | None = None
-    ) -> None:
+    def __init__(self, message: str = "", *, type_name: str = "", may_have_run: bool | None = None) -> None:
         super().__init__(message, may_have_run=may_have_run)
         self.type_name = type_name
 

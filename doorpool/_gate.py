@@ -672,7 +672,7 @@ class Door:
         with self._keeper.lock:
             if self._revoked is None:
                 self._names[name.path] = name
-                self._keeper.watch(name.listener.fileno(), lambda: self._accept(name))
+                self._keeper.watch(name.listener.fileno(), lambda: self._accept_one(name))
                 return name.path
         name.remove()
         name.close()
@@ -711,6 +711,9 @@ class Door:
             raise ClosedError(f"{self.name} was revoked")
 
     # -- the keeper's callbacks, under its lock ----------------------------------------------
+
+    def _accept_one(self, name: Name) -> None:
+        self._accept(name)
 
     def _accept(self, name: Name) -> bool:
         """Accept one connection; return whether there may be more."""

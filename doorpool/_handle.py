@@ -139,6 +139,7 @@ class Handle:
             does not speak pickle.
         trust: "namespace" or "uid": see ``doorpool._credentials``.
         words: what to say of ourselves when knocking.
+        codec: what the door must speak; any by default.
         lazy: look at the greeting only; the first call opens the first channel.
 
     Raises:
@@ -153,7 +154,7 @@ class Handle:
     def __init__(
         self, door: _names.Path | int, *, open_timeout: float | None = 5.0,
         server: Collection[int] | None = None, trust: str = "namespace",
-        words: Knock | None = None, lazy: bool = False,
+        codec: Codec | None = None, words: Knock | None = None, lazy: bool = False,
     ) -> None:  # fmt: skip
         deadline = deadline_after(check_seconds(open_timeout, "open_timeout"))
         self._server = None if server is None else frozenset(server)
@@ -168,6 +169,7 @@ class Handle:
         self.server: Credentials
         try:
             self.greeting = self._peek(deadline)
+            self._check_codec(codec)
             self.server = credentials_of(unpack_ids(peer_ucred(self._socket)), None)
             if not lazy:
                 self._give_back(self._dial(deadline))
@@ -285,6 +287,15 @@ class Handle:
                         raise
                     break
         return b""
+
+    def _check_codec(self, codec: Codec | None) -> None:
+        """Refuse a door that speaks something else; that it answers so too is seen at each opening."""
+        spoken = self.greeting.codec
+        if codec is not None and spoken is not codec:
+            raise NotADoorError(
+                f"{self.name} is a {spoken.name.lower()} door and not a {codec.name.lower()} one",
+                filename=self.path,
+            )
 
     @contextlib.contextmanager
     def _translated(self, text: str) -> Iterator[None]:
@@ -646,7 +657,9 @@ class Handle:
 
     def _hear_last_words(self, channel: Channel) -> NoReturn:
         """The request could not be sent whole, so it does not run; find out why."""
-        frame = channel.read(MAX_REPLY, socket.MSG_DONTWAIT)
+        frame = None
+        with contextlib.suppress(Hangup):  # there are none
+            frame = channel.read(MAX_REPLY, socket.MSG_DONTWAIT)
         if frame is not None and frame.kind == Kind.GOODBYE:
             refusal = _wire.decode_refusal(frame.data)
             if refusal.reason is not Reason.IDLE:
@@ -752,5 +765,3 @@ class Handle:
 
 class _StaleChannel(Exception):
     """An idle channel was dead before the call on it could run."""
-
-

@@ -45,6 +45,7 @@ from doorpool._credentials import (
     peer_pidfd,
     peer_ucred,
     same_process,
+    unpack_ids,
 )
 from doorpool._errors import AccessError, ProtocolError
 from doorpool._sockets import Letter
@@ -87,7 +88,7 @@ def _check_maker(sock: socket.socket, letter: Letter, what: str) -> None:
     maker = peer_ucred(sock)
     if maker == letter.ucred and _made_by_sender(sock, letter.pidfd):
         return
-    pid, uid, gid = _sockets.unpack_ids(maker)
+    pid, uid, gid = unpack_ids(maker)
     raise AccessError(
         f"{what} was sent by {_describe(letter.ids)} with a socket made by {_describe((pid, uid, gid))}; "
         "it is believed only from the process that made the socket"

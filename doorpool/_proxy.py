@@ -24,10 +24,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing import reduction
 from typing import Any
 
-import attrs
-
 from doorpool import _sockets
-from doorpool._credentials import Credentials
 from doorpool._descriptor import Descriptor
 from doorpool._endpoint import Endpoint
 from doorpool._errors import (
@@ -39,12 +36,13 @@ from doorpool._errors import (
     Path,
     RevokedError,
 )
-from doorpool._marshal import Dialect, own_dialect, pack_arguments, unpack_outcome
-from doorpool._wire import Attribute, Knock
 from doorpool._handle import FOREVER, check_seconds, deadline_after
-from doorpool.door import Handle, Reply
+from doorpool._info import DoorInfo, describe
+from doorpool._marshal import Dialect, own_dialect, pack_arguments, unpack_outcome
+from doorpool._wire import Knock
+from doorpool.door import Codec, Handle, Reply
 
-__all__ = ["DoorInfo", "Proxy"]
+__all__ = ["Proxy"]
 
 #: How often a path is tried again while ``wait=`` lasts, seconds.  Neither a directory that is
 #: not there yet nor a server that is still to listen can be waited for by an event.
@@ -63,60 +61,10 @@ class _Unchanged:
 _UNCHANGED = _Unchanged()
 
 
-@attrs.frozen
-class DoorInfo:
-    """
-    What a door said of itself when it was opened.
-
-    Attributes:
-        id: 32 hex digits, the same for every descriptor of one door.  The server's claim.
-        name: what the server calls it.
-        path: by which it was opened, absolute; None if by descriptor.
-        server: who answers, as the kernel says.
-        attributes: of "private", "refuse_descriptors", "local" (it is a door of this process).
-        codec: how values are written.
-        max_request: the most bytes of a request.
-        max_descriptors: the most descriptors of a request.
-        python: the server's, major and minor version.
-        doc: the procedure's docstring.
-        signature: of the procedure, as text.
-
-    Modelled on: door_info(3C)
-    """
-
-    id: str
-    name: str
-    path: str | None
-    server: Credentials
-    attributes: frozenset[str]
-    codec: str
-    max_request: int
-    max_descriptors: int
-    python: tuple[int, int]
-    doc: str
-    signature: str
-
-
-def _describe(handle: Handle) -> DoorInfo:
-    greeting = handle.greeting
-    bits = {Attribute.PRIVATE: "private", Attribute.REFUSE_DESCRIPTORS: "refuse_descriptors"}
-    attributes = {text for bit, text in bits.items() if greeting.attributes & bit}
-    if handle.is_local:
-        attributes.add("local")
-    return DoorInfo(
-        id=greeting.id.hex(), name=greeting.name, path=handle.path, server=handle.server,
-        attributes=frozenset(attributes), codec=greeting.codec.name.lower(),
-        max_request=greeting.max_request, max_descriptors=greeting.max_descriptors,
-        python=greeting.python, doc=greeting.doc, signature=greeting.signature,
-    )  # fmt: skip
-
-
 class _Line:
     """What the views of one open door share."""
 
-    def __init__(
-        self, door: Path | int, *, open_timeout: float | None, reopens: bool, trust: str
-    ) -> None:
+    def __init__(self, door: Path | int, *, open_timeout: float | None, reopens: bool, trust: str) -> None:
         self.open_timeout = open_timeout
         self.trust = trust
         self.closed = False
@@ -141,11 +89,11 @@ class _Line:
     def _open(self, door: Path | int) -> Handle:
         own = own_dialect()
         words = Knock(own.python, own.main)
-        return Handle(door, open_timeout=self.open_timeout, trust=self.trust, words=words)
+        return Handle(door, open_timeout=self.open_timeout, trust=self.trust, codec=Codec.PICKLE, words=words)
 
     def _take(self, handle: Handle) -> None:
         self.handle = handle
-        self.info = _describe(handle)
+        self.info = describe(handle.greeting, handle.path, handle.server, local=handle.is_local)
         self.dialect = Dialect(handle.greeting.python, handle.greeting.main)
 
     def call(self, args: tuple[Any, ...], kwargs: dict[str, Any], deadline: float | None) -> Any:
@@ -284,7 +232,7 @@ class Proxy:
         line = self._line
         return line.call(args, kwargs, deadline_after(self._timeout))
 
-    def options(self, *, timeout: float | None | _Unchanged = _UNCHANGED) -> Proxy:
+    def options(self, *, timeout: float | _Unchanged | None = _UNCHANGED) -> Proxy:
         """
         Return a view of this open door with other options; what is left out stays as it is.
 
@@ -409,9 +357,7 @@ def _connect_path(path: Path, connect: Callable[[Path], _Line], wait: float) -> 
         time.sleep(_RETRY)
 
 
-def _connect_descriptor(
-    door: int | Descriptor | Endpoint | Proxy, connect: Callable[[int], _Line]
-) -> _Line:
+def _connect_descriptor(door: int | Descriptor | Endpoint | Proxy, connect: Callable[[int], _Line]) -> _Line:
     """Open a descriptor; one that was given is taken over only if this succeeds."""
     if isinstance(door, int):
         return connect(door)

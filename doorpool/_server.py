@@ -479,5 +479,4 @@ def _forget_parent() -> None:
 
 
 os.register_at_fork(after_in_child=_forget_parent)
-_endpoint.find_default_server = _default_server
-
+_endpoint.provide_default_server(_default_server)

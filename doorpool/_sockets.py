@@ -42,9 +42,7 @@ MAX_DESCRIPTORS = 253
 #: Room for everything a message may carry.  Always all of it: what finds no room is closed
 #: by the kernel inside our ``recvmsg``, and such a close may block for as long as a sender
 #: likes (SO_LINGER).
-ANCILLARY_ROOM = (
-    socket.CMSG_SPACE(UCRED.size) + socket.CMSG_SPACE(4) + socket.CMSG_SPACE(4 * MAX_DESCRIPTORS)
-)
+ANCILLARY_ROOM = socket.CMSG_SPACE(UCRED.size) + socket.CMSG_SPACE(4) + socket.CMSG_SPACE(4 * MAX_DESCRIPTORS)
 
 DONTWAIT = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
 

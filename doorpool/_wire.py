@@ -310,11 +310,20 @@ def decode_answer(data: bytes) -> Answer:
         raise ProtocolError("the answer to a knock was none")
     _, _, refused, codec, _ = _ANSWER.unpack_from(data)
     if refused == 1:  # before the version: a refusal may be about just that
-        return Answer(refusal=decode_refusal(data[_ANSWER.size :]))
+        return Answer(refusal=_decode_refusing(data[_ANSWER.size :]))
     check_version(data, "the server")
     if refused or len(data) != _ANSWER.size or codec not in Codec.__members__.values():
         raise ProtocolError("the answer to a knock is malformed")
     return Answer(Codec(codec))
+
+
+def _decode_refusing(data: bytes) -> Refusal:
+    """Read why a knock was refused; whatever is claimed, nothing has run before an opening."""
+    try:
+        return attrs.evolve(decode_refusal(data), may_have_run=False)
+    except ProtocolError as error:
+        error.may_have_run = False
+        raise
 
 
 def farewell(refusal: Refusal) -> bytes:

@@ -29,6 +29,7 @@ LAYERS = [
     {"_gate"},
     {"_handle"},
     {"door"},
+    {"_info"},
     {"_exceptions"},
     {"_marshal"},
     {"_threads"},

@@ -513,14 +513,18 @@ def test_a_lock_that_is_given_up_is_had(door_dir, published, monkeypatch):
 
 @pytest.mark.ids("N4", "A13")
 def test_a_child_that_outlives_its_server_keeps_no_lock_and_no_name(door_dir, published):
-    def server_with_a_sleeper() -> tuple[int, int]:
-        publish(door_dir / "a.door")
+    def server_with_a_sleeper() -> int:
+        server.append(publish(door_dir / "a.door"))
+        out, out_child = os.pipe()
         sleeper = os.fork()
         if sleeper == 0:
+            os.write(out_child, b".")  # out of the fork, with all that is done there
             signal.pause()
-        return os.getpid(), sleeper
+        os.read(out, 1)
+        return sleeper
 
-    _, sleeper = support.run_as_uid(None, server_with_a_sleeper)
+    server: list[Name] = []
+    sleeper = support.run_as_uid(None, server_with_a_sleeper)
     try:
         name = published(door_dir / "a.door")
         assert reaches(name.path, name)
@@ -824,7 +828,8 @@ def test_links_on_the_way(door_dir, published):
 
 @pytest.mark.ids("A08")
 @pytest.mark.parametrize("mode", [0o777, 0o775, 0o770, 0o707, 0o2775])
-def test_a_directory_that_others_can_write_is_refused(make_dir, mode):
+def test_a_directory_that_others_can_write_is_refused(make_dir, monkeypatch, mode):
+    monkeypatch.setattr(_names, "_is_group_of_one", lambda *_: False)
     folder = make_dir(mode)
     error = refusal(folder / "a.door")
     assert isinstance(error, PermissionError)

@@ -330,7 +330,7 @@ def test_the_order_of_system_calls(door_dir, state):
     calls = "fchmod,chmod,fchmodat,?fchmodat2,bind,listen,link,linkat,rename,renameat,renameat2,umask"
     traced = subprocess.run(
         [strace, "-f", "-o", str(log), "-e", f"trace={calls}", sys.executable, "-c", script],
-        env=os.environ | {"PYTHONPATH": str(support.processes.ROOT)},
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
         capture_output=True,
         text=True,
         check=False,
@@ -343,6 +343,7 @@ def test_the_order_of_system_calls(door_dir, state):
     seen = [{"fchmodat": "chmod", "fchmodat2": "chmod"}.get(name, name) for name in names]
     assert seen[seen.index("fchmod") :] == ["fchmod", "bind", "chmod", "listen", last]
     assert "umask" not in seen
+    assert re.search(r"fchmod\(\d+, 0600\)", log.read_text()), "wider at first than it need be"
 
 
 # -- strangers in the same directory
