@@ -659,6 +659,8 @@ class Handle:
         """The request could not be sent whole, so it does not run; find out why."""
         frame = None
         with contextlib.suppress(Hangup):  # there are none
+            frame = None
+        with contextlib.suppress(Hangup):  # there are none
             frame = channel.read(MAX_REPLY, socket.MSG_DONTWAIT)
         if frame is not None and frame.kind == Kind.GOODBYE:
             refusal = _wire.decode_refusal(frame.data)
