@@ -19,23 +19,35 @@ class Call:
     One call, seen from the procedure that answers it; readable afterwards too.
 
     Attributes:
-        caller: who is calling, as the kernel said when the channel was opened.  The
-            immediate caller only: one that calls on behalf of somebody else hides him.
         endpoint: the door that was called.
-        deadline: when the caller gives up, by ``time.monotonic()`` here; None for never.
-        waited: seconds from sending to a thread's taking the call, by the caller's account.
 
     Modelled on: door_ucred(3C), door_info(3C) with DOOR_QUERY
     """
 
-    __slots__ = ("_invocation", "caller", "deadline", "endpoint", "waited")
+    __slots__ = ("_invocation", "endpoint")
 
     def __init__(self, invocation: Invocation, endpoint: Any) -> None:
         self._invocation = invocation
-        self.caller: Credentials = invocation.credentials
         self.endpoint = endpoint
-        self.deadline: float | None = invocation.deadline
-        self.waited: float = invocation.waited
+
+    @property
+    def caller(self) -> Credentials:
+        """
+        Who is calling, as the kernel said when the channel was opened.
+
+        The immediate caller only: one that calls on behalf of somebody else hides him.
+        """
+        return self._invocation.credentials
+
+    @property
+    def deadline(self) -> float | None:
+        """When the caller gives up, by ``time.monotonic()`` here; None for never."""
+        return self._invocation.deadline
+
+    @property
+    def waited(self) -> float:
+        """Seconds from sending to a thread's taking the call, by the caller's account."""
+        return self._invocation.waited
 
     def __repr__(self) -> str:
         return f"<Call of {self.endpoint.name!r} by {self.caller}>"

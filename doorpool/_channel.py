@@ -25,13 +25,14 @@ from doorpool._credentials import Credentials, own_ucred, sends_effective_ids_by
 from doorpool._errors import ProtocolError
 from doorpool._sockets import (
     ANCILLARY_ROOM,
+    MSG_NOSIGNAL,
     SCM_CREDENTIALS,
     Ancillary,
     close_all,
     descriptors_in,
     rights,
 )
-from doorpool._wire import HEADER, VERSION, Assembly, Frame, Reason, Refusal, frame_head, read_header
+from doorpool._wire import HEADER, KINDS, VERSION, Assembly, Frame, Reason, Refusal, frame_head
 
 #: The first look at a frame: what is shorter arrives in one system call.
 FIRST = 16_384
@@ -43,8 +44,8 @@ _MAX_VECTOR = 512  # views in one sendmsg or recvmsg; IOV_MAX of Linux is 1,024
 #: A frame whose data is shorter is joined to its header: one copy is cheaper than a vector.
 JOIN = 65_536
 
-_RECEIVE = socket.MSG_CMSG_CLOEXEC
-_TRUNCATED = socket.MSG_CTRUNC
+_RECEIVE = _sockets.MSG_CMSG_CLOEXEC
+_TRUNCATED = _sockets.MSG_TRUNCATED
 
 
 class Hangup(Exception):
@@ -154,7 +155,8 @@ class Channel:
         Send one frame, waiting for the other side to take it.
 
         Args:
-            kind, number, data, buffers, nanoseconds, sent: of the frame.
+            kind, number, data, buffers, nanoseconds, sent: of the frame; memory as ``flat``
+                makes it.
             descriptors: go with its first byte; they stay the caller's.
             patience: called when a send has made no progress for the send patience; it
                 raises to give up.  Without it the first such time raises.
@@ -163,28 +165,18 @@ class Channel:
             OSError: the other side is gone (nobody acts on a part of a frame).
             TimeoutError: no progress, and no ``patience``.
         """
-        if not buffers and not descriptors and len(data) < JOIN:
-            rest = self._send_joined(kind, number, data, nanoseconds, sent)
-            if not rest:
-                return
-            self._send_views([rest], (), patience)
+        if not buffers and not descriptors and len(data) < JOIN and not self._explicit:
+            whole = HEADER.pack(kind, VERSION, 0, 0, number, len(data), nanoseconds, sent) + data
+            try:
+                size = self.socket.send(whole, MSG_NOSIGNAL)
+            except BlockingIOError:
+                size = 0
+            if size != len(whole):
+                self._send_views([memoryview(whole)[size:]], (), patience)
             return
         head = frame_head(kind, number, data, buffers, len(descriptors), nanoseconds, sent)
-        views = [memoryview(head), memoryview(data).cast("B"), *(b.cast("B") for b in buffers)]
+        views = [memoryview(head), memoryview(data), *buffers]
         self._send_views([view for view in views if view.nbytes], descriptors, patience)
-
-    def _send_joined(
-        self, kind: int, number: int, data: bytes | bytearray | memoryview, nanoseconds: int, sent: int
-    ) -> memoryview | None:
-        """Send a small frame in one call; return what is left of it, seldom anything."""
-        whole = HEADER.pack(kind, VERSION, 0, 0, number, len(data), nanoseconds, sent) + data
-        if self._explicit:
-            return memoryview(whole)
-        try:
-            size = self.socket.send(whole, socket.MSG_NOSIGNAL)
-        except BlockingIOError:
-            size = 0
-        return None if size == len(whole) else memoryview(whole)[size:]
 
     def _send_views(
         self, views: list[memoryview], descriptors: Sequence[int], patience: Callable[[], None] | None
@@ -195,7 +187,7 @@ class Channel:
         first = [*ancillary, rights(descriptors)] if descriptors else ancillary
         while views:
             try:
-                sent = self.socket.sendmsg(_step(views), first, socket.MSG_NOSIGNAL)
+                sent = self.socket.sendmsg(_step(views), first, MSG_NOSIGNAL)
             except BlockingIOError:
                 if patience is None:
                     raise TimeoutError("the other side reads nothing") from None
@@ -237,42 +229,41 @@ class Channel:
             ProtocolError: what came is no frame, or not from whom it must be.
         """
         try:
-            if self._surplus:
-                self._skip(flags)
-            if self._assembly is None:
-                chunk = self._receive(FIRST, flags)
-                frame = self._read_small(chunk, limit)
-                if frame is not None:
-                    return frame
-                self._assembly = Assembly()
-                self._assembly.feed(chunk, limit)
+            if self._assembly is not None or self._surplus:
+                return self._read_on(limit, flags)
+            chunk, ancillary, came, _ = self.socket.recvmsg(FIRST, ANCILLARY_ROOM, flags | _RECEIVE)
+            if ancillary == self._expected and not came & _TRUNCATED and len(chunk) >= HEADER.size:
+                # Nearly every call goes this way: a small frame, whole, from whom it must be.
+                kind, version, fds, buffers, number, body, nanoseconds, sent = HEADER.unpack_from(chunk)
+                plain = version == VERSION and kind in KINDS and not fds and not buffers
+                if plain and body == len(chunk) - HEADER.size <= limit:
+                    return Frame(kind, number, nanoseconds, sent, chunk[HEADER.size :])
+            self._check(chunk, ancillary, came, first=True)
+            self._assembly = Assembly()
+            self._assembly.feed(chunk, limit)
             return self._assemble(self._assembly, limit, flags)
         except BlockingIOError:
             return None
+        except ProtocolError:
+            raise
         except ConnectionError as error:
-            raise self._hangup(error) from None
+            raise Hangup(unread=isinstance(error, ConnectionResetError)) from None
 
-    def _hangup(self, error: ConnectionError) -> Exception:
-        if isinstance(error, ProtocolError):
-            return error
-        return Hangup(unread=isinstance(error, ConnectionResetError))
-
-    def _read_small(self, chunk: bytes, limit: int) -> Frame | None:
-        """Return the frame if the chunk is just one, without buffers or descriptors."""
-        if len(chunk) < HEADER.size:
-            return None
-        kind, _, descriptors, buffers, number, body, nanoseconds, sent = read_header(chunk)
-        if len(chunk) != HEADER.size + body or body > limit:
-            return None
-        if buffers or descriptors or self._fds or self._lost:
-            return None
-        return Frame(kind, number, nanoseconds, sent, chunk[HEADER.size :])
+    def _read_on(self, limit: int, flags: int) -> Frame:
+        """Go on where the last look ended: in a refused body, or in the middle of a frame."""
+        if self._surplus:
+            self._skip(flags)
+        if self._assembly is None:
+            chunk = self._receive(FIRST, flags, first=True)
+            self._assembly = Assembly()
+            self._assembly.feed(chunk, limit)
+        return self._assemble(self._assembly, limit, flags)
 
     def _assemble(self, assembly: Assembly, limit: int, flags: int) -> Frame:
         while not assembly.complete:
             views = assembly.views()
             if views is None:
-                assembly.feed(self._receive(assembly.wanted, flags, first=False), limit)
+                assembly.feed(self._receive(assembly.wanted, flags), limit)
             else:
                 assembly.filled(self._receive_into(_step(views), flags))
         self._assembly = None
@@ -298,24 +289,24 @@ class Channel:
     def _skip(self, flags: int) -> None:
         """Throw away what is left of a body that was refused."""
         while self._surplus:
-            self._surplus -= len(self._receive(min(self._surplus, STEP), flags, first=False))
+            self._surplus -= len(self._receive(min(self._surplus, STEP), flags))
 
-    def _receive(self, size: int, flags: int, first: bool = True) -> bytes:
-        """Receive some bytes of the peer's; every receive on a channel ends up here or below."""
+    def _receive(self, size: int, flags: int, *, first: bool = False) -> bytes:
         data, ancillary, came, _ = self.socket.recvmsg(size, ANCILLARY_ROOM, flags | _RECEIVE)
-        if not data:
-            raise ConnectionAbortedError  # end of file, whose "credentials" nobody sent
-        if ancillary != self._expected or came & _TRUNCATED:
-            self._examine(ancillary, came, first)
+        self._check(data, ancillary, came, first)
         return data
 
     def _receive_into(self, views: list[memoryview], flags: int) -> int:
         size, ancillary, came, _ = self.socket.recvmsg_into(views, ANCILLARY_ROOM, flags | _RECEIVE)
-        if not size:
-            raise ConnectionAbortedError
-        if ancillary != self._expected or came & _TRUNCATED:
-            self._examine(ancillary, came, first=False)
+        self._check(size, ancillary, came, first=False)
         return size
+
+    def _check(self, received: bytes | int, ancillary: Ancillary, came: int, first: bool) -> None:
+        """Check whom some bytes are from, and what came with them; each receive ends up here."""
+        if not received:
+            raise ConnectionAbortedError  # end of file, whose "credentials" nobody sent
+        if ancillary != self._expected or came & _TRUNCATED:
+            self._examine(ancillary, came, first)
 
     def _examine(self, ancillary: Ancillary, came: int, first: bool) -> None:
         """Take the descriptors that came along; refuse any other sender."""
@@ -336,6 +327,19 @@ class Channel:
     @staticmethod
     def _fds_came(ancillary: Ancillary) -> bool:
         return any(item[1] == socket.SCM_RIGHTS for item in ancillary)
+
+
+def flat(memory: memoryview) -> memoryview:
+    """
+    Return memory as a row of bytes, so that its ``len`` is its size.
+
+    Raises:
+        ValueError: it is not in one piece.
+    """
+    if not memory.c_contiguous:
+        raise ValueError("memory that is not in one piece (C-contiguous) cannot be sent; copy it first")
+    # What is empty in several dimensions cannot be cast.
+    return memory.cast("B") if memory.nbytes else memoryview(b"")
 
 
 def _step(views: list[memoryview]) -> list[memoryview]:

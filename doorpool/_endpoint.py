@@ -17,6 +17,7 @@ caller is answered, and the channel goes on:
 
 from __future__ import annotations
 
+import functools
 import inspect
 import logging
 import os
@@ -28,7 +29,8 @@ from doorpool import _sockets
 from doorpool._call import Call, current
 from doorpool._credentials import Credentials
 from doorpool._descriptor import Descriptor
-from doorpool._errors import ClosedError, DoorError, LimitError
+from doorpool._errors import ClosedError, DoorError, LimitError, MarshalError
+from doorpool._exceptions import text_of
 from doorpool._info import DoorInfo, describe
 from doorpool._marshal import (
     Dialect,
@@ -40,7 +42,7 @@ from doorpool._marshal import (
     unpack_arguments,
 )
 from doorpool._names import absolute_path
-from doorpool._wire import Refusal
+from doorpool._wire import Reason, Refusal
 from doorpool.door import Codec, Door, Invocation
 
 if TYPE_CHECKING:
@@ -195,9 +197,9 @@ class Endpoint:
         """Whether it was revoked, or closed."""
         return self._closed or (self._door is not None and self._door.revoked)
 
-    def adopt(self, server: Server) -> None:
+    def adopt(self, server: Server) -> bool:
         """
-        Let a server's threads run it; for ``Server``.
+        Let a server's threads run it, and return whether it was of no server; for ``Server``.
 
         Raises:
             ValueError: it is another server's.
@@ -206,7 +208,12 @@ class Endpoint:
         self._check_open()
         if self._server is not None and self._server is not server:
             raise ValueError(f"{self!r} is of another server")
-        self._server = server
+        free, self._server = self._server is None, server
+        return free
+
+    def let_go(self) -> None:
+        """Be of no server again, nothing having been handed out; for ``Server``."""
+        self._server = self._door = None
 
     def _check_open(self) -> None:
         if self._closed or self._generation != _sockets.generation:
@@ -248,6 +255,8 @@ class Endpoint:
         """
         Give the door a name in the file system, and return the endpoint.
 
+        Before its server has been started the name is only recorded.
+
         Args:
             path: where; the directory must exist.
             mode: of this name; the endpoint's own by default.
@@ -263,8 +272,15 @@ class Endpoint:
         Modelled on: fattach(3C)
         """
         mode = self.mode if mode is None else check_mode(mode)
-        self._ready_door().listen(path, mode=mode, group=group, replace=replace)
+        where = absolute_path(path)
+        self._check_open()
+        if self._server is None or not self._server.record(self, where, mode, group, replace):
+            self.listen(where, mode, group, replace)
         return self
+
+    def listen(self, path: str, mode: int, group: str | int | None, replace: bool) -> None:
+        """Make a name now; for ``Server``."""
+        self._ready_door().listen(path, mode=mode, group=group, replace=replace)
 
     def detach(self, path: Path | None = None) -> None:
         """
@@ -275,9 +291,11 @@ class Endpoint:
 
         Modelled on: fdetach(3C)
         """
+        where = None if path is None else absolute_path(path)
+        if self._server is not None and self._server.unrecord(self, where) and where is not None:
+            return
         door = self._door
-        names = list(self.paths) if path is None else [absolute_path(path)]
-        for name in names:
+        for name in self.paths if where is None else [where]:
             if door is None or name not in door.paths:
                 raise ValueError(f"{self!r} has no name {name!r}")
             door.unlisten(name)
@@ -308,6 +326,8 @@ class Endpoint:
 
         Modelled on: door_revoke(3C)
         """
+        if self._server is not None:
+            self._server.unrecord(self)
         if self._door is not None:
             self._door.revoke()
         else:
@@ -339,19 +359,24 @@ class Endpoint:
 
         Runs in a server thread.
         """
-        peer = Dialect(invocation.words.python, invocation.words.main)
+        line = invocation.line
+        peer: Dialect | None = line.memo
+        if peer is None:
+            peer = line.memo = Dialect(invocation.words.python, invocation.words.main)
         try:
             args, kwargs = unpack_arguments(invocation.data, invocation.buffers)
-        except DoorError as error:
-            log.warning("%s: %s: %s", self.name, invocation.credentials, error)
-            parcel, returned = pack_refusal(error, peer), False
+        except BaseException as error:  # an argument's own code may do anything while it is rebuilt
+            refusal = _marshal_error("the arguments", error, may_have_run=False)
+            log.warning("%s: %s: %s", self.name, invocation.credentials, refusal)
+            parcel, returned = pack_refusal(refusal, peer), False
         else:
             parcel, returned = self._invoke(invocation, args, kwargs, peer)
         try:
             invocation.reply(parcel.data, parcel.buffers)
         except LimitError as error:
-            log.error("%s: %s", self.name, error)
-            invocation.reply(pack_refusal(error, peer).data)
+            # A frame of the raw layer's, which no limit holds up.
+            log.error("%s: %s", self.name, error, exc_info=error)
+            invocation.fail(Reason.REPLY_TOO_LARGE, str(error), limit=error.limit, value=error.value)
             return False
         return returned
 
@@ -371,9 +396,10 @@ class Endpoint:
             current.reset(token)
         try:
             return pack_result(value, peer), True
-        except DoorError as error:
-            log.error("%s: %s", self.name, error)
-            return pack_refusal(error, peer), False
+        except BaseException as error:  # likewise the result's, while it is pickled
+            refusal = _marshal_error("the result", error, may_have_run=True)
+            log.error("%s: %s", self.name, refusal, exc_info=error)
+            return pack_refusal(refusal, peer), False
 
     def _log(self, error: BaseException) -> None:
         if isinstance(error, Exception):
@@ -388,11 +414,22 @@ def serve(invocation: Invocation) -> bool:
     return endpoint.serve(invocation)
 
 
+def _marshal_error(what: str, error: BaseException, *, may_have_run: bool) -> DoorError:
+    """Return what to tell the caller: the error itself, or that something odd left an object's code."""
+    if isinstance(error, DoorError):
+        return error
+    text = f"{what} cannot cross the door: {type(error).__qualname__}: {text_of(error)}"
+    return MarshalError(text, may_have_run=may_have_run)
+
+
 def _checked_target(target: Any) -> Callable[..., Any]:
     if not callable(target):
         raise TypeError(f"a door leads to something that can be called, not to {target!r}")
-    call = target if inspect.isroutine(target) or inspect.isclass(target) else type(target).__call__
-    for function in (target, inspect.unwrap(call)):
+    # Not what it wraps: a plain function around an async one is a plain function.
+    inner = target
+    while isinstance(inner, functools.partial):
+        inner = inner.func
+    for function in (inner, type(inner).__call__):
         if inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function):
             raise TypeError(f"{target!r} is an async function, which a door cannot run")
         if inspect.isgeneratorfunction(function):

@@ -49,12 +49,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from doorpool import _names, _opening, _sockets, _wire
-from doorpool._channel import Channel, Hangup, process_is_gone
+from doorpool._channel import Channel, Hangup, flat, process_is_gone
 from doorpool._credentials import Credentials, pickle_bar
-from doorpool._errors import ClosedError, LimitError, ProtocolError
+from doorpool._errors import ClosedError, DoorError, LimitError, ProtocolError
 from doorpool._keeper import Timer, keeper
 from doorpool._names import Name
 from doorpool._sockets import MAX_DESCRIPTORS, close_all
@@ -68,6 +68,10 @@ SEND_PATIENCE = 30.0  # seconds a caller may take no byte of its reply before it
 #: How long a client may leave an answer to its knock unread, seconds.
 GREETING_PATIENCE = 30.0
 
+_REQUEST = int(Kind.REQUEST)
+_REPLY = int(Kind.REPLY)
+_FROM_CALLER = frozenset({int(Kind.REQUEST), int(Kind.PING)})
+
 _PARKED = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLONESHOT
 _GONE = select.POLLRDHUP | select.POLLHUP | select.POLLERR
 
@@ -77,12 +81,13 @@ _SHORTAGE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS)
 class Served:
     """A channel as its gate sees it: see "Who may touch a channel" above."""
 
-    __slots__ = ("channel", "claim", "door", "doomed", "fd", "poll", "words")
+    __slots__ = ("channel", "claim", "door", "doomed", "fd", "memo", "poll", "words")
 
     def __init__(self, channel: Channel, door: Door, words: Knock) -> None:
         self.channel = channel
         self.door = door
         self.words = words
+        self.memo: Any = None
         self.fd = channel.fileno()
         self.claim = threading.Lock()
         self.doomed: Refusal | None = None
@@ -191,7 +196,7 @@ class Gate:
         if served is None or not served.claim.acquire(blocking=False):
             return None
         try:
-            invocation = self._next_call(served, socket.MSG_DONTWAIT)
+            invocation = self._next_call(served, _sockets.MSG_DONTWAIT)
         except BaseException:
             self.drop(served)
             raise
@@ -217,7 +222,7 @@ class Gate:
                     return None
                 if self._is_call(served, frame):
                     return Invocation(self, served, frame)
-                flags = socket.MSG_DONTWAIT
+                flags = _sockets.MSG_DONTWAIT
         except Hangup:
             self.drop(served)
         except ProtocolError as error:
@@ -230,41 +235,39 @@ class Gate:
     def _is_call(self, served: Served, frame: Frame) -> bool:
         """Answer what needs no procedure; return True for a call that is to be run."""
         channel = served.channel
-        if frame.number != channel.number + 1 or frame.kind not in (Kind.REQUEST, Kind.PING):
+        if frame.number != channel.number + 1 or frame.kind not in _FROM_CALLER:
             close_all(frame.descriptors)
             raise ProtocolError(
                 f"frame {chr(frame.kind)!r} with number {frame.number} after call {channel.number}"
             )
         channel.number = frame.number
-        if not self._still_wanted(served, frame):
-            return False
+        # A caller that gives up shuts its end down and then asks whether we have read all of
+        # its request.  Because we look for the shutdown after reading and before running,
+        # "not all read" tells it truly that the call never will run.
+        if served.doomed is not None or served.poll.poll(0):
+            self._turn_away(served, frame)
+        if frame.kind == _REQUEST and frame.refusal is None and not frame.descriptors:
+            return True
+        return self._is_accepted(served, frame)
+
+    def _turn_away(self, served: Served, frame: Frame) -> NoReturn:
+        """End a channel whose door was taken away, or whose caller is gone."""
+        close_all(frame.descriptors)
+        if served.doomed is not None:
+            self._say_goodbye(served, served.doomed)
+        raise Hangup
+
+    def _is_accepted(self, served: Served, frame: Frame) -> bool:
+        """Look at a request that is not quite an everyday one; answer pings and refuse misfits."""
         refusal = served.door.objection(frame)
-        if refusal is None and frame.kind == Kind.REQUEST:
+        if refusal is None and frame.kind == _REQUEST:
             return True
         close_all(frame.descriptors)
         if refusal is None:
-            channel.say(Kind.PONG, frame.number)
+            served.channel.say(Kind.PONG, frame.number)
         else:
-            channel.say(Kind.FAILURE, frame.number, refusal.encode())
+            served.channel.say(Kind.FAILURE, frame.number, refusal.encode())
         return False
-
-    def _still_wanted(self, served: Served, frame: Frame) -> bool:
-        """
-        Tell whether a call that was read whole may run.
-
-        A caller that gives up shuts its end down and then asks whether we have read all
-        of its request.  Because we look for the shutdown after reading and before running,
-        "not all read" tells it truly that the call never will run.
-        """
-        if served.doomed is not None:
-            close_all(frame.descriptors)
-            self._say_goodbye(served, served.doomed)
-            return False
-        if served.hung_up():
-            close_all(frame.descriptors)
-            self.drop(served)
-            raise Hangup
-        return True
 
     # -- parking and closing ---------------------------------------------------------------
 
@@ -361,38 +364,21 @@ class Invocation:
             taken out of the list.
         credentials: who is calling, as of the opening of its channel.
         words: what the caller says of itself (a claim).
-        deadline: on ``time.monotonic()``, None for none.
-        waited: seconds since the caller sent it, by his own account.
 
     Modelled on: the arguments of a server procedure, door_create(3C)
     """
 
-    __slots__ = (
-        "_gate",
-        "_open",
-        "_served",
-        "buffers",
-        "data",
-        "deadline",
-        "descriptors",
-        "waited",
-    )
+    __slots__ = ("_frame", "_gate", "_open", "_served", "_taken", "buffers", "data", "descriptors")
 
     def __init__(self, gate: Gate, served: Served, frame: Frame) -> None:
-        now = time.monotonic()
+        self._taken = time.monotonic_ns()
         self._gate = gate
         self._served = served
+        self._frame = frame
         self._open = True
         self.data = frame.data
         self.buffers = frame.buffers
         self.descriptors = frame.descriptors
-        # At once, and from what was left then: the two clocks may differ (time namespaces),
-        # so what went by in the queue is taken off only if it makes sense.
-        self.waited = max(0.0, now - frame.sent / 1e9) if frame.sent else 0.0
-        self.deadline = None
-        if frame.nanoseconds:
-            left = frame.nanoseconds / 1e9
-            self.deadline = now + max(0.0, left - self.waited)
 
     def __del__(self) -> None:
         if getattr(self, "_open", False):
@@ -412,6 +398,23 @@ class Invocation:
     def words(self) -> Knock:
         """What the caller said of itself when it knocked."""
         return self._served.words
+
+    @property
+    def waited(self) -> float:
+        """Seconds from the sending of the call to its being taken, by the caller's account."""
+        sent = self._frame.sent
+        return (self._taken - sent) / 1e9 if 0 < sent < self._taken else 0.0
+
+    @property
+    def deadline(self) -> float | None:
+        """When the caller gives up, by ``time.monotonic()`` here; None for never."""
+        left = self._frame.nanoseconds
+        return self._taken / 1e9 - self.waited + left / 1e9 if left else None
+
+    @property
+    def line(self) -> Served:
+        """The channel it came by; in its ``memo`` the layer above may keep something."""
+        return self._served
 
     @property
     def answered(self) -> bool:
@@ -444,29 +447,30 @@ class Invocation:
             descriptors: go along; they stay the caller's of this method.
 
         Raises:
-            LimitError: over the door's ``max_reply``, or more than 253 descriptors.  The
-                invocation is still to be answered.
+            LimitError: over the door's ``max_reply``, more than 65,536 buffers or 253
+                descriptors.  The invocation is still to be answered.
             OSError: ``EBADF`` for a bad descriptor; likewise.
+            ValueError: memory that is not in one piece; likewise.
 
         Modelled on: door_return(3C)
         """
-        self._check_reply(data, buffers, descriptors)
-        self._answer(Kind.REPLY, data, buffers, descriptors)
-
-    def _check_reply(
-        self,
-        data: bytes | bytearray | memoryview,
-        buffers: Sequence[memoryview],
-        descriptors: Sequence[int],
-    ) -> None:
         if not self._open:
             raise ClosedError("this invocation has been answered")
+        if buffers or descriptors or type(data) is not bytes or len(data) > self.door.max_reply:
+            try:
+                data, buffers = flatten(self.door.name, data, buffers)
+                self._check_reply(len(data) + sum(map(len, buffers)), descriptors)
+            except DoorError as error:
+                error.may_have_run = True
+                raise
+        self._answer(_REPLY, data, buffers, descriptors)
+
+    def _check_reply(self, size: int, descriptors: Sequence[int]) -> None:
         limit = self.door.max_reply
-        size = len(data) + sum(buffer.nbytes for buffer in buffers)
         if size > limit:
             raise LimitError(
                 f"{self.door.name}: a reply of {size} bytes is over max_reply, {limit}",
-                limit=limit, value=size, may_have_run=True,
+                limit=limit, value=size,
             )  # fmt: skip
         check_descriptors(self.door.name, descriptors, MAX_DESCRIPTORS)
 
@@ -490,7 +494,7 @@ class Invocation:
 
     def _answer(
         self,
-        kind: Kind,
+        kind: int,
         data: bytes | bytearray | memoryview,
         buffers: Sequence[memoryview] = (),
         descriptors: Sequence[int] = (),
@@ -508,6 +512,26 @@ class Invocation:
             self._gate.release(served)
         finally:
             close_all(self.descriptors)
+
+
+def flatten(
+    name: str, data: bytes | bytearray | memoryview, buffers: Sequence[memoryview]
+) -> tuple[bytes | bytearray | memoryview, Sequence[memoryview]]:
+    """
+    Return data and buffers as rows of bytes, before anything is sent.
+
+    Raises:
+        LimitError: more buffers than a frame takes.
+        ValueError: memory that is not in one piece.
+    """
+    if isinstance(data, memoryview):
+        data = flat(data)
+    if len(buffers) > _wire.MAX_BUFFERS:
+        raise LimitError(
+            f"{name}: {len(buffers)} buffers are over the limit of {_wire.MAX_BUFFERS}",
+            limit=_wire.MAX_BUFFERS, value=len(buffers),
+        )  # fmt: skip
+    return data, [flat(buffer) for buffer in buffers] if buffers else ()
 
 
 def check_descriptors(name: str, descriptors: Sequence[int], limit: int) -> None:

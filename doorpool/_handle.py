@@ -34,6 +34,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import math
 import numbers
 import os
@@ -63,13 +64,16 @@ from doorpool._errors import (
     ProtocolError,
     RevokedError,
 )
-from doorpool._gate import check_descriptors
+from doorpool._gate import check_descriptors, flatten
 from doorpool._sockets import MAX_DESCRIPTORS
 from doorpool._wire import Attribute, Codec, Frame, Greeting, Kind, Knock, Reason, Refusal
 
 MAX_IDLE = 8  #: Idle channels that a handle keeps, the last used first.
 LOOK_UP = 1.0  #: Seconds after which a waiting caller looks whether the server is alive.
 MAX_REPLY = 2**40  #: A reply that claims to be longer is a broken server's.
+_REQUEST, _REPLY = int(Kind.REQUEST), int(Kind.REPLY)
+_PING, _PONG = int(Kind.PING), int(Kind.PONG)
+
 _DROPPED_KNOCKS = 3  #: How often a knock is made that vanishes at a door that is there.
 
 FOREVER = 1e8  # seconds; three years
@@ -274,7 +278,7 @@ class Handle:
         return greeting
 
     def _peek_message(self, deadline: float | None) -> bytes:
-        flags = socket.MSG_PEEK | socket.MSG_DONTWAIT
+        flags = socket.MSG_PEEK | _sockets.MSG_DONTWAIT
         for attempt in (1, 2):
             while True:
                 try:
@@ -396,7 +400,7 @@ class Handle:
     def _greeting_bytes(door: socket.socket) -> bytes:
         for _ in range(2):
             with contextlib.suppress(OSError):
-                return door.recv(_wire.GREETING_SIZE, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+                return door.recv(_wire.GREETING_SIZE, socket.MSG_PEEK | _sockets.MSG_DONTWAIT)
         return b""
 
     def _settle(self, opened: _opening.Opened | Refusal) -> Channel:
@@ -483,21 +487,16 @@ class Handle:
         """Call with a deadline by ``time.monotonic()``; otherwise as ``call``."""
         if self._closed:
             raise ClosedError(f"{self.name}: this handle is closed")
-        self._check_request(data, buffers, descriptors)
-        frame = self._run(Kind.REQUEST, deadline, data, buffers, descriptors)
+        if buffers or descriptors or type(data) is not bytes or len(data) > self.greeting.max_request:
+            data, buffers = flatten(self.name, data, buffers)
+            self._check_request(len(data) + sum(map(len, buffers)), descriptors)
+        frame = self._run(_REQUEST, deadline, data, buffers, descriptors)
         if frame.refusal is not None:
             raise OSError(errno.EMFILE, "no free descriptors for those that the reply brought")
         return Reply(frame.data, frame.buffers, frame.descriptors)
 
-    def _check_request(
-        self,
-        data: bytes | bytearray | memoryview,
-        buffers: Sequence[memoryview],
-        descriptors: Sequence[int],
-    ) -> None:
-        size, limit = len(data), self.greeting.max_request
-        if buffers:
-            size += sum(buffer.nbytes for buffer in buffers)
+    def _check_request(self, size: int, descriptors: Sequence[int]) -> None:
+        limit = self.greeting.max_request
         if size > limit:
             raise LimitError(
                 f"{self.name}: a request of {size} bytes is over max_request, {limit}",
@@ -516,7 +515,7 @@ class Handle:
         """
         if self._closed:
             raise ClosedError(f"{self.name}: this handle is closed")
-        self._run(Kind.PING, deadline_after(check_seconds(timeout, "timeout")))
+        self._run(_PING, deadline_after(check_seconds(timeout, "timeout")))
 
     @property
     def alive(self) -> bool:
@@ -532,7 +531,7 @@ class Handle:
 
     def _run(
         self,
-        kind: Kind,
+        kind: int,
         deadline: float | None,
         data: bytes | bytearray | memoryview = b"",
         buffers: Sequence[memoryview] = (),
@@ -566,7 +565,7 @@ class Handle:
     def _exchange(
         self,
         channel: Channel,
-        kind: Kind,
+        kind: int,
         deadline: float | None,
         data: bytes | bytearray | memoryview,
         buffers: Sequence[memoryview],
@@ -586,7 +585,7 @@ class Handle:
             channel.shutdown()  # a plain close would leave a whole request to be run
             channel.close()
             raise
-        if frame.kind in (Kind.REPLY, Kind.PONG) and frame.number == channel.number:
+        if frame.number == channel.number and (frame.kind == _REPLY or frame.kind == _PONG):
             self._give_back(channel)
             return frame
         self._take_failure(channel, frame, fresh)
@@ -623,29 +622,27 @@ class Handle:
     def _send(
         self,
         channel: Channel,
-        kind: Kind,
+        kind: int,
         deadline: float | None,
         data: bytes | bytearray | memoryview,
         buffers: Sequence[memoryview],
         descriptors: Sequence[int],
     ) -> None:
-        nanoseconds = 0
-        patience = LOOK_UP
-        now = time.monotonic()
+        now = time.monotonic_ns()
+        nanoseconds, patience = 0, LOOK_UP
         if deadline is not None:
-            left = deadline - now
+            left = deadline - now / 1e9
             if left <= 0:
                 raise self._late(False)
             nanoseconds = int(left * 1e9) or 1
             patience = min(LOOK_UP, left)
         channel.set_patience(patience)
-        if len(data) >= _channel.JOIN or buffers:
+        look_up = None
+        if len(data) >= _channel.JOIN or buffers:  # what is shorter goes at once
             channel.set_send_patience(patience)
+            look_up = functools.partial(self._look_up_sending, channel, deadline)
         try:
-            channel.post(
-                kind, channel.number, data, buffers, descriptors, nanoseconds, int(now * 1e9),
-                lambda: self._look_up_sending(channel, deadline),
-            )  # fmt: skip
+            channel.post(kind, channel.number, data, buffers, descriptors, nanoseconds, now, look_up)
         except ConnectionError as error:
             if isinstance(error, DoorError):
                 raise
@@ -659,9 +656,7 @@ class Handle:
         """The request could not be sent whole, so it does not run; find out why."""
         frame = None
         with contextlib.suppress(Hangup):  # there are none
-            frame = None
-        with contextlib.suppress(Hangup):  # there are none
-            frame = channel.read(MAX_REPLY, socket.MSG_DONTWAIT)
+            frame = channel.read(MAX_REPLY, _sockets.MSG_DONTWAIT)
         if frame is not None and frame.kind == Kind.GOODBYE:
             refusal = _wire.decode_refusal(frame.data)
             if refusal.reason is not Reason.IDLE:
@@ -715,7 +710,7 @@ class Handle:
         if _sockets.unsent(channel.socket):
             return False
         try:
-            frame = channel.read(MAX_REPLY, socket.MSG_DONTWAIT)
+            frame = channel.read(MAX_REPLY, _sockets.MSG_DONTWAIT)
         except Hangup as hangup:
             return not hangup.unread
         except ProtocolError:

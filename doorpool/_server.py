@@ -89,7 +89,7 @@ class _Name:
 
     endpoint: Endpoint
     path: str
-    mode: int | None
+    mode: int
     group: str | int | None
     replace: bool
 
@@ -163,7 +163,7 @@ class Server:
         return Statistics(
             threads=pool.threads, waiting=pool.gate.waiting, running=pool.running,
             served=pool.served, errors=pool.errors, channels=pool.gate.channels,
-            doors=len(self._endpoints) + len(self._adopted), waited=pool.waited,
+            doors=sum(not door.closed for door in (*self._endpoints, *self._adopted)), waited=pool.waited,
         )  # fmt: skip
 
     # -- endpoints ---------------------------------------------------------------------------
@@ -186,7 +186,7 @@ class Server:
         right.  Arguments and errors as of ``attach``.
         """
         if callable(path):
-            self.attach(path)
+            self.attach(path, mode=mode, group=group, replace=replace, **options)
             return path
 
         def offer(target: Procedure) -> Procedure:
@@ -230,30 +230,43 @@ class Server:
         mode = None if mode is None else check_mode(mode)
         endpoint = target if isinstance(target, Endpoint) else Endpoint(target, **options)
         with self._lock:
-            known = endpoint in self._endpoints
-            endpoint.adopt(self)
+            self._check_open()  # now that ``close`` cannot begin
+            was_free = endpoint.adopt(self)
             try:
-                self._name(endpoint, where, mode, group, replace)
+                if where is not None:
+                    endpoint.attach(where, mode=mode, group=group, replace=replace)
             except BaseException:
-                if not known and not isinstance(target, Endpoint):
-                    endpoint.close()
+                if was_free:
+                    endpoint.let_go()
                 raise
             self._endpoints[endpoint] = None
         return endpoint
 
-    def _name(
-        self, endpoint: Endpoint, path: str | None, mode: int | None, group: str | int | None,
-        replace: bool,
-    ) -> None:  # fmt: skip
-        if path is None:
-            return
-        if self._started:
-            endpoint.attach(path, mode=mode, group=group, replace=replace)
-        else:
-            self._to_make.append(_Name(endpoint, path, mode, group, replace))
+    def record(
+        self, endpoint: Endpoint, path: str, mode: int, group: str | int | None, replace: bool
+    ) -> bool:  # fmt: skip
+        """Take note of a name that ``start`` shall make; False if it has made them; for ``Endpoint``."""
+        with self._lock:
+            if not self._started:
+                self._to_make.append(_Name(endpoint, path, mode, group, replace))
+            return not self._started
+
+    def unrecord(self, endpoint: Endpoint, path: str | None = None) -> bool:
+        """Drop a name that is yet to be made, or all; return whether there was one; for ``Endpoint``."""
+
+        def is_meant(name: _Name) -> bool:
+            return name.endpoint is endpoint and path in (None, name.path)
+
+        # The lock is not for the collector, which comes here, and for no endpoint with a name.
+        if not any(map(is_meant, list(self._to_make))):
+            return False
+        with self._lock:
+            self._to_make = [name for name in self._to_make if not is_meant(name)]
+        return True
 
     def forget(self, endpoint: Endpoint) -> None:
         """Let go of a closed endpoint; for ``Endpoint``."""
+        self.unrecord(endpoint)
         self._endpoints.pop(endpoint, None)
         self._adopted.discard(endpoint)
 
@@ -294,7 +307,7 @@ class Server:
         made: list[_Name] = []
         try:
             for name in self._to_make:
-                name.endpoint.attach(name.path, mode=name.mode, group=name.group, replace=name.replace)
+                name.endpoint.listen(name.path, name.mode, name.group, name.replace)
                 made.append(name)
             self._pool.start()
         except BaseException:
@@ -423,7 +436,7 @@ class Server:
         for endpoint in endpoints:
             endpoint.retire(refusal)
         late = self._pool.close(timeout)
-        self._overdue = True
+        self._overdue = bool(late)
         if late:
             names = ", ".join(sorted({invocation.door.name for invocation in late}))
             log.warning("%s: %d calls cut after %s s: %s", self.name, len(late), timeout, names)
@@ -432,7 +445,10 @@ class Server:
         self._pool.join(_JOIN)
 
     def __del__(self) -> None:
-        if getattr(self, "_started", False) and not self._closing and self._generation == _sockets.generation:
+        if not getattr(self, "_started", False):
+            if hasattr(self, "_pool"):
+                self._pool.gate.dispose()
+        elif not self._closing and self._generation == _sockets.generation:
             warnings.warn(f"unclosed {self!r}", ResourceWarning, source=self, stacklevel=2)
             self.close(0)
 

@@ -44,7 +44,13 @@ MAX_DESCRIPTORS = 253
 #: likes (SO_LINGER).
 ANCILLARY_ROOM = socket.CMSG_SPACE(UCRED.size) + socket.CMSG_SPACE(4) + socket.CMSG_SPACE(4 * MAX_DESCRIPTORS)
 
-DONTWAIT = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
+# Plain numbers: the flags of the socket module are enums, and ``a | b`` of two takes 0.6 µs.
+MSG_DONTWAIT = int(socket.MSG_DONTWAIT)
+MSG_NOSIGNAL = int(socket.MSG_NOSIGNAL)
+MSG_CMSG_CLOEXEC = int(socket.MSG_CMSG_CLOEXEC)
+MSG_TRUNCATED = int(socket.MSG_CTRUNC)
+
+DONTWAIT = MSG_DONTWAIT | MSG_NOSIGNAL
 
 Ancillary = list[tuple[int, int, bytes]]
 

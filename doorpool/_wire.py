@@ -72,6 +72,10 @@ GREETING_SIZE = 65_536  #: The most that a greeting takes; names and docs are cu
 LETTER_SIZE = 4_096  #: The most that a knock or an answer takes.
 MAX_BUFFERS = 65_536  #: The most buffers in a frame: 512 KiB of table.
 
+#: How much of a frame is allocated before any of it has come.
+AHEAD = 1 << 20
+_MOST_VIEWS = 512  # handed out at a time; as many as one recvmsg is given
+
 ID_SIZE = 16
 NO_MAIN = bytes(16)
 
@@ -114,7 +118,7 @@ class Kind(IntEnum):
     GOODBYE = ord("G")
 
 
-_KINDS = frozenset(int(kind) for kind in Kind)
+KINDS = frozenset(int(kind) for kind in Kind)
 
 
 class Reason(IntEnum):
@@ -399,16 +403,19 @@ class Assembly:
     Puts one frame together from the pieces in which a stream brings it.
 
     Feed it bytes while ``views()`` is None (the header and the table of buffers), then
-    fill the views it hands out, which are allocated only once the header's lengths have
-    been accepted.  A body over the limit is never allocated: ``refusal`` is set and
-    ``surplus`` says how many bytes of the stream belong to it still.
+    fill the views it hands out.  A body over the limit is never allocated: ``refusal`` is
+    set and ``surplus`` says how many bytes of the stream belong to it still.  Any other is
+    allocated as it comes, ``AHEAD`` bytes or as much as has come before the rest: who only
+    claims a gibibyte, in forty bytes, has not made us take one from the system.
     """
 
-    __slots__ = ("_head", "_views", "fields", "parts", "refusal", "surplus")
+    __slots__ = ("_came", "_head", "_lengths", "_views", "fields", "parts", "refusal", "surplus")
 
     def __init__(self) -> None:
         self._head = bytearray()
         self._views: list[memoryview] | None = None
+        self._lengths: tuple[int, ...] = ()
+        self._came = 0
         self.fields: tuple[int, ...] | None = None
         self.parts: list[bytearray] = []
         self.refusal: Refusal | None = None
@@ -426,7 +433,7 @@ class Assembly:
         return self.refusal is not None or (self._views is not None and not self._views)
 
     def views(self) -> list[memoryview] | None:
-        """Return what is still to be filled, in order; None while the head is incomplete."""
+        """Return what is to be filled next, in order; None while the head is incomplete."""
         return self._views
 
     def feed(self, piece: bytes, limit: int) -> None:
@@ -476,8 +483,26 @@ class Assembly:
         data = body - 8 * buffers - sum(lengths)
         if data < 0:
             raise ProtocolError("the buffers of a frame are longer than the frame")
-        self.parts = [bytearray(length) for length in (data, *lengths)]
-        self._views = [memoryview(part) for part in self.parts if part]
+        self._lengths = (data, *lengths)
+        self._views = []
+        self._extend()
+
+    def _extend(self) -> None:
+        """Make room for what comes next, there being none left; none, if nothing comes."""
+        views, parts = self._views, self.parts
+        assert views is not None and not views
+        room = max(AHEAD, self._came)
+        while room and len(views) < _MOST_VIEWS:
+            if not parts or len(parts[-1]) == self._lengths[len(parts) - 1]:
+                if len(parts) == len(self._lengths):
+                    return
+                parts.append(bytearray())
+            begun = len(parts[-1])
+            step = min(room, self._lengths[len(parts) - 1] - begun)
+            parts[-1] += bytes(step)  # no view of it is left: they have all been filled
+            if step:
+                views.append(memoryview(parts[-1])[begun:])
+            room -= step
 
     def _discard(self, size: int) -> None:
         if size > self.surplus:
@@ -505,6 +530,9 @@ class Assembly:
             if not views[0]:
                 del views[0]
             size -= step
+            self._came += step
+        if not views:
+            self._extend()
 
     def frame(self) -> Frame:
         """Return the frame, which must be complete (descriptors are the reader's to add)."""
@@ -523,6 +551,6 @@ def read_header(head: bytes | bytearray) -> tuple[int, ...]:
         ProtocolError: they are none.
     """
     fields = HEADER.unpack_from(head)
-    if fields[1] != VERSION or fields[0] not in _KINDS:
+    if fields[1] != VERSION or fields[0] not in KINDS:
         raise ProtocolError(f"no frame begins with {bytes(head[:2])!r}")
     return fields
