@@ -72,8 +72,9 @@ GREETING_SIZE = 65_536  #: The most that a greeting takes; names and docs are cu
 LETTER_SIZE = 4_096  #: The most that a knock or an answer takes.
 MAX_BUFFERS = 65_536  #: The most buffers in a frame: 512 KiB of table.
 
-#: How much of a frame is allocated before any of it has come.
+#: How much of a frame is allocated before it comes; a step of ``_channel``.
 AHEAD = 1 << 20
+_ZEROS = memoryview(bytes(AHEAD))
 _MOST_VIEWS = 512  # handed out at a time; as many as one recvmsg is given
 
 ID_SIZE = 16
@@ -405,17 +406,16 @@ class Assembly:
     Feed it bytes while ``views()`` is None (the header and the table of buffers), then
     fill the views it hands out.  A body over the limit is never allocated: ``refusal`` is
     set and ``surplus`` says how many bytes of the stream belong to it still.  Any other is
-    allocated as it comes, ``AHEAD`` bytes or as much as has come before the rest: who only
-    claims a gibibyte, in forty bytes, has not made us take one from the system.
+    allocated as it comes, never more than ``AHEAD`` before it: who only claims a gibibyte,
+    in forty bytes, has not made us take one from the system.
     """
 
-    __slots__ = ("_came", "_head", "_lengths", "_views", "fields", "parts", "refusal", "surplus")
+    __slots__ = ("_head", "_lengths", "_views", "fields", "parts", "refusal", "surplus")
 
     def __init__(self) -> None:
         self._head = bytearray()
         self._views: list[memoryview] | None = None
         self._lengths: tuple[int, ...] = ()
-        self._came = 0
         self.fields: tuple[int, ...] | None = None
         self.parts: list[bytearray] = []
         self.refusal: Refusal | None = None
@@ -491,7 +491,7 @@ class Assembly:
         """Make room for what comes next, there being none left; none, if nothing comes."""
         views, parts = self._views, self.parts
         assert views is not None and not views
-        room = max(AHEAD, self._came)
+        room = AHEAD
         while room and len(views) < _MOST_VIEWS:
             if not parts or len(parts[-1]) == self._lengths[len(parts) - 1]:
                 if len(parts) == len(self._lengths):
@@ -499,7 +499,7 @@ class Assembly:
                 parts.append(bytearray())
             begun = len(parts[-1])
             step = min(room, self._lengths[len(parts) - 1] - begun)
-            parts[-1] += bytes(step)  # no view of it is left: they have all been filled
+            parts[-1] += _ZEROS[:step]  # no view of it is left: they have all been filled
             if step:
                 views.append(memoryview(parts[-1])[begun:])
             room -= step
@@ -530,7 +530,6 @@ class Assembly:
             if not views[0]:
                 del views[0]
             size -= step
-            self._came += step
         if not views:
             self._extend()
 
