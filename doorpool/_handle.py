@@ -35,7 +35,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
-import math
 import numbers
 import os
 import select
@@ -91,10 +90,9 @@ def check_seconds(value: float | None, name: str) -> float | None:
         return None
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} is a number of seconds or None, not {value!r}")
-    seconds = float(value)
-    if math.isnan(seconds) or seconds <= 0:
+    if value != value or value <= 0:  # NaN, of whatever size and type
         raise ValueError(f"{name} is a number of seconds above 0, or None for none; not {value!r}")
-    return seconds if seconds <= FOREVER else None
+    return float(value) if value <= FOREVER else None
 
 
 def deadline_after(seconds: float | None) -> float | None:

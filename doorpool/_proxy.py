@@ -10,7 +10,8 @@ Reopening
     the same rule of whom to believe, and must lead to the same user and codec as at
     first.  One thread reopens and the others wait for it.  If the second try did not run
     either, the first error is raised, with the second as its cause.  If it may have run,
-    the second is raised: an error must never promise what is not so.
+    the second is raised: an error must never promise what is not so.  All of it has to fit
+    into the time of the call.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing import reduction
-from typing import Any
+from typing import Any, TypeVar
 
 from doorpool import _sockets
 from doorpool._descriptor import Descriptor
@@ -51,6 +52,9 @@ _RETRY = 0.02
 _SUBMITTERS = 64  #: Threads at most that ``submit`` and ``map`` start.
 
 
+_T = TypeVar("_T")
+
+
 class _Unchanged:
     """The absence of an option, where None means something."""
 
@@ -68,7 +72,7 @@ class _Line:
         self.open_timeout = open_timeout
         self.trust = trust
         self.closed = False
-        self.handle = self._open(door)
+        self.handle = self._open(door, open_timeout)
         self.reopens = reopens and self.handle.path is not None
         self.id = self.handle.greeting.id
         self._believed = self.handle.server.uid, self.handle.greeting.codec
@@ -86,26 +90,45 @@ class _Line:
             self._reset()
         return self._lock
 
-    def _open(self, door: Path | int) -> Handle:
+    def __del__(self) -> None:
+        # Not before the last view is gone.
+        if not self.closed and hasattr(self, "info"):
+            warnings.warn(f"unclosed {self!r}", ResourceWarning, source=self, stacklevel=2)
+            self.close()
+
+    def __repr__(self) -> str:
+        return f"<Proxy of {self.info.name!r} at {self.handle.name}{' closed' if self.closed else ''}>"
+
+    def _open(self, door: Path | int, open_timeout: float | None) -> Handle:
         own = own_dialect()
         words = Knock(own.python, own.main)
-        return Handle(door, open_timeout=self.open_timeout, trust=self.trust, codec=Codec.PICKLE, words=words)
+        return Handle(door, open_timeout=open_timeout, trust=self.trust, codec=Codec.PICKLE, words=words)
 
     def _take(self, handle: Handle) -> None:
-        self.handle = handle
         self.info = describe(handle.greeting, handle.path, handle.server, local=handle.is_local)
         self.dialect = Dialect(handle.greeting.python, handle.greeting.main)
+        self.handle = handle  # last: who calls by it marshals for it
 
     def call(self, args: tuple[Any, ...], kwargs: dict[str, Any], deadline: float | None) -> Any:
         """Make one call; see "Reopening" above."""
         handle = self.handle
         try:
             reply = self._exchange(handle, args, kwargs, deadline)
-        except (RevokedError, BrokenDoorError) as first:
-            if first.may_have_run or not self.reopens or self.closed:
-                raise
-            reply = self._call_anew(handle, first, args, kwargs, deadline)
+        except (RevokedError, BrokenDoorError, ClosedError) as first:
+
+            def attempt(handle: Handle) -> Reply:
+                return self._exchange(handle, args, kwargs, deadline)
+
+            reply = self._try_anew(handle, first, deadline, attempt)
         return unpack_outcome(reply.data, reply.buffers)
+
+    def ping(self, deadline: float | None) -> None:
+        """Have the server answer; reopened like a call."""
+        handle = self.handle
+        try:
+            handle.ping(timeout=_left(deadline))
+        except (RevokedError, BrokenDoorError, ClosedError) as first:
+            self._try_anew(handle, first, deadline, lambda it: it.ping(timeout=_left(deadline)))
 
     def _exchange(
         self, handle: Handle, args: tuple[Any, ...], kwargs: dict[str, Any], deadline: float | None
@@ -113,37 +136,52 @@ class _Line:
         parcel = pack_arguments(args, kwargs, self.dialect)
         return handle.call_until(deadline, parcel.data, parcel.buffers)
 
-    def _call_anew(
-        self, gone: Handle, first: DoorError, args: tuple[Any, ...], kwargs: dict[str, Any],
-        deadline: float | None,
-    ) -> Reply:  # fmt: skip
-        """Call again through the reopened door; the first error stands if that does not run either."""
+    def _try_anew(
+        self, gone: Handle, first: DoorError, deadline: float | None, attempt: Callable[[Handle], _T]
+    ) -> _T:
+        """Try once more through the reopened door, if that may be; the first error stands if it fails."""
+        if first.may_have_run or self.closed or not self.reopens:
+            raise first
+        if isinstance(first, ClosedError):
+            if self.handle is gone:
+                raise first
+            return attempt(self.handle)  # another thread has reopened it, and closed that one in our hands
         try:
-            return self._exchange(self._reopen(gone), args, kwargs, deadline)
+            return attempt(self._reopen(gone, deadline))
         except (DoorError, OSError) as second:
             if getattr(second, "may_have_run", False):
                 raise
             raise first from second
 
-    def _reopen(self, gone: Handle) -> Handle:
+    def _reopen(self, gone: Handle, deadline: float | None) -> Handle:
         """Open the path anew, unless another thread has done so meanwhile."""
-        with self._lock_here():
+        left = _left(deadline)
+        lock = self._lock_here()
+        if not lock.acquire(timeout=-1 if left is None else left):
+            raise CallTimeoutError(f"{gone.name}: another thread is still opening it anew")
+        try:
             if self.closed:
                 raise ClosedError(f"{gone.name}: this proxy is closed")
-            if self.handle is not gone:
-                return self.handle
-            assert gone.path is not None
-            handle = self._open(gone.path)
-            believed = handle.server.uid, handle.greeting.codec
-            if believed != self._believed:
-                handle.close()
-                raise AccessError(
-                    f"{gone.name} is served by uid {believed[0]} with codec {believed[1].name} now, and "
-                    f"was opened with uid {self._believed[0]} and codec {self._believed[1].name}"
-                )
-            self._take(handle)
-            gone.close()
+            if self.handle is gone:
+                self._take(self._open_again(gone, deadline))
+                gone.close()
+            return self.handle
+        finally:
+            lock.release()
+
+    def _open_again(self, gone: Handle, deadline: float | None) -> Handle:
+        """Open the path; it must lead to whom we believed at first."""
+        assert gone.path is not None
+        timeouts = [seconds for seconds in (self.open_timeout, _left(deadline)) if seconds is not None]
+        handle = self._open(gone.path, min(timeouts, default=None))
+        believed = handle.server.uid, handle.greeting.codec
+        if believed == self._believed:
             return handle
+        handle.close()
+        raise AccessError(
+            f"{gone.name} is served by uid {believed[0]} with codec {believed[1].name} now, and "
+            f"was opened with uid {self._believed[0]} and codec {self._believed[1].name}"
+        )
 
     def executor(self) -> ThreadPoolExecutor:
         """Return the threads in which ``submit`` calls."""
@@ -195,7 +233,7 @@ class Proxy:
     Modelled on: door_call(3C)
     """
 
-    __slots__ = ("__weakref__", "_line", "_timeout", "_view")
+    __slots__ = ("__weakref__", "_line", "_timeout")
 
     _line: _Line
 
@@ -204,8 +242,8 @@ class Proxy:
         open_timeout: float | None = 5.0, wait: float = 0.0, reopen: bool = True,
         trust: str = "namespace",
     ) -> None:  # fmt: skip
-        self._view = False
         self._timeout = check_seconds(timeout, "timeout")
+        wait = _checked_wait(wait)
         if trust not in ("namespace", "uid"):
             raise ValueError(f"trust is 'namespace' or 'uid', not {trust!r}")
 
@@ -215,7 +253,7 @@ class Proxy:
         if isinstance(door, int | Descriptor | Endpoint | Proxy):
             self._line = _connect_descriptor(door, connect)
         else:
-            self._line = _connect_path(door, connect, _checked_wait(wait))
+            self._line = _connect_path(door, connect, wait)
 
     # -- calling -------------------------------------------------------------------------------
 
@@ -239,7 +277,6 @@ class Proxy:
         Closing any view closes the door for all of them.
         """
         view = object.__new__(Proxy)
-        view._view = True
         view._line = self._line
         absent = isinstance(timeout, _Unchanged)
         view._timeout = self._timeout if absent else check_seconds(timeout, "timeout")  # type: ignore[arg-type]
@@ -263,6 +300,8 @@ class Proxy:
         """
         Have the server answer, without running the procedure.
 
+        Opens a path anew, like a call, when the server has been restarted.
+
         Args:
             timeout: seconds; the proxy's own by default.
 
@@ -270,7 +309,7 @@ class Proxy:
             DoorError: it did not.
         """
         seconds = self._timeout if timeout is None else check_seconds(timeout, "timeout")
-        self._line.handle.ping(timeout=seconds)
+        self._line.ping(deadline_after(seconds))
 
     # -- the door ------------------------------------------------------------------------------
 
@@ -311,17 +350,8 @@ class Proxy:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def __del__(self) -> None:
-        line = getattr(self, "_line", None)
-        if line is None or self._view or line.closed:
-            return
-        warnings.warn(f"unclosed {self!r}", ResourceWarning, source=self, stacklevel=2)
-        line.close()
-
     def __repr__(self) -> str:
-        line = self._line
-        state = " closed" if line.closed else ""
-        return f"<Proxy of {line.info.name!r} at {line.handle.name}{state}>"
+        return repr(self._line)
 
     def __eq__(self, other: object) -> bool:
         return self._line.id == other._line.id if isinstance(other, Proxy) else NotImplemented
@@ -334,6 +364,11 @@ class Proxy:
             f"{self!r} is an open door and cannot be pickled: open a Proxy of the path where it is "
             "needed, or pass it as an argument of multiprocessing.Process"
         )
+
+
+def _left(deadline: float | None) -> float | None:
+    """Return the seconds until then; at least a moment, which suffices for finding it over."""
+    return None if deadline is None else max(1e-9, deadline - time.monotonic())
 
 
 def _checked_wait(wait: float) -> float:
@@ -379,10 +414,11 @@ def _connect_descriptor(door: int | Descriptor | Endpoint | Proxy, connect: Call
 def _reduce_for_multiprocessing(proxy: Proxy) -> Any:
     """Pass a proxy to a child: by path if it has one, else its descriptor."""
     line = proxy._line
+    number = _checked_number(proxy)
     options = {"timeout": proxy._timeout, "open_timeout": line.open_timeout, "trust": line.trust}
     if line.handle.path is not None:
         return _from_path, (line.handle.path, {**options, "reopen": line.reopens})
-    return _from_duplicate, (reduction.DupFd(_checked_number(proxy)), options)
+    return _from_duplicate, (reduction.DupFd(number), options)
 
 
 def _checked_number(proxy: Proxy) -> int:
