@@ -102,7 +102,8 @@ class Server:
         max_threads: how many server threads at most; beyond it callers wait.
         idle_timeout: seconds after which a thread that nobody needs goes; None: never.
         close_timeout: seconds that running calls have when a ``with`` block is left.
-        thread_setup: called first in each server thread.
+        thread_setup: called first in each server thread.  If it fails in the first threads,
+            so does ``start``; in a later one, that thread serves nobody.
         name: begins the names of its threads.
 
     Raises:
@@ -291,16 +292,21 @@ class Server:
 
         Raises:
             ClosedError: it was closed.
-            RuntimeError: no thread can be had.
+            RuntimeError: no thread can be had, or ``thread_setup`` failed, by which the server
+                is closed.
             OSError: a name cannot be made; those made before are gone again.
         """
         with self._lock:
             self._check_open()
-            if self._started:
-                return self
-            self._make_names()
-            self._started = True
-            _started.add(self)
+            if not self._started:
+                self._make_names()
+                self._started = True
+                _started.add(self)
+        try:
+            self._pool.wait_set_up()
+        except RuntimeError:
+            self.close(0)
+            raise
         return self
 
     def _make_names(self) -> None:

@@ -48,7 +48,7 @@ class Pool:
         serve: answers an invocation; raises nothing.
         max_threads: how many threads at most, lent ones included.
         idle_timeout: seconds after which a thread that nobody needs retires; None: never.
-        thread_setup: runs first in each thread.
+        thread_setup: runs first in each thread; one in which it fails serves nobody.
     """
 
     def __init__(
@@ -69,6 +69,8 @@ class Pool:
         self._changed = threading.Condition(self._lock)
         self._threads: set[threading.Thread] = set()
         self._running: dict[threading.Thread, Invocation] = {}
+        self._set_up = 0  # threads whose setup is over, one way or the other
+        self._setup_error: BaseException | None = None
         self._closed = False
         self._disposable = False  # the last thread to leave gives the gate's descriptors back
         self._short = False
@@ -102,6 +104,21 @@ class Pool:
                 self._unwanted = len(self._threads)
             self.gate.wake(self._unwanted)
             raise
+
+    def wait_set_up(self) -> None:
+        """
+        Wait until the first threads have run their setup.
+
+        Raises:
+            RuntimeError: it failed; what left it is the cause.
+        """
+        if self._thread_setup is None:
+            return
+        first = min(KEPT, self.max_threads)
+        with self._lock:
+            self._changed.wait_for(lambda: self._setup_error is not None or self._set_up >= first)
+        if self._setup_error is not None:
+            raise RuntimeError(f"{self.name}: thread_setup failed") from self._setup_error
 
     def _start_one(self) -> None:
         thread = threading.Thread(target=self._work, name=f"{self.name}-{next(_numbers)}", daemon=True)
@@ -148,13 +165,25 @@ class Pool:
         thread = threading.current_thread()
         _local.pool = self
         try:
-            if self._thread_setup is not None:
-                self._thread_setup()
-            self._serve_calls(thread, self._idle_timeout)
+            if self._thread_setup is None or self._run_setup(self._thread_setup):
+                self._serve_calls(thread, self._idle_timeout)
         except Exception:
-            log.exception("%s: thread_setup failed", self.name)
+            log.exception("%s: a server thread failed", self.name)
         finally:
             self._leave(thread)
+
+    def _run_setup(self, setup: Callable[[], object]) -> bool:
+        failed: BaseException | None = None
+        try:
+            setup()
+        except BaseException as error:
+            failed = error
+            log.error("%s: thread_setup failed", self.name, exc_info=error)
+        with self._lock:
+            self._set_up += 1
+            self._setup_error = failed or self._setup_error
+            self._changed.notify_all()
+        return failed is None
 
     def _serve_calls(self, thread: threading.Thread, idle_timeout: float | None) -> None:
         with suppress(ClosedError):
