@@ -44,6 +44,9 @@ _MAX_VECTOR = 512  # views in one sendmsg or recvmsg; IOV_MAX of Linux is 1,024
 #: A frame whose data is shorter is joined to its header: one copy is cheaper than a vector.
 JOIN = 65_536
 
+_HEAD = HEADER.size
+_pack, _unpack = HEADER.pack, HEADER.unpack_from
+
 _RECEIVE = _sockets.MSG_CMSG_CLOEXEC
 _TRUNCATED = _sockets.MSG_TRUNCATED
 
@@ -166,7 +169,7 @@ class Channel:
             TimeoutError: no progress, and no ``patience``.
         """
         if not buffers and not descriptors and len(data) < JOIN and not self._explicit:
-            whole = HEADER.pack(kind, VERSION, 0, 0, number, len(data), nanoseconds, sent) + data
+            whole = _pack(kind, VERSION, 0, 0, number, len(data), nanoseconds, sent) + data
             try:
                 size = self.socket.send(whole, MSG_NOSIGNAL)
             except BlockingIOError:
@@ -232,12 +235,12 @@ class Channel:
             if self._assembly is not None or self._surplus:
                 return self._read_on(limit, flags)
             chunk, ancillary, came, _ = self.socket.recvmsg(FIRST, ANCILLARY_ROOM, flags | _RECEIVE)
-            if ancillary == self._expected and not came & _TRUNCATED and len(chunk) >= HEADER.size:
+            if ancillary == self._expected and not came & _TRUNCATED and len(chunk) >= _HEAD:
                 # Nearly every call goes this way: a small frame, whole, from whom it must be.
-                kind, version, fds, buffers, number, body, nanoseconds, sent = HEADER.unpack_from(chunk)
+                kind, version, fds, buffers, number, body, nanoseconds, sent = _unpack(chunk)
                 plain = version == VERSION and kind in KINDS and not fds and not buffers
-                if plain and body == len(chunk) - HEADER.size <= limit:
-                    return Frame(kind, number, nanoseconds, sent, chunk[HEADER.size :])
+                if plain and body == len(chunk) - _HEAD <= limit:
+                    return Frame(kind, number, nanoseconds, sent, chunk[_HEAD:])
             self._check(chunk, ancillary, came, first=True)
             self._assembly = Assembly()
             self._assembly.feed(chunk, limit)

@@ -122,13 +122,9 @@ class Gate:
         self._lingers = lingers
         self._local = threading.local()
         self._count = threading.Lock()
-        self._waiting = 0
+        self.waiting = 0
+        self.waited = 0.0
         self._closed = False
-
-    @property
-    def waiting(self) -> int:
-        """How many threads wait here at this moment."""
-        return self._waiting
 
     @property
     def channels(self) -> int:
@@ -154,7 +150,9 @@ class Gate:
         Raises:
             ClosedError: the gate is closed.
         """
-        served, self._local.last = getattr(self._local, "last", None), None
+        local = self._local
+        served: Served | None = getattr(local, "last", None)
+        local.last = None
         if served is not None:
             invocation = self._linger(served)
             if invocation is not None:
@@ -171,7 +169,7 @@ class Gate:
     def _wait_in_set(self, deadline: float | None) -> int | None:
         """Wait for one event; return its descriptor, None for a wake-up or the end of the time."""
         with self._count:
-            self._waiting += 1
+            self.waiting += 1
         try:
             while True:
                 if self._closed:
@@ -188,7 +186,7 @@ class Gate:
                     return None
         finally:
             with self._count:
-                self._waiting -= 1
+                self.waiting -= 1
 
     def _look_at(self, ready: int) -> Invocation | None:
         """Claim the channel of an event and read from it; None if there is no call to run."""
@@ -200,14 +198,16 @@ class Gate:
         except BaseException:
             self.drop(served)
             raise
-        if invocation is None and not served.channel.closed:
+        if invocation is not None:
+            self.waited += invocation.waited
+        elif not served.channel.closed:
             self._park(served)
         return invocation
 
     def _linger(self, served: Served) -> Invocation | None:
         """Wait a moment for the next call of the caller just answered, then park its channel."""
         invocation = None
-        if self._waiting and served.doomed is None:
+        if self.waiting and served.doomed is None:
             invocation = self._next_call(served, 0)
         if invocation is None and not served.channel.closed:
             self._park(served)
@@ -362,42 +362,39 @@ class Invocation:
         buffers: its buffers, writable.
         descriptors: the numbers that came along; the invocation owns those that are not
             taken out of the list.
+        line: the channel it came by; in its ``memo`` the layer above may keep something.
         credentials: who is calling, as of the opening of its channel.
         words: what the caller says of itself (a claim).
 
     Modelled on: the arguments of a server procedure, door_create(3C)
     """
 
-    __slots__ = ("_frame", "_gate", "_open", "_served", "_taken", "buffers", "data", "descriptors")
+    __slots__ = ("_frame", "_gate", "_open", "_taken", "buffers", "data", "descriptors", "door", "line")
 
     def __init__(self, gate: Gate, served: Served, frame: Frame) -> None:
         self._taken = time.monotonic_ns()
         self._gate = gate
-        self._served = served
+        self.line = served
         self._frame = frame
         self._open = True
+        self.door = served.door
         self.data = frame.data
         self.buffers = frame.buffers
         self.descriptors = frame.descriptors
 
     def __del__(self) -> None:
-        if getattr(self, "_open", False):
+        if self._open:
             self.fail(Reason.ABORTED, "the server dropped the call without an answer", may_have_run=True)
-
-    @property
-    def door(self) -> Door:
-        """The door that was called."""
-        return self._served.door
 
     @property
     def credentials(self) -> Credentials:
         """Who is calling, as the kernel said when the channel was opened."""
-        return self._served.channel.peer
+        return self.line.channel.peer
 
     @property
     def words(self) -> Knock:
         """What the caller said of itself when it knocked."""
-        return self._served.words
+        return self.line.words
 
     @property
     def waited(self) -> float:
@@ -412,11 +409,6 @@ class Invocation:
         return self._taken / 1e9 - self.waited + left / 1e9 if left else None
 
     @property
-    def line(self) -> Served:
-        """The channel it came by; in its ``memo`` the layer above may keep something."""
-        return self._served
-
-    @property
     def answered(self) -> bool:
         """Whether it has been answered."""
         return not self._open
@@ -428,8 +420,8 @@ class Invocation:
 
         Looks at the channel and at the caller's process each time it is asked.
         """
-        channel = self._served.channel
-        return channel.closed or self._served.hung_up() or process_is_gone(channel.pidfd)
+        channel = self.line.channel
+        return channel.closed or self.line.hung_up() or process_is_gone(channel.pidfd)
 
     def reply(
         self,
@@ -490,7 +482,7 @@ class Invocation:
         He is told that the call may have run.  Whoever has the invocation may go on, and
         answer it: nobody hears.
         """
-        self._served.channel.shutdown()
+        self.line.channel.shutdown()
 
     def _answer(
         self,
@@ -500,7 +492,7 @@ class Invocation:
         descriptors: Sequence[int] = (),
     ) -> None:
         self._open = False
-        served = self._served
+        served = self.line
         try:
             served.channel.post(kind, served.channel.number, data, buffers, descriptors)
         except OSError:
@@ -511,7 +503,8 @@ class Invocation:
         else:
             self._gate.release(served)
         finally:
-            close_all(self.descriptors)
+            if self.descriptors:
+                close_all(self.descriptors)
 
 
 def flatten(

@@ -473,7 +473,8 @@ class Handle:
         Modelled on: door_call(3C)
         """
         deadline = deadline_after(check_seconds(timeout, "timeout"))
-        return self.call_until(deadline, data, buffers, descriptors)
+        frame = self.call_until(deadline, data, buffers, descriptors)
+        return Reply(frame.data, frame.buffers, frame.descriptors)
 
     def call_until(
         self,
@@ -481,8 +482,8 @@ class Handle:
         data: bytes | bytearray | memoryview = b"",
         buffers: Sequence[memoryview] = (),
         descriptors: Sequence[int] = (),
-    ) -> Reply:
-        """Call with a deadline by ``time.monotonic()``; otherwise as ``call``."""
+    ) -> Frame:
+        """Call with a deadline by ``time.monotonic()``; the reply's frame; otherwise as ``call``."""
         if self._closed:
             raise ClosedError(f"{self.name}: this handle is closed")
         if buffers or descriptors or type(data) is not bytes or len(data) > self.greeting.max_request:
@@ -491,7 +492,7 @@ class Handle:
         frame = self._run(_REQUEST, deadline, data, buffers, descriptors)
         if frame.refusal is not None:
             raise OSError(errno.EMFILE, "no free descriptors for those that the reply brought")
-        return Reply(frame.data, frame.buffers, frame.descriptors)
+        return frame
 
     def _check_request(self, size: int, descriptors: Sequence[int]) -> None:
         limit = self.greeting.max_request
@@ -536,22 +537,18 @@ class Handle:
         descriptors: Sequence[int] = (),
     ) -> Frame:
         """Make one exchange, on a second channel if the first was dead before it began."""
-        channel = self._borrow()
+        if self._generation != _sockets.generation:
+            self._reset()
+        try:
+            channel = self._idle.pop()  # the one that was used last
+        except IndexError:
+            channel = None
         if channel is not None:
             try:
                 return self._exchange(channel, kind, deadline, data, buffers, descriptors)
             except _StaleChannel:
                 pass  # it certainly did not run: once more, on a fresh one
         return self._exchange(self._dial(deadline), kind, deadline, data, buffers, descriptors, fresh=True)
-
-    def _borrow(self) -> Channel | None:
-        """Take the idle channel that was used last, if there is one."""
-        if self._generation != _sockets.generation:
-            self._reset()
-        try:
-            return self._idle.pop()
-        except IndexError:
-            return None
 
     def _give_back(self, channel: Channel) -> None:
         idle = self._idle

@@ -16,6 +16,7 @@ Reopening
 
 from __future__ import annotations
 
+import functools
 import os
 import threading
 import time
@@ -40,8 +41,8 @@ from doorpool._errors import (
 from doorpool._handle import FOREVER, check_seconds, deadline_after
 from doorpool._info import DoorInfo, describe
 from doorpool._marshal import Dialect, own_dialect, pack_arguments, unpack_outcome
-from doorpool._wire import Knock
-from doorpool.door import Codec, Handle, Reply
+from doorpool._wire import Frame, Knock
+from doorpool.door import Codec, Handle
 
 __all__ = ["Proxy"]
 
@@ -115,11 +116,8 @@ class _Line:
         try:
             reply = self._exchange(handle, args, kwargs, deadline)
         except (RevokedError, BrokenDoorError, ClosedError) as first:
-
-            def attempt(handle: Handle) -> Reply:
-                return self._exchange(handle, args, kwargs, deadline)
-
-            reply = self._try_anew(handle, first, deadline, attempt)
+            again = functools.partial(self._exchange, args=args, kwargs=kwargs, deadline=deadline)
+            reply = self._try_anew(handle, first, deadline, again)
         return unpack_outcome(reply.data, reply.buffers)
 
     def ping(self, deadline: float | None) -> None:
@@ -132,7 +130,7 @@ class _Line:
 
     def _exchange(
         self, handle: Handle, args: tuple[Any, ...], kwargs: dict[str, Any], deadline: float | None
-    ) -> Reply:
+    ) -> Frame:
         parcel = pack_arguments(args, kwargs, self.dialect)
         return handle.call_until(deadline, parcel.data, parcel.buffers)
 
@@ -267,8 +265,8 @@ class Proxy:
             DoorError: the call could not be made or its end is not known; ``may_have_run``.
             Exception: whatever left the procedure; a ``RemoteError`` if that cannot cross.
         """
-        line = self._line
-        return line.call(args, kwargs, deadline_after(self._timeout))
+        timeout = self._timeout
+        return self._line.call(args, kwargs, None if timeout is None else deadline_after(timeout))
 
     def options(self, *, timeout: float | _Unchanged | None = _UNCHANGED) -> Proxy:
         """

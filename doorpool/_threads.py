@@ -60,7 +60,6 @@ class Pool:
         self.max_threads = max_threads
         self.served = 0
         self.errors = 0
-        self.waited = 0.0
         self._serve = serve
         self._idle_timeout = idle_timeout
         self._thread_setup = thread_setup
@@ -148,7 +147,7 @@ class Pool:
 
     def _see_to_a_waiter(self) -> None:
         """Have somebody wait for the next call while this thread is busy, if that is possible."""
-        if self.gate.waiting or len(self._threads) >= self.max_threads:
+        if len(self._threads) >= self.max_threads:
             return
         try:
             self._start_one()
@@ -197,8 +196,8 @@ class Pool:
     def _run(self, thread: threading.Thread, invocation: Invocation) -> None:
         self._running[thread] = invocation
         try:
-            self._see_to_a_waiter()
-            self.waited += invocation.waited
+            if not self.gate.waiting:
+                self._see_to_a_waiter()
             if not self._serve(invocation):
                 self.errors += 1
             self.served += 1
