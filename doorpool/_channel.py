@@ -83,6 +83,7 @@ class Channel:
         "_fds",
         "_lost",
         "_patience",
+        "_rest",
         "_surplus",
         "number",
         "peer",
@@ -99,6 +100,7 @@ class Channel:
         self._explicit = not sends_effective_ids_by_itself()
         self._assembly: Assembly | None = None
         self._surplus = 0
+        self._rest = b""
         self._fds: list[int] = []
         self._lost = False
         self._patience: float | None = None
@@ -232,7 +234,7 @@ class Channel:
             ProtocolError: what came is no frame, or not from whom it must be.
         """
         try:
-            if self._assembly is not None or self._surplus:
+            if self._assembly is not None or self._surplus or self._rest:
                 return self._read_on(limit, flags)
             chunk, ancillary, came, _ = self.socket.recvmsg(FIRST, ANCILLARY_ROOM, flags | _RECEIVE)
             if ancillary == self._expected and not came & _TRUNCATED and len(chunk) >= _HEAD:
@@ -253,11 +255,11 @@ class Channel:
             raise Hangup(unread=isinstance(error, ConnectionResetError)) from None
 
     def _read_on(self, limit: int, flags: int) -> Frame:
-        """Go on where the last look ended: in a refused body, or in the middle of a frame."""
+        """Go on where the last look ended: in a refused body, in a frame, or behind one."""
         if self._surplus:
             self._skip(flags)
         if self._assembly is None:
-            chunk = self._receive(FIRST, flags, first=True)
+            chunk, self._rest = self._rest or self._receive(FIRST, flags, first=True), b""
             self._assembly = Assembly()
             self._assembly.feed(chunk, limit)
         return self._assemble(self._assembly, limit, flags)
@@ -270,7 +272,7 @@ class Channel:
             else:
                 assembly.filled(self._receive_into(_step(views), flags))
         self._assembly = None
-        self._surplus = assembly.surplus
+        self._surplus, self._rest = assembly.surplus, assembly.rest
         return self._with_descriptors(assembly.frame(), assembly)
 
     def _with_descriptors(self, frame: Frame, assembly: Assembly) -> Frame:

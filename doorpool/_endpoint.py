@@ -294,11 +294,14 @@ class Endpoint:
         where = None if path is None else absolute_path(path)
         if self._server is not None and self._server.unrecord(self, where) and where is not None:
             return
-        door = self._door
         for name in self.paths if where is None else [where]:
-            if door is None or name not in door.paths:
-                raise ValueError(f"{self!r} has no name {name!r}")
-            door.unlisten(name)
+            self.unlisten(name)
+
+    def unlisten(self, path: str) -> None:
+        """Take away a name that was made; for ``Server``."""
+        if self._door is None or path not in self._door.paths:
+            raise ValueError(f"{self!r} has no name {path!r}")
+        self._door.unlisten(path)
 
     def open(self) -> Descriptor:
         """

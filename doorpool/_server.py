@@ -318,7 +318,7 @@ class Server:
             self._pool.start()
         except BaseException:
             for name in made:
-                name.endpoint.detach(name.path)
+                name.endpoint.unlisten(name.path)
             raise
         self._to_make.clear()
 

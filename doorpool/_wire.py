@@ -408,9 +408,12 @@ class Assembly:
     set and ``surplus`` says how many bytes of the stream belong to it still.  Any other is
     allocated as it comes, never more than ``AHEAD`` before it: who only claims a gibibyte,
     in forty bytes, has not made us take one from the system.
+
+    Behind a frame there can be nothing yet but a goodbye, which the stream may join to the
+    last reply; ``rest`` has it.
     """
 
-    __slots__ = ("_head", "_lengths", "_views", "fields", "parts", "refusal", "surplus")
+    __slots__ = ("_head", "_lengths", "_views", "fields", "parts", "refusal", "rest", "surplus")
 
     def __init__(self) -> None:
         self._head = bytearray()
@@ -420,6 +423,7 @@ class Assembly:
         self.parts: list[bytearray] = []
         self.refusal: Refusal | None = None
         self.surplus = 0
+        self.rest = b""
 
     @property
     def wanted(self) -> int:
@@ -454,7 +458,9 @@ class Assembly:
             if not self.wanted:
                 self._measure(limit)
         if self.refusal is not None:
-            self._discard(len(piece))
+            size = min(len(piece), self.surplus)
+            self.surplus -= size
+            self._keep(piece[size:])
         elif piece:
             self._fill(piece)
 
@@ -504,17 +510,18 @@ class Assembly:
                 views.append(memoryview(parts[-1])[begun:])
             room -= step
 
-    def _discard(self, size: int) -> None:
-        if size > self.surplus:
+    def _keep(self, rest: bytes) -> None:
+        if rest and rest[0] != Kind.GOODBYE:
             raise ProtocolError("bytes behind the end of a frame")
-        self.surplus -= size
+        self.rest = bytes(rest)
 
     def _fill(self, piece: bytes) -> None:
         views = self._views
         assert views is not None
         while piece:
             if not views:
-                raise ProtocolError("bytes behind the end of a frame")
+                self._keep(piece)
+                return
             size = min(len(piece), len(views[0]))
             views[0][:size] = piece[:size]
             piece = piece[size:]
