@@ -217,7 +217,7 @@ class Channel:
 
     # -- receiving ---------------------------------------------------------------------
 
-    def read(self, limit: int, flags: int = 0) -> Frame | None:
+    def read(self, limit: int, flags: int = 0, now: Callable[[], int] | None = None) -> Frame | None:
         """
         Return the next frame once it is whole; None if there is nothing (more) to read now.
 
@@ -228,6 +228,7 @@ class Channel:
             limit: how many bytes of data and buffers are allowed.  A frame over it is
                 returned as soon as its header is here, with ``refusal`` set, and its
                 body is thrown away as it comes.
+            now: says what the limit is by the time that something has come.
 
         Raises:
             Hangup: the other end is closed.
@@ -235,7 +236,7 @@ class Channel:
         """
         try:
             if self._assembly is not None or self._surplus or self._rest:
-                return self._read_on(limit, flags)
+                return self._read_on(limit, flags, now)
             chunk, ancillary, came, _ = self.socket.recvmsg(FIRST, ANCILLARY_ROOM, flags | _RECEIVE)
             if ancillary == self._expected and not came & _TRUNCATED and len(chunk) >= _HEAD:
                 # Nearly every call goes this way: a small frame, whole, from whom it must be.
@@ -244,6 +245,7 @@ class Channel:
                 if plain and body == len(chunk) - _HEAD <= limit:
                     return Frame(kind, number, nanoseconds, sent, chunk[_HEAD:])
             self._check(chunk, ancillary, came, first=True)
+            limit = limit if now is None else now()
             self._assembly = Assembly()
             self._assembly.feed(chunk, limit)
             return self._assemble(self._assembly, limit, flags)
@@ -254,12 +256,13 @@ class Channel:
         except ConnectionError as error:
             raise Hangup(unread=isinstance(error, ConnectionResetError)) from None
 
-    def _read_on(self, limit: int, flags: int) -> Frame:
+    def _read_on(self, limit: int, flags: int, now: Callable[[], int] | None) -> Frame:
         """Go on where the last look ended: in a refused body, in a frame, or behind one."""
         if self._surplus:
             self._skip(flags)
         if self._assembly is None:
             chunk, self._rest = self._rest or self._receive(FIRST, flags, first=True), b""
+            limit = limit if now is None else now()
             self._assembly = Assembly()
             self._assembly.feed(chunk, limit)
         return self._assemble(self._assembly, limit, flags)

@@ -81,7 +81,7 @@ _SHORTAGE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS)
 class Served:
     """A channel as its gate sees it: see "Who may touch a channel" above."""
 
-    __slots__ = ("channel", "claim", "door", "doomed", "fd", "memo", "poll", "words")
+    __slots__ = ("channel", "claim", "door", "doomed", "fd", "limit", "memo", "poll", "words")
 
     def __init__(self, channel: Channel, door: Door, words: Knock) -> None:
         self.channel = channel
@@ -89,6 +89,7 @@ class Served:
         self.words = words
         self.memo: Any = None
         self.fd = channel.fileno()
+        self.limit = lambda: door.max_request
         self.claim = threading.Lock()
         self.doomed: Refusal | None = None
         self.poll = select.poll()
@@ -217,9 +218,12 @@ class Gate:
         """Read from a claimed channel; close it if it has come to its end."""
         try:
             while True:
-                frame = served.channel.read(served.door.max_request, flags)
+                limit = served.door.max_request
+                frame = served.channel.read(limit, flags, served.limit)
                 if frame is None:
                     return None
+                if served.door.max_request < limit:  # lowered while we waited
+                    self._measure(frame, served.door.max_request)
                 if self._is_call(served, frame):
                     return Invocation(self, served, frame)
                 flags = _sockets.MSG_DONTWAIT
@@ -231,6 +235,12 @@ class Gate:
         except OSError:
             self.drop(served)  # the caller was gone when it should have been answered
         return None
+
+    @staticmethod
+    def _measure(frame: Frame, limit: int) -> None:
+        size = len(frame.data) + sum(map(len, frame.buffers))
+        if size > limit and frame.refusal is None:
+            frame.refusal = Refusal(Reason.TOO_LARGE, limit=limit, value=size)
 
     def _is_call(self, served: Served, frame: Frame) -> bool:
         """Answer what needs no procedure; return True for a call that is to be run."""
