@@ -283,11 +283,12 @@ def decode_refusal(data: bytes | bytearray) -> Refusal:
     if len(data) < _REFUSAL.size:
         raise ProtocolError(f"a refusal of {len(data)} bytes", may_have_run=True)
     reason, may_have_run, limit, value = _REFUSAL.unpack_from(data)
+    text = _decode(bytes(data[_REFUSAL.size :]))
     try:
         known = Reason(reason)
     except ValueError:
-        raise ProtocolError(f"a refusal for the unknown reason {reason}", may_have_run=True) from None
-    return Refusal(known, _decode(bytes(data[_REFUSAL.size :])), may_have_run != 0, limit, value)
+        raise ProtocolError(f"a refusal for the unknown reason {reason}: {text}", may_have_run=True) from None
+    return Refusal(known, text, may_have_run != 0, limit, value)
 
 
 @attrs.frozen
