@@ -78,6 +78,9 @@ _GONE = select.POLLRDHUP | select.POLLHUP | select.POLLERR
 _SHORTAGE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS)
 
 
+_CLOSING = Refusal(Reason.CLOSED, "the server is closing")
+
+
 class Served:
     """A channel as its gate sees it: see "Who may touch a channel" above."""
 
@@ -137,6 +140,11 @@ class Gate:
         """Whether the gate was closed."""
         return self._closed
 
+    @property
+    def closing(self) -> Refusal | None:
+        """What a caller is told, if the gate was closed."""
+        return _CLOSING if self._closed else None
+
     def wait(self, timeout: float | None = None) -> Invocation | None:
         """
         Wait for the next call.
@@ -175,6 +183,8 @@ class Gate:
             while True:
                 if self._closed:
                     raise ClosedError("this gate is closed")
+                if self._generation != _sockets.generation:  # the set is the parent's
+                    raise ClosedError("this gate belongs to the process that this one was forked from")
                 left = None if deadline is None else max(0.0, deadline - time.monotonic())
                 events = self._epoll.poll(left, 1)
                 if not events:
@@ -283,12 +293,13 @@ class Gate:
 
     def add(self, served: Served) -> None:
         """Let a freshly opened channel in."""
-        if self._closed:
-            raise ClosedError("this gate is closed")
         served.channel.set_patience(LINGER)
         served.channel.set_send_patience(SEND_PATIENCE)
         self._served[served.fd] = served
-        self._arm(served.fd)
+        if self.closing is not None:  # after it is in the table: ``close`` ends it, or we do
+            self.end(served, self.closing)
+        else:
+            self._arm(served.fd)
 
     def release(self, served: Served) -> None:
         """Let go of a channel whose call has been answered."""
@@ -334,7 +345,7 @@ class Gate:
 
     def wake(self, threads: int = 1) -> None:
         """Let so many of the threads that wait, or will wait, return from ``wait`` with None."""
-        if not self._closed:
+        if not self._closed and self._generation == _sockets.generation:
             os.eventfd_write(self._bell, threads)
 
     def close(self) -> None:
@@ -350,7 +361,7 @@ class Gate:
             # Level-triggered and read by nobody who sees the gate closed: it wakes all.
             os.eventfd_write(self._bell, 0xFFFFFFF)
         for served in list(self._served.values()):
-            self.end(served, Refusal(Reason.CLOSED, "the server is closing"))
+            self.end(served, _CLOSING)
 
     def dispose(self) -> None:
         """Give the gate's own descriptors back, once no thread waits here any more."""
@@ -775,6 +786,9 @@ class Door:
             visitor = _opening.hear_knock(port)
         except (BlockingIOError, ConnectionResetError):
             return
+        except OSError as error:
+            log.warning("%s: a knock was lost: %s", self.name, error.strerror)
+            return
         if visitor is None:
             self._close_port(port)
         elif isinstance(visitor, Refusal):
@@ -789,7 +803,7 @@ class Door:
 
     def _let_in(self, visitor: _opening.Visitor) -> None:
         """Answer a visitor: with a channel, or with the reason why not."""
-        refusal = self._revoked or self._why_not(visitor)
+        refusal = self._revoked or self.gate.closing or self._why_not(visitor)
         if refusal is not None:
             log.warning("%s: refused %s: %s", self.name, visitor.credentials, refusal.text)
             _opening.refuse(visitor, refusal)
@@ -810,7 +824,11 @@ class Door:
         if self.codec is Codec.PICKLE:
             bar = pickle_bar(visitor.credentials, visitor.letter.pidfd, trust=self._trust)
         if bar is None and self._admit is not None:
-            bar = self._admit(visitor.credentials)
+            try:
+                bar = self._admit(visitor.credentials)
+            except Exception:
+                log.exception("%s: the rule about who may call has failed", self.name)
+                bar = "its rule about who may call has failed"
         return None if bar is None else Refusal(Reason.DENIED, f"refused by the server: {bar}")
 
     def _await_leaving(self, visitor: _opening.Visitor) -> None:

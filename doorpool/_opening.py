@@ -220,6 +220,9 @@ def hear_knock(port: socket.socket) -> Visitor | Refusal | None:
         refusal = Refusal(reason, str(error))
         _refuse_letter(letter, refusal)
         return refusal
+    except BaseException:
+        letter.close()  # short of descriptors; the client knocks again
+        raise
 
 
 def _visitor(letter: Letter) -> Visitor:
