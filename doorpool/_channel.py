@@ -16,8 +16,10 @@ says; the kernel never lets one receive run past the bytes they were attached to
 
 from __future__ import annotations
 
+import math
 import select
 import socket
+import time
 from collections.abc import Callable, Sequence
 
 from doorpool import _sockets
@@ -39,6 +41,10 @@ FIRST = 16_384
 
 #: The most that one receive or send is asked for, so that a look around is never far.
 STEP = 1 << 20
+
+#: The same for a send that must end within a second.  The kernel waits for room once for each
+#: 100 KiB or so, so that sending a mebibyte may take ten times its timeout.
+SIP = 1 << 17
 _MAX_VECTOR = 512  # views in one sendmsg or recvmsg; IOV_MAX of Linux is 1,024
 
 #: A frame whose data is shorter is joined to its header: one copy is cheaper than a vector.
@@ -81,6 +87,8 @@ class Channel:
         "_expected",
         "_explicit",
         "_fds",
+        "_generation",
+        "_hurried",
         "_lost",
         "_patience",
         "_rest",
@@ -94,6 +102,7 @@ class Channel:
     def __init__(self, sock: socket.socket, peer: Credentials, ucred: bytes, pidfd: int = -1) -> None:
         self.socket = sock
         self.peer = peer
+        self._generation = _sockets.generation
         self.pidfd = pidfd if pidfd < 0 else _sockets.own_number(pidfd)
         self.number = 0
         self._expected: Ancillary = [(socket.SOL_SOCKET, SCM_CREDENTIALS, ucred)]
@@ -103,6 +112,7 @@ class Channel:
         self._rest = b""
         self._fds: list[int] = []
         self._lost = False
+        self._hurried = False
         self._patience: float | None = None
 
     def __del__(self) -> None:
@@ -126,6 +136,7 @@ class Channel:
 
     def set_send_patience(self, seconds: float) -> None:
         """Bound how long one blocking send waits without any progress."""
+        self._hurried = seconds < 1.0
         _sockets.set_patience(self.socket, socket.SO_SNDTIMEO, seconds)
 
     def shutdown(self) -> None:
@@ -139,7 +150,8 @@ class Channel:
         """Close this end, and what had arrived of an unfinished frame; idempotent."""
         self.socket.close()
         pidfd, self.pidfd = self.pidfd, -1
-        if pidfd >= 0:
+        # In a forked child it is closed already, and the number may be somebody else's.
+        if pidfd >= 0 and self._generation == _sockets.generation:
             _sockets.close_number(pidfd)
         close_all(self._fds)
 
@@ -163,8 +175,9 @@ class Channel:
             kind, number, data, buffers, nanoseconds, sent: of the frame; memory as ``flat``
                 makes it.
             descriptors: go with its first byte; they stay the caller's.
-            patience: called when a send has made no progress for the send patience; it
-                raises to give up.  Without it the first such time raises.
+            patience: called when a send has made no progress for the send patience, and
+                between the steps of a long one; it raises to give up.  Without it the
+                first time without progress raises.
 
         Raises:
             OSError: the other side is gone (nobody acts on a part of a frame).
@@ -192,7 +205,8 @@ class Channel:
         first = [*ancillary, rights(descriptors)] if descriptors else ancillary
         while views:
             try:
-                sent = self.socket.sendmsg(_step(views), first, MSG_NOSIGNAL)
+                size = SIP if self._hurried else STEP
+                sent = self.socket.sendmsg(_step(views, size), first, MSG_NOSIGNAL)
             except BlockingIOError:
                 if patience is None:
                     raise TimeoutError("the other side reads nothing") from None
@@ -200,6 +214,8 @@ class Channel:
                 continue
             first = ancillary
             _advance(views, sent)
+            if views and patience is not None:
+                patience()  # who reads a byte now and then would keep us here for ever
 
     def say(self, kind: int, number: int, data: bytes = b"") -> None:
         """
@@ -217,18 +233,26 @@ class Channel:
 
     # -- receiving ---------------------------------------------------------------------
 
-    def read(self, limit: int, flags: int = 0, now: Callable[[], int] | None = None) -> Frame | None:
+    def read(
+        self,
+        limit: int,
+        flags: int = 0,
+        now: Callable[[], int] | None = None,
+        deadline: float | None = None,
+    ) -> Frame | None:
         """
         Return the next frame once it is whole; None if there is nothing (more) to read now.
 
-        With ``MSG_DONTWAIT`` "now" is at once, else when the patience ends.  What has come
-        of an unfinished frame is kept for the next time.
+        With ``MSG_DONTWAIT`` "now" is at once, else when the patience ends.  A frame that
+        comes in pieces does not hold a thread for longer than the patience either, however
+        fast or slowly it comes.  What has come of it is kept for the next time.
 
         Args:
             limit: how many bytes of data and buffers are allowed.  A frame over it is
                 returned as soon as its header is here, with ``refusal`` set, and its
                 body is thrown away as it comes.
             now: says what the limit is by the time that something has come.
+            deadline: by ``time.monotonic()``; an unfinished frame is left then.
 
         Raises:
             Hangup: the other end is closed.
@@ -236,7 +260,7 @@ class Channel:
         """
         try:
             if self._assembly is not None or self._surplus or self._rest:
-                return self._read_on(limit, flags, now)
+                return self._read_on(limit, flags, now, self._until(deadline))
             chunk, ancillary, came, _ = self.socket.recvmsg(FIRST, ANCILLARY_ROOM, flags | _RECEIVE)
             if ancillary == self._expected and not came & _TRUNCATED and len(chunk) >= _HEAD:
                 # Nearly every call goes this way: a small frame, whole, from whom it must be.
@@ -248,7 +272,7 @@ class Channel:
             limit = limit if now is None else now()
             self._assembly = Assembly()
             self._assembly.feed(chunk, limit)
-            return self._assemble(self._assembly, limit, flags)
+            return self._assemble(self._assembly, limit, flags, self._until(deadline))
         except BlockingIOError:
             return None
         except ProtocolError:
@@ -256,19 +280,26 @@ class Channel:
         except ConnectionError as error:
             raise Hangup(unread=isinstance(error, ConnectionResetError)) from None
 
-    def _read_on(self, limit: int, flags: int, now: Callable[[], int] | None) -> Frame:
+    def _until(self, deadline: float | None) -> float:
+        """Return when this look must end, be the frame whole or not."""
+        until = math.inf if self._patience is None else time.monotonic() + self._patience
+        return until if deadline is None else min(until, deadline)
+
+    def _read_on(self, limit: int, flags: int, now: Callable[[], int] | None, until: float) -> Frame:
         """Go on where the last look ended: in a refused body, in a frame, or behind one."""
         if self._surplus:
-            self._skip(flags)
+            self._skip(flags, until)
         if self._assembly is None:
             chunk, self._rest = self._rest or self._receive(FIRST, flags, first=True), b""
             limit = limit if now is None else now()
             self._assembly = Assembly()
             self._assembly.feed(chunk, limit)
-        return self._assemble(self._assembly, limit, flags)
+        return self._assemble(self._assembly, limit, flags, until)
 
-    def _assemble(self, assembly: Assembly, limit: int, flags: int) -> Frame:
+    def _assemble(self, assembly: Assembly, limit: int, flags: int, until: float) -> Frame:
         while not assembly.complete:
+            if time.monotonic() >= until:
+                raise BlockingIOError
             views = assembly.views()
             if views is None:
                 assembly.feed(self._receive(assembly.wanted, flags), limit)
@@ -294,9 +325,11 @@ class Channel:
         frame.descriptors = came
         return frame
 
-    def _skip(self, flags: int) -> None:
+    def _skip(self, flags: int, until: float) -> None:
         """Throw away what is left of a body that was refused."""
         while self._surplus:
+            if time.monotonic() >= until:
+                raise BlockingIOError
             self._surplus -= len(self._receive(min(self._surplus, STEP), flags))
 
     def _receive(self, size: int, flags: int, *, first: bool = False) -> bytes:
@@ -350,13 +383,13 @@ def flat(memory: memoryview) -> memoryview:
     return memory.cast("B") if memory.nbytes else memoryview(b"")
 
 
-def _step(views: list[memoryview]) -> list[memoryview]:
+def _step(views: list[memoryview], most: int = STEP) -> list[memoryview]:
     """Return the next few views, no more bytes than are sent or received in one step."""
     step, size = [], 0
     for view in views[:_MAX_VECTOR]:
-        step.append(view[: STEP - size])
+        step.append(view[: most - size])
         size += step[-1].nbytes
-        if size >= STEP:
+        if size >= most:
             break
     return step
 

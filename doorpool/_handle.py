@@ -254,7 +254,7 @@ class Handle:
         if not _sockets.is_unix(sock, socket.SOCK_SEQPACKET):
             sock.detach()
             raise NotADoorError(text)
-        sock.setblocking(False)
+        # Left as it is, being shared with others (and it may be no door): MSG_DONTWAIT does it.
         return sock
 
     def _check_listener(self, sock: socket.socket) -> None:
@@ -487,8 +487,13 @@ class Handle:
         if self._closed:
             raise ClosedError(f"{self.name}: this handle is closed")
         if buffers or descriptors or type(data) is not bytes or len(data) > self.greeting.max_request:
-            data, buffers = flatten(self.name, data, buffers)
-            self._check_request(len(data) + sum(map(len, buffers)), descriptors)
+            try:
+                data, buffers = flatten(self.name, data, buffers)
+                self._check_request(len(data) + sum(map(len, buffers)), descriptors)
+            except LimitError:
+                with self._descriptor() as door:
+                    self._check_there(door)  # that there is no door any more comes first (L12)
+                raise
         frame = self._run(_REQUEST, deadline, data, buffers, descriptors)
         if frame.refusal is not None:
             raise OSError(errno.EMFILE, "no free descriptors for those that the reply brought")
@@ -514,7 +519,8 @@ class Handle:
         """
         if self._closed:
             raise ClosedError(f"{self.name}: this handle is closed")
-        self._run(_PING, deadline_after(check_seconds(timeout, "timeout")))
+        frame = self._run(_PING, deadline_after(check_seconds(timeout, "timeout")))
+        _sockets.close_all(frame.descriptors)
 
     @property
     def alive(self) -> bool:
@@ -580,9 +586,10 @@ class Handle:
             channel.shutdown()  # a plain close would leave a whole request to be run
             channel.close()
             raise
-        if frame.number == channel.number and (frame.kind == _REPLY or frame.kind == _PONG):
+        if frame.number == channel.number and frame.kind == (_REPLY if kind == _REQUEST else _PONG):
             self._give_back(channel)
             return frame
+        _sockets.close_all(frame.descriptors)
         self._take_failure(channel, frame, fresh)
 
     def _broken(self, hangup: Hangup, fresh: bool) -> Exception:
@@ -602,8 +609,8 @@ class Handle:
             if refusal.reason is Reason.IDLE and not fresh:
                 raise _StaleChannel
         elif frame.kind == Kind.FAILURE and frame.number == channel.number:
-            self._give_back(channel)
             refusal = _wire.decode_refusal(frame.data)
+            self._give_back(channel)
         if refusal is None:
             channel.shutdown()
             channel.close()
@@ -652,6 +659,8 @@ class Handle:
         frame = None
         with contextlib.suppress(Hangup):  # there are none
             frame = channel.read(MAX_REPLY, _sockets.MSG_DONTWAIT)
+        if frame is not None:
+            _sockets.close_all(frame.descriptors)
         if frame is not None and frame.kind == Kind.GOODBYE:
             refusal = _wire.decode_refusal(frame.data)
             if refusal.reason is not Reason.IDLE:
@@ -661,10 +670,13 @@ class Handle:
     def _receive(self, channel: Channel, deadline: float | None) -> Frame:
         try:
             while True:
-                frame = channel.read(MAX_REPLY)
-                if frame is not None:
+                frame = channel.read(MAX_REPLY, deadline=deadline)
+                if frame is None:
+                    self._look_up(channel, deadline)
+                elif frame.refusal is None or frame.refusal.reason is not Reason.TOO_LARGE:
                     return frame
-                self._look_up(channel, deadline)
+                else:
+                    raise ProtocolError(f"{self.name}: a reply that claims {frame.refusal.value} bytes")
         except ProtocolError as error:
             error.may_have_run = True
             raise
@@ -710,6 +722,8 @@ class Handle:
             return not hangup.unread
         except ProtocolError:
             return True
+        if frame is not None:
+            _sockets.close_all(frame.descriptors)
         if frame is None or frame.kind not in (Kind.GOODBYE, Kind.FAILURE):
             return True
         return _wire.decode_refusal(frame.data).may_have_run

@@ -497,7 +497,8 @@ class Assembly:
     def _extend(self) -> None:
         """Make room for what comes next, there being none left; none, if nothing comes."""
         views, parts = self._views, self.parts
-        assert views is not None and not views
+        assert views is not None
+        assert not views
         room = AHEAD
         while room and len(views) < _MOST_VIEWS:
             if not parts or len(parts[-1]) == self._lengths[len(parts) - 1]:
