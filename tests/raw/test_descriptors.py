@@ -1,0 +1,421 @@
+"""
+Descriptors through a door: all of them or none, close-on-exec, and none ever leaked.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import resource
+import socket
+import subprocess
+import sys
+import tempfile
+
+import pytest
+from support import rawpeer, wait_until
+from support.rawdoor import PATIENCE, Background
+
+from doorpool._errors import BusyError, CallTimeoutError, DoorError, LimitError, ProtocolError
+from doorpool._keeper import keeper
+from doorpool.door import Door, Gate, Handle
+
+COUNTS = [0, 1, 2, 16, 252, 253]
+
+
+@pytest.fixture
+def files():
+    """Make temporary files, which are closed in the end."""
+    with contextlib.ExitStack() as stack:
+
+        def make(count=1):
+            return [stack.enter_context(tempfile.TemporaryFile()).fileno() for _ in range(count)]
+
+        yield make
+
+
+def numbers(descriptors):
+    """What the files behind descriptors are, whatever their numbers."""
+    return [(status.st_dev, status.st_ino) for status in map(os.fstat, descriptors)]
+
+
+def open_descriptors():
+    return len(os.listdir("/proc/self/fd"))
+
+
+@pytest.mark.ids("F1", "F2", "C01")
+@pytest.mark.parametrize("count", COUNTS)
+def test_any_number_both_ways_in_order(serve, files, count):
+    ours = files(count)
+    handle = serve().handle()
+    with handle.call(b"data", [memoryview(b"buffer")], ours) as reply:
+        assert numbers(reply.descriptors) == numbers(ours)
+        assert not set(reply.descriptors) & set(ours)
+        assert (reply.data, bytes(reply.buffers[0])) == (b"data", b"buffer")
+    assert handle.call().descriptors == []
+
+
+@pytest.mark.ids("F1", "C01")
+def test_one_too_many_is_refused_and_nothing_is_sent(serve, files):
+    (ours,) = files()
+    failed = []
+
+    def procedure(invocation):
+        with pytest.raises(LimitError) as caught:
+            invocation.reply(descriptors=[ours] * 254)
+        failed.append(caught.value)
+        invocation.reply(b"none", descriptors=[])
+
+    handle = serve(procedure).handle()
+    with pytest.raises(LimitError) as caught:
+        handle.call(descriptors=[ours] * 254)
+    assert (caught.value.limit, caught.value.value, caught.value.may_have_run) == (253, 254, False)
+    assert handle.call().data == b"none"
+    assert (failed[0].limit, failed[0].value, failed[0].may_have_run) == (253, 254, True)
+
+
+@pytest.mark.ids("F2")
+def test_a_new_descriptor_of_the_same_open_file(serve, files):
+    (ours,) = files()
+    os.write(ours, b"0123456789")
+    os.lseek(ours, 3, os.SEEK_SET)
+
+    def procedure(invocation):
+        invocation.reply(os.read(invocation.descriptors[0], 4))
+
+    assert serve(procedure).handle().call(descriptors=[ours]).data == b"3456"
+    assert os.lseek(ours, 0, os.SEEK_CUR) == 7  # one offset for both
+
+
+@pytest.mark.ids("F3", "C05")
+def test_received_descriptors_are_close_on_exec(serve, files):
+    (ours,) = files()
+    os.set_inheritable(ours, True)
+    seen = []
+
+    def procedure(invocation):
+        seen.extend(map(os.get_inheritable, invocation.descriptors))
+        invocation.reply(descriptors=invocation.descriptors)
+
+    with serve(procedure).handle().call(descriptors=[ours, ours]) as reply:
+        assert seen == [False, False]
+        assert [os.get_inheritable(number) for number in reply.descriptors] == [False, False]
+
+
+@pytest.mark.ids("C2", "C05")
+def test_no_descriptor_of_the_library_survives_an_exec(serve):
+    """What the program beside us inherits when nobody closes anything for it."""
+    handle = serve().handle()
+    handle.call()
+    number = serve().door.open()
+    code = "import os; print(*sorted(map(int, os.listdir('/proc/self/fd'))))"
+    listing = subprocess.run(
+        [sys.executable, "-I", "-S", "-c", code], close_fds=False, capture_output=True, check=True
+    )
+    inherited = set(map(int, listing.stdout.split()))
+    assert not inherited & {number, handle.fileno(), *(channel.fileno() for channel in handle._idle)}
+    sockets = [fd for fd in inherited - {0, 1, 2} if fd_is_socket(fd)]
+    assert sockets == []
+    os.close(number)
+
+
+def fd_is_socket(number):
+    try:
+        return os.readlink(f"/proc/self/fd/{number}").startswith(("socket:", "anon_inode:"))
+    except OSError:
+        return False
+
+
+def test_those_that_the_procedure_does_not_take_are_closed(serve, files):
+    (ours,) = files()
+    handle = serve(lambda invocation: invocation.reply()).handle()
+    before = open_descriptors()
+    for _ in range(20):
+        handle.call(descriptors=[ours] * 20)
+    wait_until(lambda: open_descriptors() <= before)  # they are closed behind the reply
+
+
+def test_those_that_the_procedure_takes_are_its_own(serve, files):
+    (ours,) = files()
+    taken = []
+
+    def procedure(invocation):
+        taken.append(invocation.descriptors.pop(0))
+        invocation.reply()
+
+    serve(procedure).handle().call(descriptors=[ours, ours])
+    assert numbers(taken) == numbers([ours])
+    os.close(taken[0])
+
+
+# -- bad ones
+
+
+@pytest.mark.ids("F6", "C06")
+def test_with_a_bad_one_in_a_request_none_is_sent(serve, files):
+    came = []
+    serving = serve(lambda invocation: (came.append(len(invocation.descriptors)), invocation.reply()))
+    handle = serving.handle()
+    (good,) = files()
+    bad = os.dup(good)
+    os.close(bad)
+    before = open_descriptors()
+    for wrong in (bad, -1, 2**31 - 1):
+        with pytest.raises(OSError) as caught:
+            handle.call(descriptors=[good, wrong, good])
+        assert caught.value.errno == errno.EBADF
+        assert str(wrong) in str(caught.value)
+    assert open_descriptors() == before
+    os.fstat(good)
+    handle.call(descriptors=[good])
+    assert came == [1]
+    assert serving.door.channels == 1  # nothing was even begun
+
+
+@pytest.mark.ids("F6", "X14")
+def test_with_a_bad_one_in_a_reply_none_is_sent(serve, files):
+    (good,) = files()
+
+    def procedure(invocation):
+        with pytest.raises(OSError) as caught:
+            invocation.reply(descriptors=[good, 2**31 - 1])
+        assert caught.value.errno == errno.EBADF
+        invocation.reply(b"without")
+
+    serving = serve(procedure)
+    with serving.handle().call(timeout=PATIENCE) as reply:
+        assert (bytes(reply.data), reply.descriptors) == (b"without", [])
+    assert serving.errors == []
+
+
+# -- the receiver's table is full
+
+
+@contextlib.contextmanager
+def only(free):
+    """Leave so many numbers for new descriptors."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    used = sorted(int(name) for name in os.listdir("/proc/self/fd"))
+    highest = used[-1] + 1
+    fillers = []
+    try:
+        # Everything below the limit is taken, but for the last few.
+        resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 1 + free, hard))
+        while True:
+            fillers.append(os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC))
+    except OSError as error:
+        assert error.errno == errno.EMFILE
+        for _ in range(free):
+            os.close(fillers.pop())
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        for number in fillers:
+            os.close(number)
+
+
+FULL_SERVER = """
+    import sys
+    sys.path.insert(0, {here!r})
+    from test_descriptors import only, open_descriptors
+    from support.rawdoor import Serving
+    from doorpool import door
+
+    ran = []
+    def procedure(invocation):
+        if invocation.data == b"fill":
+            free = only(3)
+            free.__enter__()
+            keep.append(free)
+        elif invocation.data == b"empty":
+            keep.pop().__exit__(None, None, None)
+        elif invocation.data == b"ran":
+            invocation.reply(b"%d" % len(ran))
+            return
+        elif invocation.data == b"open":
+            invocation.reply(b"%d" % open_descriptors())
+            return
+        else:
+            ran.append(invocation.data)
+        invocation.reply()
+
+    keep = []
+    serving = Serving(procedure)
+    serving.door.listen("a.door")
+    ready()
+    serving.threads[0].join()
+"""
+
+
+@pytest.mark.ids("F7", "F8", "C03")
+def test_no_room_at_the_server(spawn_server, door_dir, files):
+    """All or nothing: the procedure does not run, the caller hears of it, the channel goes on."""
+    here = os.path.dirname(__file__)
+    spawn_server(FULL_SERVER.format(here=here), cwd=door_dir)
+    (ours,) = files()
+    with Handle(door_dir / "a.door") as handle:
+        handle.call(descriptors=[ours] * 10)
+        before = handle.call(b"open").data
+        handle.call(b"fill")
+        for _ in range(5):
+            with pytest.raises(BusyError, match="room") as caught:
+                handle.call(b"lost", descriptors=[ours] * 10, timeout=PATIENCE)
+            assert not caught.value.may_have_run
+        handle.call(b"one", descriptors=[ours])  # what fits goes on going
+        handle.call(b"empty")
+        assert handle.call(b"ran").data == b"2"
+        assert handle.call(b"open").data == before  # of the lost ones none was kept
+
+
+@pytest.mark.ids("F7", "F9", "C03")
+@pytest.mark.parametrize("free", [0, 1, 9])
+def test_no_room_at_the_client(serve, files, free, spawn_server, door_dir):
+    spawn_server(
+        """
+        from support.rawdoor import Serving
+        serving = Serving()
+        serving.door.listen("a.door")
+        ready()
+        serving.threads[0].join()
+        """,
+        cwd=door_dir,
+    )
+    ours = files(10)
+    with Handle(door_dir / "a.door") as handle:
+        before = open_descriptors()
+        with only(free):
+            for _ in range(3):
+                with pytest.raises(OSError) as caught:
+                    handle.call(descriptors=ours)
+                assert caught.value.errno == errno.EMFILE
+            assert handle.call(b"without").data == b"without"
+        assert open_descriptors() == before
+        with handle.call(descriptors=ours) as reply:
+            assert numbers(reply.descriptors) == numbers(ours)
+
+
+def test_no_room_for_a_channel_at_the_client(serve):
+    handle = serve().handle(lazy=True)
+    with only(0):
+        with pytest.raises(OSError) as caught:
+            handle.call()
+        assert caught.value.errno == errno.EMFILE
+    assert handle.call(b"now").data == b"now"
+
+
+#: What an opening takes at the server for a moment: the knock's socket, two pidfds of the
+#: client one after the other, a pair.
+NEEDED = 4
+
+
+@pytest.mark.parametrize("free", range(7))
+def test_no_room_for_a_channel_at_the_server(serve, free):
+    """The knock is lost or refused, nothing is kept of it, and the next one is heard."""
+    gate = Gate()
+    door = Door(gate)
+    with contextlib.closing(rawpeer.RawClient(number := door.open(), opening=False)) as client:
+        os.close(number)
+        before = open_descriptors()
+        ours, theirs = rawpeer.pair(socket.SOCK_STREAM)
+        with ours, theirs, contextlib.ExitStack() as shortage:
+            with keeper().lock:  # it hears the knock when all is full
+                rawpeer.send(client.door, rawpeer.knock(), [theirs.fileno()])
+                theirs.close()  # so that the end is seen, if the server drops the knock
+                shortage.enter_context(only(free))
+            with contextlib.suppress(ConnectionResetError):
+                ours.recvmsg(1, 0, socket.MSG_PEEK)  # the answer has come, or the end
+            shortage.close()
+            with contextlib.suppress(ConnectionResetError):
+                for descriptor in rawpeer.receive(ours)[1]:
+                    os.close(descriptor)
+        client.open()  # knocks are answered one after the other: the first is done with
+        assert door.channels == (2 if free >= NEEDED else 1)
+        lasting = 2 * door.channels  # each channel and the pidfd of its client
+        wait_until(lambda: open_descriptors() == before + lasting + 1)  # and our end
+    door.revoke()
+    gate.close()
+    gate.dispose()
+
+
+# -- descriptors where none belong
+
+
+class Lying:
+    """A server by hand, and a handle that calls it in the background."""
+
+    def __init__(self, files):
+        self.server = rawpeer.RawServer()
+        self.handle = Handle(self.server.descriptor, lazy=True)
+        self.file = files()[0]
+
+
+@pytest.fixture
+def lying(files):
+    lying = Lying(files)
+    with lying.server, lying.handle:
+        yield lying
+
+
+def call_of(lying, what="call", **options):
+    call = Background(getattr(lying.handle, what), **options)
+    lying.server.accept()
+    return call, lying.server.receive()
+
+
+@pytest.mark.ids("C02", "P7")
+@pytest.mark.parametrize(
+    ("kind", "number", "body", "error"),
+    [
+        (rawpeer.FAILURE, 1, rawpeer.refusal(rawpeer.BUSY), BusyError),
+        (rawpeer.GOODBYE, 1, rawpeer.refusal(rawpeer.REVOKED), DoorError),
+        (rawpeer.REPLY, 7, b"of another call", ProtocolError),
+        (rawpeer.REQUEST, 1, b"", ProtocolError),
+        (rawpeer.FAILURE, 1, b"no refusal", ProtocolError),
+        (rawpeer.GOODBYE, 1, b"no refusal", ProtocolError),
+    ],
+)
+def test_descriptors_of_frames_that_are_no_reply_are_closed(lying, kind, number, body, error):
+    call, _ = call_of(lying)
+    lying.server.send(rawpeer.frame(kind, number, body, descriptors=3), [lying.file] * 3)
+    assert isinstance(call.error(), error)  # and leak_guard counts
+
+
+@pytest.mark.ids("C02")
+def test_descriptors_of_an_answer_to_a_ping_are_closed(lying):
+    ping, request = call_of(lying, "ping")
+    lying.server.send(rawpeer.frame(rawpeer.PONG, request.number, descriptors=3), [lying.file] * 3)
+    ping.result()
+
+
+@pytest.mark.ids("C06", "X8")
+def test_descriptors_of_a_reply_that_comes_too_late_are_closed(lying, monkeypatch):
+    """The reply comes when the time is over, just before the channel is shut."""
+    give_up = Handle._give_up
+
+    def answered_and_given_up(handle, channel):
+        lying.server.send(rawpeer.frame(rawpeer.REPLY, 1, descriptors=3), [lying.file] * 3)
+        return give_up(handle, channel)
+
+    monkeypatch.setattr(Handle, "_give_up", answered_and_given_up)
+    call, _ = call_of(lying, timeout=0.05)
+    error = call.error()
+    assert isinstance(error, CallTimeoutError)
+    assert error.may_have_run
+
+
+@pytest.mark.ids("C02")
+@pytest.mark.parametrize("extra", [1, 5])
+def test_more_than_a_socket_in_an_answer(lying, extra):
+    call = Background(lying.handle.call)
+    lying.server.hear()
+    lying.server.admit(extra=[lying.file] * extra)
+    assert isinstance(call.error(), ProtocolError)
+
+
+def test_flags_of_passed_descriptors_are_left_alone(serve, files):
+    (ours,) = files()
+    before = fcntl.fcntl(ours, fcntl.F_GETFL)
+    serve().handle().call(descriptors=[ours]).close()
+    assert fcntl.fcntl(ours, fcntl.F_GETFL) == before
