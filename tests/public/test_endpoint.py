@@ -329,14 +329,16 @@ def test_an_endpoint_alone_is_run_by_the_default_server(door_dir, connect):
 
 
 def test_a_dropped_endpoint_is_collected_with_a_warning():
-    endpoint = Endpoint(echo)
-    endpoint.open().close()  # handed out, and its holder is gone
-    door = endpoint._door
-    assert door is not None
-    wait_until(lambda: not door._ports)
-    del door
+    held = [Endpoint(echo)]
+    held[0].open().close()  # handed out, and its holder is gone
+    wait_until(lambda: not held[0]._door._ports, "the keeper has heard so")
+
+    def drop() -> None:
+        held.clear()
+        gc.collect()  # endpoint and door know one another
+
     with pytest.warns(ResourceWarning, match="unclosed <Endpoint 'echo'"):
-        del endpoint
+        drop()
 
 
 def test_a_dropped_endpoint_lives_while_it_has_a_name_or_a_holder(door_dir, connect):

@@ -622,14 +622,14 @@ def test_calls_after_close_did_not_run(serve, connect):
 
 
 _RUNNING = """
-    import signal, threading
+    import signal
     from doorpool import Server
 
     server = Server()
 
     @server.endpoint("a.door")
-    def is_main():
-        return threading.current_thread() is threading.main_thread()
+    def is_prepared():
+        return signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
 
     def handlers():
         return [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)], signal.set_wakeup_fd(-1)
@@ -638,7 +638,7 @@ _RUNNING = """
     server.start()
     ready()
     server.run()
-    result((before == handlers(), server.closed, threading.active_count()))
+    result((before == handlers(), server.closed))
 """
 
 
@@ -646,11 +646,11 @@ _RUNNING = """
 def test_a_signal_ends_run_and_the_names_and_puts_the_handlers_back(spawn_server, door_dir, connect, number):
     child = spawn_server(_RUNNING, cwd=door_dir)
     proxy = connect(reopen=False)
-    wait_until(proxy, "the main thread serves")  # so its handlers are in place
+    wait_until(proxy, "its handlers are in place")
     child.signal(number)
     finished = child.finish()
     assert finished.returncode == 0
-    same_handlers, closed, _ = finished.value
+    same_handlers, closed = finished.value
     assert same_handlers
     assert closed
     assert not (door_dir / "a.door").exists()

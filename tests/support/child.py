@@ -43,9 +43,11 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _found_classes = 0
 _counting = False
 
-# The report is between this process and the test: no program started from here inherits it.
-if REPORT_FD in os.environ:
-    os.set_inheritable(int(os.environ[REPORT_FD]), False)
+# The report is between this process and the test: no program started from here inherits it,
+# or, running the same script (multiprocessing's "spawn"), looks for it.
+_report_fd = int(os.environ.pop(REPORT_FD, -1))
+if _report_fd >= 0:
+    os.set_inheritable(_report_fd, False)
 
 
 def ready(value: Any = None) -> None:
@@ -65,9 +67,8 @@ def result(value: Any) -> None:
 def _report(message: tuple[str, Any]) -> None:
     body = dumps(message)
     body = len(body).to_bytes(8, "little") + body
-    fd = int(os.environ[REPORT_FD])
     while body:
-        body = body[os.write(fd, body) :]
+        body = body[os.write(_report_fd, body) :]
 
 
 def dumps(value: Any) -> bytes:
