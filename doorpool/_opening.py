@@ -30,6 +30,7 @@ Nothing here ever waits.
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 
@@ -50,6 +51,9 @@ from doorpool._credentials import (
 from doorpool._errors import AccessError, ProtocolError
 from doorpool._sockets import Letter
 from doorpool._wire import Answer, Codec, Knock, Refusal
+
+#: What says something about us and nothing about the other side.
+_SHORTAGE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS)
 
 
 def _describe(ids: Ids) -> str:
@@ -85,9 +89,16 @@ def _check_maker(sock: socket.socket, letter: Letter, what: str) -> None:
     if not _sockets.is_unix(sock, socket.SOCK_STREAM):
         raise ProtocolError(f"{what} brought a socket of another kind than AF_UNIX, SOCK_STREAM")
     assert letter.ids is not None
-    maker = peer_ucred(sock)
-    if maker == letter.ucred and _made_by_sender(sock, letter.pidfd):
-        return
+    try:
+        maker = peer_ucred(sock)
+        if maker == letter.ucred and _made_by_sender(sock, letter.pidfd):
+            return
+    except OSError as error:
+        if error.errno in _SHORTAGE:
+            raise
+        raise AccessError(
+            f"{what} brought a socket of which nobody says who made it: {error.strerror}"
+        ) from None
     pid, uid, gid = unpack_ids(maker)
     raise AccessError(
         f"{what} was sent by {_describe(letter.ids)} with a socket made by {_describe((pid, uid, gid))}; "
@@ -221,7 +232,7 @@ def hear_knock(port: socket.socket) -> Visitor | Refusal | None:
         _refuse_letter(letter, refusal)
         return refusal
     except BaseException:
-        letter.close()  # short of descriptors; the client knocks again
+        letter.close()
         raise
 
 
@@ -240,7 +251,9 @@ def _refuse_letter(letter: Letter, refusal: Refusal) -> None:
     """Send a refusal back over the socket of a letter that was not believed, if it brought one."""
     try:
         for descriptor in letter.descriptors[:1]:
-            with socket.socket(fileno=os.dup(descriptor)) as sock:
+            sock = socket.socket(fileno=descriptor)  # or it is no socket, and stays the letter's
+            del letter.descriptors[0]
+            with sock:
                 if _sockets.is_unix(sock, socket.SOCK_STREAM):
                     _sockets.send_letter(sock, Answer(refusal=refusal).encode())
     except OSError:
