@@ -33,6 +33,7 @@ import fcntl
 import os
 import socket
 import struct
+import threading
 from functools import lru_cache
 
 import attrs
@@ -149,15 +150,26 @@ def _many_groups(descriptor: int) -> bytes:
     return buffer.raw[: size.value]
 
 
+@lru_cache(maxsize=1)
+def tells_processes() -> bool:
+    """Tell whether this kernel gives pidfds of senders and peers; a missing one means something then."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+        try:
+            sock.getsockopt(socket.SOL_SOCKET, SO_PASSPIDFD)
+        except OSError:
+            return False
+    return True
+
+
 def same_process(one: int, other: int) -> bool:
     """
-    Tell whether two pidfds name one process; a missing one (-1) settles nothing.
+    Tell whether two pidfds name one process.
 
-    Without pidfds, or with those of a kernel before 6.9, this is True, and the numbers
-    that the caller has compared already must do.
+    With those of a kernel before 6.9, or from one that has none (-1) to give, this is True,
+    and the numbers that the caller has compared already must do.
     """
     if one < 0 or other < 0:
-        return True
+        return not tells_processes()
     a, b = os.fstat(one), os.fstat(other)
     return (a.st_dev, a.st_ino) == (b.st_dev, b.st_ino)
 
@@ -228,12 +240,24 @@ def pickle_bar_here() -> str | None:
 
 
 def _permitted_capabilities() -> int:
-    """Return the permitted capabilities of this thread as a bit set (capget(2))."""
-    header = (ctypes.c_uint32 * 2)(_CAPABILITY_VERSION_3, 0)
-    data = (ctypes.c_uint32 * 6)()
-    if _libc.capget(header, data):
-        return -1  # cannot tell: as if it held them
-    return int(data[1]) | int(data[4]) << 32
+    """
+    Return the permitted capabilities of all threads as a bit set (capget(2)).
+
+    Linux keeps them for each thread, and what is unpickled in one can use those of all, for
+    it can write to all of the memory.
+    """
+    # The main thread's number may be that from before a fork; it is the process's.
+    main = threading.main_thread()
+    others = {thread.native_id or 0 for thread in threading.enumerate() if thread is not main}
+    held = 0
+    for thread in others | {os.getpid(), 0}:  # 0: this one
+        header = (ctypes.c_uint32 * 2)(_CAPABILITY_VERSION_3, thread)
+        data = (ctypes.c_uint32 * 6)()
+        if _libc.capget(header, data) == 0:
+            held |= int(data[1]) | int(data[4]) << 32
+        elif ctypes.get_errno() != errno.ESRCH:
+            return -1  # cannot tell: as if it held them
+    return held
 
 
 def pickle_bar(peer: Credentials, pidfd: int, *, trust: str) -> str | None:
@@ -255,19 +279,22 @@ def pickle_bar(peer: Credentials, pidfd: int, *, trust: str) -> str | None:
     return pickle_bar_here() or (None if trust == "uid" else _namespace_bar(pidfd))
 
 
+_NOT_TOLD = (
+    "pickle is spoken only within one user namespace, and the kernel does not tell us "
+    'the other side\'s ({}); trust="uid" leaves this rule out'
+)
+
+
 def _namespace_bar(pidfd: int) -> str | None:
     """Say why a peer does not count as being in our user namespace; None if it does."""
     if pidfd < 0:
-        return None  # a kernel without pidfds of peers cannot say
+        return _NOT_TOLD.format("no such process") if tells_processes() else None
     try:
         descriptor = fcntl.ioctl(pidfd, _PIDFD_GET_USER_NAMESPACE)
     except OSError as error:
         if error.errno in (errno.ENOTTY, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS):
             return None  # a kernel before 6.11 cannot say
-        return (
-            "pickle is spoken only within one user namespace, and the kernel does not tell us "
-            f'the other side\'s ({error.strerror}); trust="uid" leaves this rule out'
-        )
+        return _NOT_TOLD.format(error.strerror)
     try:
         status = os.fstat(descriptor)
         if (status.st_dev, status.st_ino) == _own_user_namespace():
