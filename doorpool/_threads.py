@@ -129,17 +129,20 @@ class Pool:
             self._leave(thread)
             raise
 
-    def _join_in(self, thread: threading.Thread) -> bool:
+    def _join_in(self, thread: threading.Thread, *, lent: bool = False) -> bool:
         """Count a thread in, unless the pool is full or closed."""
         with self._lock:
             if self._closed or len(self._threads) >= self.max_threads:
                 return False
             self._threads.add(thread)
+            if lent:
+                self._lent.add(thread)
             return True
 
     def _leave(self, thread: threading.Thread) -> None:
         with self._lock:
             self._threads.discard(thread)
+            self._lent.discard(thread)
             self._changed.notify_all()
             done = self._disposable and not self._threads
         if done:
@@ -229,17 +232,15 @@ class Pool:
         """
         self.check_lendable()
         thread = threading.current_thread()
-        while not self._join_in(thread):
+        while not self._join_in(thread, lent=True):
             if self._closed:
                 return
             self._make_room()
-        self._lent.add(thread)
         _local.pool = self
         try:
             self._serve_calls(thread, None)
         finally:
             _local.pool = None
-            self._lent.discard(thread)
             self._leave(thread)
 
     def check_lendable(self) -> None:
@@ -285,12 +286,16 @@ class Pool:
         return [invocation for thread, invocation in list(self._running.items()) if thread is not own]
 
     def join(self, timeout: float) -> None:
-        """Wait for the threads to go, and give the gate's descriptors back if all have gone."""
-        own = threading.current_thread()
+        """
+        Wait for the threads to go, and give the gate's descriptors back if all have gone.
+
+        Not for lent ones, which have other things to do, or those whose calls were cut.
+        """
         deadline = time.monotonic() + timeout
-        for thread in list(self._threads):
-            if thread is not own and thread not in self._lent:
-                thread.join(max(0.0, deadline - time.monotonic()))
+        with self._lock:
+            leaving = self._threads - self._lent - set(self._running) - {threading.current_thread()}
+        for thread in leaving:
+            thread.join(max(0.0, deadline - time.monotonic()))
         with self._lock:
             self._disposable = True
             done = not self._threads

@@ -182,7 +182,8 @@ def test_another_users_server_is_not_believed_when_reopening(root_only, spawn_se
     assert caught.value.may_have_run is False
     assert isinstance(caught.value.__cause__, AccessError)
     assert "uid 1000" in str(caught.value.__cause__)
-    second.terminate()
+    second.kill()
+    os.unlink(door_dir / "a.door")
     third = spawn_server(SERVER, cwd=door_dir)
     assert proxy() == (third.pid, 1)
 
