@@ -353,7 +353,7 @@ class _Rules:
         self._check_python(kind.__qualname__)
         if kind not in _arrived:
             _departed.add(kind)
-        return (*reduction[:5], _set_class_state)
+        return (reduction[0], _with_slots(kind, reduction), *reduction[2:5], _set_class_state)
 
     def _reduce_function(self, function: types.FunctionType) -> Any:
         if function.__module__ in _MAINS:
@@ -446,6 +446,22 @@ def _take_buffer(buffers: list[memoryview], buffer: pickle.PickleBuffer) -> bool
 #: Classes that went out from here by value, and those that came in.
 _departed: weakref.WeakSet[type] = weakref.WeakSet()
 _arrived: weakref.WeakSet[type] = weakref.WeakSet()
+
+
+def _with_slots(kind: type, reduction: Any) -> tuple[Any, ...]:
+    """
+    Return the arguments of a class's reduction, with its slots among them.
+
+    cloudpickle makes the class without: its objects would have a dict over there, and could not
+    come home, where they have none.
+    """
+    slots = vars(kind).get("__slots__")
+    args: tuple[Any, ...] = reduction[1]
+    if reduction[0] is not _cloudpickle._make_skeleton_class:
+        return args  # an enumeration
+    if not isinstance(slots, str | tuple | list | dict):
+        return args  # none, or an iterator at its end
+    return (*args[:3], {**args[3], "__slots__": slots}, *args[4:])
 
 
 def _set_class_state(kind: type, state: Any) -> None:
@@ -652,7 +668,7 @@ def _attributes(owner: Any) -> Iterator[tuple[str, Any]]:
         yield from object.__getattribute__(owner, "__dict__").items()
     for kind in type(owner).__mro__:
         for name, field in vars(kind).items():
-            if isinstance(field, types.MemberDescriptorType):
+            if isinstance(field, types.MemberDescriptorType) and name != "__dict__":
                 with contextlib.suppress(AttributeError):  # a slot that holds nothing
                     yield name, field.__get__(owner)
 
