@@ -164,7 +164,7 @@ class Server:
         return Statistics(
             threads=pool.threads, waiting=pool.gate.waiting, running=pool.running,
             served=pool.served, errors=pool.errors, channels=pool.gate.channels,
-            doors=sum(not door.closed for door in (*self._endpoints, *self._adopted)), waited=pool.gate.waited,
+            doors=sum(not it.closed for it in (*self._endpoints, *self._adopted)), waited=pool.gate.waited,
         )  # fmt: skip
 
     # -- endpoints ---------------------------------------------------------------------------

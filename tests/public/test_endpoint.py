@@ -500,5 +500,3 @@ def test_calls_of_different_doors_run_in_parallel(serve, door_dir, connect):
         server.attach(lambda: together.wait(10) is not None, door_dir / f"{name}.door")
     futures = [connect(door_dir / f"{name}.door").submit() for name in "abc"]
     assert [future.result(10) for future in futures] == [True] * 3
-
-

@@ -207,7 +207,7 @@ def test_the_remote_traceback_begins_with_the_procedure(serve, connect):
 
 
 SERVER = """
-    import asyncio, sys
+    import asyncio, signal, sys
     from doorpool import Server
 
     server = Server()
@@ -225,6 +225,10 @@ SERVER = """
         if how == "group":
             raise BaseExceptionGroup("all", [SystemExit(1), ValueError(2)])
         return how
+
+    @server.endpoint("prepared.door")
+    def is_prepared():
+        return signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
 
     with server:
         ready()
@@ -252,6 +256,7 @@ def test_what_is_no_exception_ends_neither_client_nor_server(spawn_server, door_
             assert caught.value.type_name.endswith(kind)
             assert kind in str(caught.value)
         assert proxy("still here") == "still here"
+    wait_until(connect(door_dir / "prepared.door"), "run() has set its handlers")
     child.terminate()
     assert child.finish().value == "ended well"
 

@@ -175,7 +175,8 @@ def test_another_users_server_is_not_believed_when_reopening(root_only, spawn_se
     first = spawn_server(SERVER, cwd=door_dir)
     proxy = connect()
     assert proxy() == (first.pid, 1)
-    first.terminate()
+    first.kill()
+    os.unlink(door_dir / "a.door")
     second = spawn_server(SERVER, uid=1000, cwd=door_dir)
     with pytest.raises(DoorError) as caught:
         proxy()

@@ -75,7 +75,8 @@ Pair = collections.namedtuple("Pair", "left right")
 BUILTINS: list[Any] = [
     None, True, False, 0, -1, 2**100, 1.5, float("inf"), 1 + 2j, "", "text ä \U0001f6aa \ud800",
     b"", b"bytes", bytearray(b"bytearray"), (), (1,), (1, (2, (3,))), [], [1, [2, [3]]], {},
-    {"a": {"b": [1]}, 1: 2}, set(), {1, 2}, frozenset(), frozenset({1, 2}), range(1, 10, 3), slice(1, 2, 3), ..., NotImplemented, int,
+    {"a": {"b": [1]}, 1: 2}, set(), {1, 2}, frozenset(), frozenset({1, 2}), range(1, 10, 3), slice(1, 2, 3),
+    ..., NotImplemented, int,
     type(None), types.SimpleNamespace(a=1), b"x" * 100_000, "y" * 100_000, bytearray(b"z" * 100_000),
     list(range(1000)), {str(n): n for n in range(1000)},
 ]  # fmt: skip
@@ -401,9 +402,7 @@ def _lock() -> Any:
     ids=["dict", "lists", "dataclass", "attributes", "generator"],
 )
 @pytest.mark.ids("E10", "X14")
-def test_an_argument_that_cannot_cross_names_its_path_and_nothing_is_sent(
-    serve, connect, args, kwargs, path
-):
+def test_an_argument_that_cannot_cross_names_its_path_and_nothing_is_sent(serve, connect, args, kwargs, path):
     calls = []
     server = serve(lambda *args, **kwargs: calls.append(1))
     proxy = connect()
