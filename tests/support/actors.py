@@ -20,6 +20,7 @@ count.  What it keeps between two scenes is in ``here``.
 from __future__ import annotations
 
 import array
+import importlib
 import io
 import logging
 import os
@@ -123,6 +124,8 @@ class Actor:
     """
 
     def __init__(self, uid: int | None = None, gid: int | None = None, groups: Sequence[int] = ()) -> None:
+        for name in _child._BEFORE_BECOMING:  # once here, and not in each actor
+            importlib.import_module(name)
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         _stages.add(ours)
         sys.stdout.flush()

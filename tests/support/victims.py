@@ -98,16 +98,21 @@ def raw_door() -> Door:
 
 def open_descriptor() -> Fd:
     """Hand out a fresh descriptor of the door."""
-    return Fd(here.door.open() if here.layer == "raw" else here.endpoint.open().take())
+    before = set(raw_door()._ports) if here.layer == "raw" or here.endpoint._door else set()
+    number = here.door.open() if here.layer == "raw" else here.endpoint.open().take()
+    (here.newest_port,) = raw_door()._ports - before
+    return Fd(number)
 
 
 def give_port() -> Fd:
-    """Let somebody share a port, which a server never would."""
-    return Fd(os.dup(next(iter(raw_door()._ports)).fileno()))
+    """Let somebody share the port of the newest descriptor, which a server never would."""
+    return Fd(os.dup(here.newest_port.fileno()))
 
 
 def give_server_end() -> Fd:
     """Let somebody share the server's end of a channel, which a server never would."""
+    with keeper().lock:  # it has entered the channel that it has answered with when it lets go
+        pass
     return Fd(os.dup(next(iter(raw_door()._channels)).channel.fileno()))
 
 
