@@ -316,8 +316,9 @@ class Channel:
         came, self._fds = self._fds, []
         lost, self._lost = self._lost, False
         if not lost and len(came) != claimed:
+            error = ProtocolError(f"a frame claims {claimed} descriptors and brought {len(came)}")
             close_all(came)
-            raise ProtocolError(f"a frame claims {claimed} descriptors and brought {len(came)}")
+            raise error
         if lost or frame.refusal is not None:
             close_all(came)
         if lost and frame.refusal is None:

@@ -609,7 +609,11 @@ class Handle:
             if refusal.reason is Reason.IDLE and not fresh:
                 raise _StaleChannel
         elif frame.kind == Kind.FAILURE and frame.number == channel.number:
-            refusal = _wire.decode_refusal(frame.data)
+            try:
+                refusal = _wire.decode_refusal(frame.data)
+            except ProtocolError:
+                channel.close()
+                raise
             self._give_back(channel)
         if refusal is None:
             channel.shutdown()
