@@ -75,12 +75,12 @@ STEPS = {
         "server.accept(); server.receive(); server.send(rawpeer.frame(rawpeer.REPLY, 1)[:39]); die()", True
     ),
     "having answered all but a byte": (
-        "server.accept(); server.receive(); server.send(rawpeer.frame(rawpeer.REPLY, 1, b'data')[:-1]); die()",
+        "server.accept(); server.receive(); server.send(rawpeer.frame(82, 1, b'data')[:-1]); die()",
         True,
     ),
     "in the middle of a long answer": (
-        "server.accept(); server.receive();"
-        "server.send(rawpeer.frame(rawpeer.REPLY, 1, length=64 << 20) + bytes(8 << 20)); die()",
+        ("server.accept(); server.receive(); "
+         "server.send(rawpeer.frame(rawpeer.REPLY, 1, length=64 << 20) + bytes(8 << 20)); die()"),
         True,
     ),
 }  # fmt: skip
@@ -294,7 +294,7 @@ def test_real_server_killed_while_calls_wait_for_a_thread(spawn_server, door_dir
 
 @pytest.mark.ids("R1", "X11")
 def test_goodbye_then_death_is_a_revocation(staged):
-    server, handle = staged("""
+    _server, handle = staged("""
         server.accept()
         call = server.receive()
         server.send(rawpeer.frame(rawpeer.GOODBYE, call.number, rawpeer.refusal(rawpeer.REVOKED, "gone")))

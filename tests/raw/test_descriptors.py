@@ -203,10 +203,9 @@ def only(free):
     try:
         # Everything below the limit is taken, but for the last few.
         resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 1 + free, hard))
-        while True:
-            fillers.append(os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC))
-    except OSError as error:
-        assert error.errno == errno.EMFILE
+        with pytest.raises(OSError, match="Too many open files"):
+            while True:
+                fillers.append(os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC))
         for _ in range(free):
             os.close(fillers.pop())
         yield
@@ -266,7 +265,7 @@ def test_no_room_at_the_server(spawn_server, door_dir, files):
         handle.call(b"one", descriptors=[ours])  # what fits goes on going
         handle.call(b"empty")
         assert handle.call(b"ran").data == b"2"
-        assert handle.call(b"open").data == before  # of the lost ones none was kept
+        wait_until(lambda: int(handle.call(b"open").data) <= int(before))  # of the lost ones none was kept
 
 
 @pytest.mark.ids("F7", "F9", "C03")
@@ -331,7 +330,7 @@ def test_no_room_for_a_channel_at_the_server(serve, free):
                 for descriptor in rawpeer.receive(ours)[1]:
                     os.close(descriptor)
         client.open()  # knocks are answered one after the other: the first is done with
-        assert door.channels == (2 if free >= NEEDED else 1)
+        wait_until(lambda: door.channels == (2 if free >= NEEDED else 1))
         lasting = 2 * door.channels  # each channel and the pidfd of its client
         wait_until(lambda: open_descriptors() == before + lasting + 1)  # and our end
     door.revoke()

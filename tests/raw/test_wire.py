@@ -50,11 +50,10 @@ golden = pytest.mark.parametrize(("message", "decode"), DECODERS.values(), ids=D
 
 
 def allowed(decode, data):
-    """Decode; let only a ProtocolError be raised, and only one that can be shown."""
+    """Decode; let nothing but a ProtocolError be raised, and return it."""
     try:
         return decode(data)
     except ProtocolError as error:
-        assert str(error)
         return error
 
 
@@ -110,7 +109,8 @@ def test_frame_in_pieces_of_any_size(step):
 
 def test_texts_of_a_greeting_are_cut_between_characters():
     said = Greeting(
-        id=bytes(16), codec=Codec.RAW, name="ä" * 40_000, python=(3, 11), doc="€" * 40_000, signature="x" * 99_999
+        id=bytes(16), codec=Codec.RAW, name="ä" * 40_000, python=(3, 11), doc="€" * 40_000,
+        signature="x" * 99_999,
     )  # fmt: skip
     written = said.encode()
     read = _wire.decode_greeting(written)

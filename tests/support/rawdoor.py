@@ -4,6 +4,7 @@ Servers and callers of the raw layer, which certainly end.
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable
 from types import TracebackType
@@ -12,6 +13,7 @@ from typing import Any
 from doorpool._errors import ClosedError
 from doorpool._wire import Reason, Refusal
 from doorpool.door import Door, Gate, Handle, Invocation
+from support.processes import wait_until
 
 PATIENCE = 20.0  # seconds until something that certainly happens is taken for a hang
 
@@ -118,7 +120,12 @@ class Serving:
 
     def handle(self, door: Door | None = None, **options: Any) -> Handle:
         """Open the door, by a descriptor of its own."""
-        handle = Handle((door or self.door).open(), **options)
+        number = (door or self.door).open()
+        try:
+            handle = Handle(number, **options)
+        except BaseException:
+            os.close(number)  # it was not taken over
+            raise
         self._handles.append(handle)
         return handle
 
@@ -168,9 +175,9 @@ class Canary:
             self._stop.wait(0.001)
 
     def still_sings(self) -> None:
-        """Wait until one more call has gone well."""
-        song = b"still here"
-        assert self._handle.call(song, timeout=PATIENCE / 2).data == song
+        """Wait until one more call, begun from now on, has gone well."""
+        heard = self.calls
+        wait_until(lambda: self.calls >= heard + 2 or not self._sings.running, timeout=PATIENCE)
         assert self._sings.running, self._sings.error()
 
     def __exit__(

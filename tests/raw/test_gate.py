@@ -1,0 +1,263 @@
+"""
+Gates: where threads wait, how they are woken and sent away; several doors, several gates; the keeper.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+
+import pytest
+from support import rawpeer, wait_until
+from support.rawdoor import PATIENCE, Background, Canary
+
+from doorpool._errors import AccessError, ClosedError, RevokedError
+from doorpool.door import Door, Gate, Handle
+
+
+@pytest.fixture
+def gate():
+    gate = Gate()
+    yield gate
+    gate.close()
+    wait_until(lambda: gate.waiting == 0)
+    gate.dispose()
+
+
+# -- waiting
+
+
+@pytest.mark.parametrize("timeout", [0, 0.05])
+def test_wait_ends_with_its_time(gate, timeout):
+    began = time.monotonic()
+    assert gate.wait(timeout) is None
+    assert timeout <= time.monotonic() - began < timeout + 0.5
+
+
+def test_wait_returns_a_call_that_is_there_already(gate):
+    door = Door(gate)
+    with Handle(door.open()) as handle:
+        channel = handle._idle[-1].socket
+        call = Background(handle.call, b"early")
+        wait_until(lambda: rawpeer.unread_there(channel))
+        invocation = gate.wait(0)
+        assert invocation.data == b"early"
+        assert invocation.door is door
+        assert invocation.credentials.pid == os.getpid()
+        assert invocation.waited >= 0
+        invocation.reply(b"answered")
+        assert call.result().data == b"answered"
+    door.revoke()
+
+
+def test_wake_lets_so_many_threads_go(gate):
+    threads = [Background(gate.wait) for _ in range(4)]
+    wait_until(lambda: gate.waiting == 4)
+    gate.wake(3)
+    wait_until(lambda: gate.waiting == 1)
+    (last,) = [thread for thread in threads if thread.running]
+    gate.wake()
+    for thread in threads:
+        assert thread.result() is None
+    assert last.result() is None
+
+
+def test_wake_is_kept_for_whoever_comes(gate):
+    gate.wake(2)
+    assert gate.wait() is None
+    assert gate.wait() is None
+    assert gate.wait(0) is None
+
+
+def test_close_sends_everybody_away(gate):
+    threads = [Background(gate.wait) for _ in range(4)]
+    wait_until(lambda: gate.waiting == 4)
+    gate.close()
+    gate.close()  # again
+    for thread in threads:
+        assert thread.error() is None or isinstance(thread.error(), ClosedError)
+    with pytest.raises(ClosedError):
+        gate.wait(0)
+    gate.wake()  # says nothing
+    assert gate.closed
+
+
+@pytest.mark.ids("R1")
+def test_close_ends_the_channels_too(gate):
+    """The doors should have been taken away before; their callers are told all the same."""
+    door = Door(gate)
+    with Handle(door.open()) as idle, Handle(door.open(), lazy=True) as fresh:
+        gate.close()
+        for handle in (idle, fresh):
+            with pytest.raises(RevokedError, match="closing") as caught:
+                handle.call(timeout=PATIENCE)
+            assert not caught.value.may_have_run
+    door.revoke()
+
+
+def test_channel_that_opens_while_the_gate_closes_is_ended(gate, monkeypatch):
+    """The gate closes between the last look at it and the channel's entry."""
+    door = Door(gate)
+    add = gate.add
+
+    def close_and_add(served):
+        gate.close()
+        add(served)
+
+    monkeypatch.setattr(gate, "add", close_and_add)
+    with Handle(door.open(), lazy=True) as handle:
+        with pytest.raises(RevokedError):
+            handle.call(timeout=PATIENCE)
+    wait_until(lambda: door.channels == 0)
+    door.revoke()
+
+
+# -- doors and gates
+
+
+def test_several_doors_lead_to_one_gate(serve):
+    serving = serve(lambda invocation: invocation.reply(b"first"), threads=1)
+    second = serving.add(lambda invocation: invocation.reply(b"second"))
+    one, two = serving.handle(), serving.handle(second)
+    for _ in range(3):
+        assert (one.call().data, two.call().data) == (b"first", b"second")
+    serving.door.revoke()
+    with pytest.raises(RevokedError):
+        one.call()
+    assert two.call().data == b"second"
+
+
+@pytest.mark.ids("T3", "T8")
+def test_two_gates_do_not_wait_for_each_other(serve):
+    """A procedure of the first gate's only thread calls a door of the second, and so back again."""
+    second = serve(lambda invocation: invocation.reply(b"second"), threads=1)
+    behind = second.handle()
+    first = serve(lambda invocation: invocation.reply(b"first " + bytes(behind.call().data)), threads=1)
+    assert first.handle().call().data == b"first second"
+
+
+def is_in_epoll(thread):
+    """Whether the kernel has a thread of ours waiting in a set, and not just on its way there."""
+    with open(f"/proc/self/task/{thread}/wchan") as file:
+        return "ep" in file.read()
+
+
+def is_asleep(thread):
+    with open(f"/proc/self/task/{thread}/stat") as file:
+        return file.read().rpartition(")")[2].split()[0] == "S"
+
+
+@pytest.mark.ids("T4")
+def test_the_thread_that_waited_last_is_woken_first(gate):
+    """So that one warm thread does the work that one can do."""
+    ran_on, names = [], []
+
+    def serve():
+        names.append(threading.get_native_id())
+        while True:
+            try:
+                invocation = gate.wait()
+            except ClosedError:
+                return
+            if invocation is not None:
+                ran_on.append(threading.get_ident())
+                invocation.reply()
+            del invocation
+
+    door = Door(gate)
+    threads = [Background(serve) for _ in range(4)]
+    wait_until(lambda: gate.waiting == 4)
+    wait_until(lambda: all(map(is_asleep, names)))
+    if not any(map(is_in_epoll, names)):
+        pytest.skip("this kernel does not show where a thread sleeps")
+    wait_until(lambda: all(map(is_in_epoll, names)))
+    with Handle(door.open()) as handle:
+        for _ in range(50):
+            handle.call()
+            wait_until(lambda: all(map(is_in_epoll, names)))
+    assert len(set(ran_on)) == 1
+    door.revoke()
+    gate.close()
+    for thread in threads:
+        thread.result()
+
+
+@pytest.mark.ids("L11", "T6")
+def test_callers_beyond_the_threads_wait_their_turn(serve):
+    inside, most = 0, 0
+    lock = threading.Lock()
+
+    def procedure(invocation):
+        nonlocal inside, most
+        with lock:
+            inside += 1
+            most = max(most, inside)
+        invocation.reply(invocation.data)
+        with lock:
+            inside -= 1
+
+    serving = serve(procedure, threads=3)
+    handles = [serving.handle() for _ in range(20)]
+    calls = [Background(handle.call, b"%d" % i) for i, handle in enumerate(handles)]
+    assert [call.result().data for call in calls] == [b"%d" % i for i in range(20)]
+    assert most <= 3
+
+
+# -- who may come in
+
+
+def test_rule_about_who_may_come_in(serve):
+    asked = []
+
+    def admit(credentials):
+        asked.append(credentials)
+        return "it is Monday" if len(asked) > 1 else None
+
+    serving = serve(admit=admit)
+    handle = serving.handle()
+    handle.call()
+    with pytest.raises(AccessError, match="it is Monday") as caught:
+        serving.handle()
+    assert not caught.value.may_have_run
+    handle.call()  # asked once, at its opening
+    assert [(who.pid, who.uid) for who in asked] == [(os.getpid(), os.geteuid())] * 2
+
+
+def test_rule_that_fails_refuses(serve):
+    def admit(credentials):
+        raise ZeroDivisionError
+
+    serving = serve(admit=admit)
+    with Canary(serve()) as canary:
+        with pytest.raises(AccessError, match="rule"):
+            serving.handle()
+        canary.still_sings()
+
+
+# -- the keeper
+
+
+def test_errors_in_the_keeper_leave_the_other_doors_alone(serve, caplog):
+    from doorpool._keeper import keeper
+
+    def fail():
+        raise ZeroDivisionError
+
+    with Canary(serve()) as canary:
+        keeper().soon(fail)
+        wait_until(lambda: "please report it" in caplog.text)
+        canary.still_sings()
+        with serve().handle() as handle:
+            handle.call()
+
+
+def test_channels_come_and_go_and_nothing_is_left(serve):
+    serving = serve()
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(100):
+        with Handle(serving.door.open()) as handle:
+            handle.call()
+    wait_until(lambda: serving.door.channels == 0 and not serving.door._ports)
+    wait_until(lambda: len(os.listdir("/proc/self/fd")) == before)
+    assert serving.gate.channels == 0

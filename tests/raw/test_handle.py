@@ -1,0 +1,377 @@
+"""
+Handles: many callers, closing in the middle, ping, taking the door away, and fork.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import threading
+import warnings
+
+import pytest
+from support import rawpeer, run_as_uid, wait_until
+from support.rawdoor import PATIENCE, Background, Canary
+
+from doorpool._errors import BrokenDoorError, BusyError, CallTimeoutError, ClosedError, RevokedError
+from doorpool.door import Handle, Reason
+
+
+class Held:
+    """A procedure that is running until it is let go."""
+
+    def __init__(self):
+        self.running, self.go = threading.Semaphore(0), threading.Event()
+        self.invocations = []
+
+    def __call__(self, invocation):
+        self.invocations.append(invocation)
+        self.running.release()
+        assert self.go.wait(PATIENCE)
+        invocation.reply(b"finished")
+        self.invocations.clear()
+
+    def wait(self):
+        assert self.running.acquire(timeout=PATIENCE)
+
+
+@pytest.fixture
+def held():
+    held = Held()
+    yield held
+    held.go.set()
+
+
+# -- closing
+
+
+@pytest.mark.ids("L10")
+def test_close_does_not_disturb_running_calls(serve, held):
+    handle = serve(held).handle()
+    calls = [Background(handle.call) for _ in range(2)]
+    for _ in calls:
+        held.wait()
+    handle.close()
+    assert handle.closed
+    assert handle.fileno() == -1
+    for what in (handle.call, handle.ping):
+        with pytest.raises(ClosedError, match="closed"):
+            what()
+    held.go.set()
+    assert [call.result().data for call in calls] == [b"finished"] * 2
+    assert not handle._idle
+
+
+@pytest.mark.ids("L10", "G09")
+def test_close_while_many_threads_call(serve):
+    for _ in range(20):
+        serving = serve(threads=4)
+        handle = serving.handle()
+        under_way = threading.Semaphore(0)
+
+        def caller(handle=handle, under_way=under_way):
+            calls = 0
+            with contextlib.suppress(ClosedError):
+                while True:
+                    assert handle.call(b"%d" % calls).data == b"%d" % calls
+                    calls += 1
+                    under_way.release()
+
+        callers = [Background(caller) for _ in range(8)]
+        for _ in range(16):
+            assert under_way.acquire(timeout=PATIENCE)
+        handle.close()
+        for call in callers:
+            call.result()
+        wait_until(lambda serving=serving: serving.door.channels == 0)
+        serving.close()
+
+
+def test_close_can_be_repeated_and_comes_with_with(serve):
+    with serve().handle() as handle:
+        handle.close()
+    handle.close()
+    assert not handle.alive
+    assert "closed" in repr(handle)
+    assert handle.info().name == "door"
+
+
+def test_close_while_the_door_is_being_opened():
+    """The knock waits for its answer; the call ends with it, and the descriptor is given back."""
+    with rawpeer.RawServer() as server:
+        handle = Handle(server.descriptor, lazy=True)
+        call = Background(handle.call)
+        server.hear()
+        handle.close()
+        server.admit()
+        server.receive()
+        server.send(rawpeer.frame(rawpeer.REPLY, 1, b"all the same"))
+        assert call.result().data == b"all the same"
+        server.expect_end()
+
+
+# -- ping and alive
+
+
+@pytest.mark.ids("I7", "L4")
+def test_ping(serve, held):
+    serving = serve(held, threads=1)
+    handle = serving.handle()
+    handle.ping()
+    running = Background(handle.call)
+    held.wait()
+    with pytest.raises(CallTimeoutError) as caught:  # nobody is there to answer
+        handle.ping(timeout=0.05)
+    assert not caught.value.may_have_run
+    assert handle.alive
+    held.go.set()
+    running.result()
+    handle.ping()
+    serving.door.revoke()
+    with pytest.raises(RevokedError):
+        handle.ping()
+    assert not handle.alive
+
+
+@pytest.mark.ids("L14", "X6", "X7")
+def test_time_over_while_all_threads_are_busy(serve, held):
+    """The waiting call never runs; the running one may have."""
+    handle = serve(held, threads=1).handle()
+    running = Background(handle.call, b"running", timeout=0.15)
+    held.wait()
+    with pytest.raises(CallTimeoutError) as caught:
+        handle.call(b"waiting", timeout=0.05)
+    assert not caught.value.may_have_run
+    assert running.error().may_have_run
+    (invocation,) = held.invocations
+    assert invocation.cancelled
+    held.go.set()
+    assert handle.call(b"next", timeout=PATIENCE).data == b"finished"
+    assert held.running.acquire(timeout=PATIENCE)
+    assert not held.running.acquire(blocking=False)  # two have run, and not three
+
+
+@pytest.mark.parametrize("timeout", [0, -1, float("nan")])
+def test_timeouts_that_are_none(serve, timeout):
+    with pytest.raises(ValueError, match="above 0"):
+        serve().handle().call(timeout=timeout)
+
+
+def test_endless_timeouts(serve):
+    handle = serve().handle()
+    assert handle.call(b"x", timeout=float("inf")).data == b"x"
+    assert handle.call(b"x", timeout=1e300).data == b"x"
+
+
+def test_deadline_reaches_the_procedure(serve):
+    seen = []
+
+    def procedure(invocation):
+        import time
+
+        seen.append(invocation.deadline and invocation.deadline - time.monotonic())
+        invocation.reply()
+
+    handle = serve(procedure).handle()
+    handle.call(timeout=50)
+    handle.call()
+    assert 40 < seen[0] <= 50
+    assert seen[1] is None
+
+
+# -- taken away
+
+
+@pytest.mark.ids("R1", "R2", "R3")
+def test_revoke_lets_the_running_call_finish_and_ends_all_others(serve, held):
+    serving = serve(held, threads=1)
+    running_at, idle, fresh = serving.handle(), serving.handle(), serving.handle(lazy=True)
+    running = Background(running_at.call)
+    held.wait()
+    waiting_at = serving.handle()
+    channel = waiting_at._idle[-1].socket
+    waiting = Background(waiting_at.call)
+    wait_until(lambda: rawpeer.unread_there(channel))
+    serving.door.revoke()
+    serving.door.revoke()  # again
+    assert serving.door.revoked
+    for call in (waiting.result, idle.call, fresh.call):
+        with pytest.raises(RevokedError) as caught:
+            call()
+        assert not caught.value.may_have_run
+    assert running.running
+    held.go.set()
+    assert running.result().data == b"finished"
+    with pytest.raises(RevokedError):
+        running_at.call()
+    with pytest.raises(ClosedError):
+        serving.door.open()
+    wait_until(lambda: serving.door.channels == 0)
+
+
+@pytest.mark.ids("R1", "R8")
+def test_revoke_takes_the_names_and_the_descriptors(serve, door_dir):
+    serving = serve()
+    path = serving.door.listen(door_dir / "a.door")
+    by_path, number = Handle(path), serving.door.open()
+    serving.door.revoke()
+    assert os.listdir(door_dir) == []
+    with by_path, pytest.raises(RevokedError):
+        by_path.call()
+    with pytest.raises(FileNotFoundError):
+        Handle(path)
+    with pytest.raises(RevokedError):
+        Handle(number)
+    os.close(number)  # it was not taken over
+    with pytest.raises(ClosedError):
+        serving.door.listen(path)
+
+
+def test_idle_channel_that_the_server_closed_is_replaced(serve):
+    """The server says that it was idle: the call goes on another, and nobody notices."""
+    from doorpool._wire import Refusal
+
+    serving = serve()
+    handle = serving.handle()
+    handle.call()
+    for served in list(serving.door._channels):
+        serving.gate.end(served, Refusal(Reason.IDLE, "idle"))
+    assert handle.call(b"again").data == b"again"
+
+
+@pytest.mark.ids("X15", "L14")
+def test_nothing_is_repeated_that_may_have_run():
+    """The channel ends without a word behind a request that was read."""
+    with rawpeer.RawServer() as server, Handle(server.descriptor, lazy=True) as handle:
+        first = Background(handle.call)
+        server.accept()
+        server.send(rawpeer.frame(rawpeer.REPLY, server.receive().number))
+        first.result()
+        second = Background(handle.call, b"once")  # on an idle channel: the case of a repetition
+        assert server.receive().body == b"once"
+        server.channel.close()
+        error = second.error()
+        assert isinstance(error, BrokenDoorError)
+        assert error.may_have_run
+        server.port.setblocking(False)
+        with pytest.raises(BlockingIOError):  # no other knock
+            server.port.recv(1)
+
+
+@pytest.mark.ids("X15")
+def test_what_certainly_did_not_run_is_repeated_once():
+    """The channel ends with the request unread."""
+    with rawpeer.RawServer() as server, Handle(server.descriptor, lazy=True) as handle:
+        first = Background(handle.call)
+        server.accept()
+        server.send(rawpeer.frame(rawpeer.REPLY, server.receive().number))
+        first.result()
+        second = Background(handle.call, b"once")
+        rawpeer.receive_exactly(server.channel, 1)
+        server.channel.close()
+        server.accept()
+        assert server.receive().body == b"once"
+        server.send(rawpeer.frame(rawpeer.REPLY, 1, b"at last"))
+        assert second.result().data == b"at last"
+
+
+def test_knocks_that_are_dropped_are_made_again():
+    with rawpeer.RawServer() as server, Handle(server.descriptor, lazy=True) as handle:
+        call = Background(handle.call)
+        server.hear()
+        server.hear()  # which drops the first
+        server.admit()
+        server.send(rawpeer.frame(rawpeer.REPLY, server.receive().number, b"third time"))
+        assert call.result().data == b"third time"
+        copy = os.dup(handle.fileno())
+        call = Background(Handle, copy)
+        for _ in range(3):
+            server.hear()
+        server.knock_socket.close()
+        assert isinstance(call.error(), BusyError)
+        os.close(copy)
+
+
+# -- fork
+
+
+def _child_calls(handle, words):
+    with handle:
+        return bytes(handle.call(words, timeout=PATIENCE).data), handle.fileno() >= 0
+
+
+@pytest.mark.ids("Y1", "Y2", "G01")
+def test_forked_child_goes_on_with_channels_of_its_own(serve, door_dir):
+    serving = serve()
+    path = serving.door.listen(door_dir / "a.door")
+    for handle in (serving.handle(), Handle(path)):
+        with handle, Canary(serving) as canary:
+            handle.call(b"before")
+            assert run_as_uid(None, _child_calls, handle, b"child") == (b"child", True)
+            assert handle.call(b"parent").data == b"parent"
+            canary.still_sings()
+
+
+def _child_opens_many(handle):
+    """Fill the numbers that were the parent's, then let the library forget its channels."""
+    mine = [os.open(os.devnull, os.O_RDONLY) for _ in range(50)]
+    handle.close()
+    del handle
+    gc.collect()
+    return [number for number in mine if not _is_open(number)]
+
+
+def _is_open(number):
+    try:
+        os.fstat(number)
+    except OSError:
+        return False
+    return True
+
+
+@pytest.mark.ids("G01")
+def test_forked_child_closes_nothing_twice(serve):
+    handle = serve().handle()
+    handle.call()
+    assert run_as_uid(None, _child_opens_many, handle) == []
+
+
+def _child_is_no_server(serving):
+    errors = []
+    for what in (serving.door.open, serving.gate.wait, serving.door.revoke):
+        try:
+            what()
+        except Exception as error:
+            errors.append(type(error).__name__)
+        else:
+            errors.append("nothing")
+    serving.gate.wake(1)
+    serving.gate.close()
+    return errors
+
+
+@pytest.mark.ids("Y1", "R4", "G02")
+def test_forked_child_is_no_server(serve):
+    serving = serve(threads=2)
+    with Canary(serving) as canary:
+        assert run_as_uid(None, _child_is_no_server, serving) == [
+            "ClosedError",
+            "ClosedError",
+            "PermissionError",
+        ]
+        canary.still_sings()
+
+
+# -- left lying about
+
+
+def test_handle_that_is_forgotten_gives_everything_back(serve):
+    serving = serve()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        handle = Handle(serving.door.open())
+        handle.call()
+        del handle
+        gc.collect()
+    wait_until(lambda: serving.door.channels == 0)
