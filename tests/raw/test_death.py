@@ -114,7 +114,7 @@ def test_server_killed_during_a_long_request(staged):
     assert not error.may_have_run
 
 
-@pytest.mark.ids("E05", "P3")
+@pytest.mark.ids("E05")
 @pytest.mark.parametrize("read", [True, False])
 def test_death_is_seen_though_a_child_holds_the_sockets(staged, read):
     """The end of the channel lives on in a child, so that no hang-up comes."""

@@ -167,7 +167,7 @@ def test_with_a_bad_one_in_a_request_none_is_sent(serve, files):
             handle.call(descriptors=[good, wrong, good])
         assert caught.value.errno == errno.EBADF
         assert str(wrong) in str(caught.value)
-    assert open_descriptors() == before
+    wait_until(lambda: open_descriptors() <= before)
     os.fstat(good)
     handle.call(descriptors=[good])
     assert came == [1]
@@ -363,7 +363,7 @@ def call_of(lying, what="call", **options):
     return call, lying.server.receive()
 
 
-@pytest.mark.ids("C02", "P7")
+@pytest.mark.ids("C02")
 @pytest.mark.parametrize(
     ("kind", "number", "body", "error"),
     [

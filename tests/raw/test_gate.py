@@ -128,7 +128,7 @@ def test_several_doors_lead_to_one_gate(serve):
     assert two.call().data == b"second"
 
 
-@pytest.mark.ids("T3", "T8")
+@pytest.mark.ids("T3")
 def test_two_gates_do_not_wait_for_each_other(serve):
     """A procedure of the first gate's only thread calls a door of the second, and so back again."""
     second = serve(lambda invocation: invocation.reply(b"second"), threads=1)

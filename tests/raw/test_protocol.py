@@ -90,7 +90,7 @@ def test_reply_in_pieces(piece):
         assert (reply.data, [bytes(b) for b in reply.buffers]) == (b"data", [b"b" * 50, b"", b"c" * 50])
 
 
-@pytest.mark.ids("F05", "P9")
+@pytest.mark.ids("F05")
 def test_half_a_request_holds_no_thread(canary):
     """More clients than threads, each with a request that never is whole."""
     serving, bird = canary
@@ -300,7 +300,6 @@ def test_somebody_else_on_the_channel_ends_it(canary, client):
     canary[1].still_sings()
 
 
-@pytest.mark.ids("B06")
 def test_bytes_without_credentials_of_their_own_carry_the_kernels(client):
     client.send(rawpeer.frame(rawpeer.REQUEST, 1, b"plain"), credentials=False)
     assert client.receive().body == b"plain"
