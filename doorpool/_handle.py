@@ -19,7 +19,7 @@ How a call ends, and what is known then
       from now on decides, and silence means that it may have run.
     - A goodbye frame says so itself.
 
-    A blocking receive returns with nothing once a second at the latest.  Only then is the
+    A blocking receive returns with nothing twice a second.  Only then is the
     server's pidfd looked at: a forked child of a dead server may hold its sockets open, so
     that no hang-up ever comes.
 
@@ -68,7 +68,7 @@ from doorpool._sockets import MAX_DESCRIPTORS
 from doorpool._wire import Attribute, Codec, Frame, Greeting, Kind, Knock, Reason, Refusal
 
 MAX_IDLE = 8  #: Idle channels that a handle keeps, the last used first.
-LOOK_UP = 1.0  #: Seconds after which a waiting caller looks whether the server is alive.
+LOOK_UP = 0.5  #: Seconds after which a waiting caller looks whether the server is alive.
 MAX_REPLY = 2**40  #: A reply that claims to be longer is a broken server's.
 _REQUEST, _REPLY = int(Kind.REQUEST), int(Kind.REPLY)
 _PING, _PONG = int(Kind.PING), int(Kind.PONG)

@@ -146,6 +146,8 @@ class Keeper:
 
     def _until_next_timer(self) -> float | None:
         with self.lock:
+            while self._timers and self._timers[0][2].callback is None:
+                heapq.heappop(self._timers)  # cancelled: not worth waking up for
             if not self._timers:
                 return None
             return max(0.0, self._timers[0][0] - time.monotonic())

@@ -190,7 +190,9 @@ class Pool:
     def _serve_calls(self, thread: threading.Thread, idle_timeout: float | None) -> None:
         with suppress(ClosedError):
             while True:
-                invocation = self.gate.wait(idle_timeout)
+                # Those that stay wait without a clock: an idle server does nothing at all.
+                stays = thread in self._lent or len(self._threads) <= KEPT
+                invocation = self.gate.wait(None if stays else idle_timeout)
                 if invocation is not None:
                     self._run(thread, invocation)
                 elif self._retire(thread, idle_timeout):

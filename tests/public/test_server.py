@@ -729,14 +729,13 @@ def test_a_handler_of_the_program_is_left_alone(spawn_server, door_dir, connect)
                 server.close()
 
         signal.signal(signal.SIGTERM, mine)
-        server.start()
         ready()
         server.run()
         result((heard, signal.getsignal(signal.SIGTERM) is mine))
         """,
         cwd=door_dir,
     )
-    proxy = connect()
+    proxy = connect(wait=10)
     child.signal(signal.SIGTERM)
     wait_until(lambda: proxy() == [signal.SIGTERM], "the program's own handler, and the server goes on")
     child.signal(signal.SIGTERM)

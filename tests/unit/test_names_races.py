@@ -311,7 +311,7 @@ def test_that_stranger_would_have_got_in(sticky, root_only):
         assert name.remove()
 
 
-@pytest.mark.ids("A01", "A03")
+@pytest.mark.ids("A02", "A01", "A03")
 @pytest.mark.parametrize("state", ["new", "stale"])
 def test_the_order_of_system_calls(door_dir, state):
     """
