@@ -13,7 +13,7 @@ import time
 from typing import Any
 
 import pytest
-from support import wait_until
+from support import run_as_uid, wait_until
 
 from doorpool import (
     Call,
@@ -85,11 +85,11 @@ def test_groups_of_the_caller(root_only, spawn_server, run_python, door_dir):
 
 
 @pytest.mark.ids("K2", "B13")
-def test_the_caller_is_who_calls_also_through_an_inherited_proxy(serve, connect, as_uid):
+def test_the_caller_is_who_calls_also_through_an_inherited_proxy(serve, connect):
     serve(lambda: current_call().caller.pid)
     proxy = connect()
     assert proxy() == os.getpid()
-    child, seen = as_uid(None, lambda: (os.getpid(), proxy()))
+    child, seen = run_as_uid(None, lambda: (os.getpid(), proxy()))
     assert child == seen
     assert child != os.getpid()
 
