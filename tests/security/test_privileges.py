@@ -506,6 +506,15 @@ def test_a_failed_lookup_is_no_identity(actor, guarded, side, what, number, path
     assert client(call, "told again") == "told again"
 
 
+@pytest.mark.ids("B07", "B24")
+def test_a_peer_whose_process_is_not_told_is_in_no_namespace_of_ours():
+    if not _credentials.tells_processes():
+        pytest.skip("this kernel has no pidfds of peers")
+    peer = _credentials.Credentials(os.getpid(), os.geteuid(), os.getegid(), ())
+    assert "namespace" in (_credentials.pickle_bar(peer, -1, trust="namespace") or "")
+    assert _credentials.pickle_bar(peer, -1, trust="uid") is None
+
+
 def knock_and_end(path: str, frames: list[bytes]) -> bytes:
     """Knock and push; return what is said to that, until the end."""
     with byhand.reach(path) as door, byhand.knock(door) as ours:

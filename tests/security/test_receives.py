@@ -26,6 +26,7 @@ from support.victims import (
     serve,
 )
 
+from doorpool import _sockets
 from doorpool._errors import BrokenDoorError, CallTimeoutError, DoorError, ProtocolError
 
 V, M = 4201, 6602
@@ -304,6 +305,20 @@ def test_a_descriptor_that_a_holder_shuts_ends_that_descriptor_only(
 def shut(number: int) -> None:
     with byhand.reach(number) as door:
         door.shutdown(socket.SHUT_RDWR)
+
+
+@pytest.mark.ids("B23", "B06")
+@pytest.mark.parametrize("end", [socket.SHUT_WR, socket.SHUT_RDWR, None], ids=["half", "both", "close"])
+def test_an_end_of_file_names_nobody(end):
+    """The kernel says "pid 0, uid 0, gid 0" with it."""
+    ours, theirs = byhand.pair()
+    with ours, theirs:
+        if end is None:
+            theirs.close()
+        else:
+            theirs.shutdown(end)
+        letter = _sockets.receive_letter(ours, 100)
+        assert (letter.data, letter.ids, letter.pidfd, letter.descriptors) == (b"", None, -1, [])
 
 
 # -- empty reads (B23), at a client ----------------------------------------------------------------

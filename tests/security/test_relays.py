@@ -32,6 +32,7 @@ from support.victims import (
     serve,
 )
 
+from doorpool import _opening
 from doorpool._errors import AccessError, BusyError, DoorError, ProtocolError
 
 V, M = 4201, 6602
@@ -336,7 +337,7 @@ def knock_with_pair(door: str | int, k0: int, k1: int, bomb: bytes) -> bytes:
         channel, _ = byhand.dial(sock)  # once that is answered, the first knock has been heard
         if channel is not None:
             channel.close()
-        with contextlib.suppress(BlockingIOError):
+        with contextlib.suppress(BlockingIOError, ConnectionResetError):
             return ours.recv(1 << 16, socket.MSG_DONTWAIT)
         return b""
 
@@ -455,6 +456,36 @@ def answer_with_pair(p0: int, p1: int, bomb: bytes) -> None:
     os.write(p0, byhand.frame_bytes("R", 1, bomb))
     byhand.send(here.k1, byhand.answer_bytes(), [p1], byhand.own_ids())
     os.close(p1)
+
+
+def have_no_pidfds() -> None:
+    """Be as on a kernel before 6.5, where the numbers must do."""
+    _opening.same_process = lambda *_: True
+
+
+@pytest.mark.ids("B17", "B19")
+def test_the_numbers_alone_tell_a_relayer(serving, trap, actor, guarded, victim, path, marker: Marker):
+    """Only a message that carries the socket is believed, so pid, uid and gid are enough for that."""
+    client, door, stranger, (number, listens) = trap
+    server, canary = serving(victim, "objects")
+    maker = actor(victim)
+    k0, k1 = maker(make_pair)
+    for one in (server, client):
+        one(have_no_pidfds)
+    with guarded(client, server, canary=canary):
+        answered = stranger.begin(knock_with_pair, path, Fd(k0), Fd(k1), marker.bytes)
+        os.close(k0)
+        os.close(k1)
+        assert answered() == b""
+        stranger(set_trap, number, listens)
+        opening = client.begin(open_client, "objects", door)
+        stranger(hear_victim)
+        p0, p1 = maker(make_pair)
+        stranger(answer_with_pair, Fd(p0), Fd(p1), marker.bytes)
+        os.close(p0)
+        os.close(p1)
+        with pytest.raises(AccessError, match=f"made by pid {maker.pid}, uid {victim}"):
+            opening()
 
 
 # -- a real set-uid program ------------------------------------------------------------------------
