@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.actors import Actor, Fd, counts, give, keep
+from support.actors import Actor, Fd, counts, keep
 from support.marker import Marker
 from support.victims import call, open_client, open_descriptor, serve
 
@@ -31,7 +31,7 @@ def actor() -> Iterator[Callable[..., Actor]]:
     def start(uid: int | None = None, **options: Any) -> Actor:
         if os.geteuid() != 0 and uid != os.geteuid():
             pytest.skip("root only: becomes other users")
-        actors.append(Actor(uid or None, **options))
+        actors.append(Actor(None if uid == os.geteuid() else uid, **options))
         return actors[-1]
 
     yield start
@@ -154,6 +154,3 @@ def serving(actor: Callable[..., Actor], path: str) -> Callable[..., tuple[Actor
         return server, Canary(actor(uid), layer, path)
 
     return start
-
-
-__all__ = ["Canary", "give"]
