@@ -17,13 +17,16 @@ caller is answered, and the channel goes on:
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import logging
 import os
+import sys
+import traceback
 import warnings
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from doorpool import _sockets
 from doorpool._call import Call, current
@@ -216,7 +219,7 @@ class Endpoint:
         self._server = self._door = None
 
     def _check_open(self) -> None:
-        if self._closed or self._generation != _sockets.generation:
+        if self._closed or self._generation != _sockets.here():
             raise ClosedError(f"{self!r} is closed")
 
     def _ready_door(self) -> Door:
@@ -341,7 +344,7 @@ class Endpoint:
         if self._closed:
             return
         self._closed = True
-        if self._generation != _sockets.generation:
+        if self._generation != _sockets.here():
             return  # the parent's door, and none of ours
         if self._door is not None:
             self._door.revoke()
@@ -390,7 +393,11 @@ class Endpoint:
         token = current.set(Call(invocation, self))
         try:
             value = self.target(*args, **kwargs)
+            if self._generation != _sockets.here():
+                _leave_forked_child(None)
         except BaseException as error:
+            if self._generation != _sockets.here():
+                _leave_forked_child(error)
             if error.__traceback__ is not None:
                 error.__traceback__ = error.__traceback__.tb_next  # begin with the procedure's own frame
             self._log(error)
@@ -409,6 +416,25 @@ class Endpoint:
             log.debug("%s raised", self.name, exc_info=error)
         else:
             log.error("%s raised what is no Exception", self.name, exc_info=error)
+
+
+def _leave_forked_child(error: BaseException | None) -> NoReturn:
+    """
+    End a child that was forked in a procedure and has come out of it.
+
+    It answers nothing, for the parent will: it is gone with the code of a ``SystemExit``, or
+    with 1 after printing what else it came out with.
+    """
+    status = 0
+    if isinstance(error, SystemExit):
+        status = error.code if isinstance(error.code, int) else int(error.code is not None)
+    elif error is not None:
+        traceback.print_exception(error)
+        status = 1
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(Exception):
+            stream.flush()
+    os._exit(status & 0xFF)
 
 
 def serve(invocation: Invocation) -> bool:

@@ -48,6 +48,7 @@ import socket
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
@@ -129,6 +130,7 @@ class Gate:
         self.waiting = 0
         self.waited = 0.0
         self._closed = False
+        _gates.add(self)
 
     @property
     def channels(self) -> int:
@@ -363,12 +365,29 @@ class Gate:
         for served in list(self._served.values()):
             self.end(served, _CLOSING)
 
+    def leave_to_parent(self) -> None:
+        """Close, in a forked child, what is not closed yet; the set goes on in the parent."""
+        self._closed = True
+        self._epoll.close()
+
     def dispose(self) -> None:
         """Give the gate's own descriptors back, once no thread waits here any more."""
         self._epoll.close()
         bell, self._bell = self._bell, -1
         if bell >= 0 and self._generation == _sockets.generation:
             _sockets.close_number(bell)
+
+
+_gates: weakref.WeakSet[Gate] = weakref.WeakSet()
+
+
+def _forget_parent() -> None:
+    for gate in list(_gates):
+        gate.leave_to_parent()
+    _gates.clear()
+
+
+_sockets.on_fork(_forget_parent)
 
 
 class Invocation:
@@ -743,7 +762,7 @@ class Door:
         name.close()
 
     def _check_open(self) -> None:
-        if self._generation != _sockets.generation:
+        if self._generation != _sockets.here():
             raise ClosedError(f"{self.name} belongs to the process that this one was forked from")
         if self._revoked is not None:
             raise ClosedError(f"{self.name} was revoked")
@@ -887,7 +906,7 @@ class Door:
 
         Modelled on: door_revoke(3C)
         """
-        if self._generation != _sockets.generation:
+        if self._generation != _sockets.here():
             raise PermissionError(errno.EPERM, f"{self.name}: only the process that made it may revoke it")
         if self._revoked is not None:
             return

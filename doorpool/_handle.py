@@ -165,7 +165,6 @@ class Handle:
         self._owner: int | None = None
         self.path: str | None = None
         self._closed = False
-        self._users = 0
         self._reset()
         self._socket = self._reach(door, deadline)
         self.server: Credentials
@@ -227,6 +226,7 @@ class Handle:
         """Begin anew: at first, and in a forked child, where the parent's locks mean nothing."""
         self._generation = _sockets.generation
         self._lock = threading.Lock()
+        self._users = 0
         self._idle: deque[Channel] = deque()
 
     def _reach(self, door: _names.Path | int, deadline: float | None) -> socket.socket:
@@ -543,7 +543,7 @@ class Handle:
         descriptors: Sequence[int] = (),
     ) -> Frame:
         """Make one exchange, on a second channel if the first was dead before it began."""
-        if self._generation != _sockets.generation:
+        if self._generation != _sockets.here():
             self._reset()
         try:
             channel = self._idle.pop()  # the one that was used last
@@ -760,7 +760,7 @@ class Handle:
 
         Calls that are running are not disturbed; their channels close when they end.
         """
-        if self._generation != _sockets.generation:
+        if self._generation != _sockets.here():
             self._reset()
         with self._lock:
             self._closed = True

@@ -133,6 +133,10 @@ class Keeper:
         with contextlib.suppress(BlockingIOError):  # a counter that is full has rung
             os.eventfd_write(self._bell, 1)
 
+    def leave_to_parent(self) -> None:
+        """Close, in a forked child, what is not closed yet; the set goes on in the parent."""
+        self._epoll.close()
+
     # -- the thread -----------------------------------------------------------------------
 
     def _run(self) -> None:
@@ -187,7 +191,7 @@ _making = threading.Lock()
 def keeper() -> Keeper:
     """Return the keeper of this process, starting it the first time and after a fork."""
     global _keeper
-    if _keeper is None or _keeper.generation != _sockets.generation:
+    if _keeper is None or _keeper.generation != _sockets.here():
         with _making:
             if _keeper is None or _keeper.generation != _sockets.generation:
                 _keeper = Keeper()
@@ -196,8 +200,10 @@ def keeper() -> Keeper:
 
 def _forget_parent() -> None:
     global _keeper, _making
+    if _keeper is not None:
+        _keeper.leave_to_parent()
     _keeper = None
     _making = threading.Lock()
 
 
-os.register_at_fork(after_in_child=_forget_parent)
+_sockets.on_fork(_forget_parent)

@@ -87,7 +87,7 @@ class _Line:
         self._executor: ThreadPoolExecutor | None = None
 
     def _lock_here(self) -> threading.Lock:
-        if self._generation != _sockets.generation:
+        if self._generation != _sockets.here():
             self._reset()
         return self._lock
 

@@ -279,7 +279,7 @@ class Server:
     # -- starting ----------------------------------------------------------------------------
 
     def _check_open(self) -> None:
-        if self._generation != _sockets.generation:
+        if self._generation != _sockets.here():
             raise ClosedError(f"{self!r} belongs to the process that this one was forked from")
         if self._closing:
             raise ClosedError(f"{self!r} cannot be used again")
@@ -422,7 +422,7 @@ class Server:
         Modelled on: door_revoke(3C) of every door of the process
         """
         timeout = _checked_close_timeout(timeout)
-        if self._generation != _sockets.generation:
+        if self._generation != _sockets.here():
             return  # the parent's
         with self._lock:
             first, self._closing = not self._closing, True
@@ -500,5 +500,5 @@ def _forget_parent() -> None:
     _making_default = threading.Lock()
 
 
-os.register_at_fork(after_in_child=_forget_parent)
+_sockets.on_fork(_forget_parent)
 _endpoint.provide_default_server(_default_server)

@@ -26,7 +26,7 @@ import socket
 import struct
 import termios
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import attrs
 
@@ -57,6 +57,9 @@ Ancillary = list[tuple[int, int, bytes]]
 #: Counts the forks between the first process and this one.
 generation = 0
 
+_pid = os.getpid()
+_fork_hooks: list[Callable[[], None]] = []
+
 _owned: weakref.WeakSet[socket.socket] = weakref.WeakSet()
 _owned_numbers: set[int] = set()
 
@@ -85,10 +88,27 @@ def close_number(descriptor: int) -> None:
     os.close(descriptor)
 
 
+def here() -> int:
+    """
+    Return the generation of this process, for objects that may have crossed a fork.
+
+    A child of a ``fork`` that was made in C, past Python's hooks, is noticed here.
+    """
+    if os.getpid() != _pid:
+        _forget_parent()
+    return generation
+
+
+def on_fork(hook: Callable[[], None]) -> None:
+    """Have a hook run in every forked child, after those that were there before."""
+    _fork_hooks.append(hook)
+
+
 def _forget_parent() -> None:
     """Close, in a forked child, what belongs to the parent (never shutting it down)."""
-    global generation
+    global generation, _pid
     generation += 1
+    _pid = os.getpid()
     for sock in list(_owned):
         sock.close()
     _owned.clear()
@@ -96,6 +116,8 @@ def _forget_parent() -> None:
         with contextlib.suppress(OSError):
             os.close(descriptor)
     _owned_numbers.clear()
+    for hook in _fork_hooks:
+        hook()
 
 
 os.register_at_fork(after_in_child=_forget_parent)
