@@ -1,0 +1,1 @@
+"""Measurements beside the other ways to call a function of another process."""
