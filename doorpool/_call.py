@@ -49,6 +49,11 @@ class Call:
         """Seconds from sending to a thread's taking the call, by the caller's account."""
         return self._invocation.waited
 
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            "a Call stays in the process that answers it; send its caller, or what else is needed"
+        )
+
     def __repr__(self) -> str:
         return f"<Call of {self.endpoint.name!r} by {self.caller}>"
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 import math
 import select
 import socket
+import sys
 import time
 from collections.abc import Callable, Sequence
 
@@ -115,9 +116,11 @@ class Channel:
         self._hurried = False
         self._patience: float | None = None
 
-    def __del__(self) -> None:
-        # A channel lost between two byte codes (Ctrl-C) closes without a warning.
-        self.close()
+    def __del__(self, _ending: Callable[[], bool] = sys.is_finalizing) -> None:
+        # A channel lost between two byte codes (Ctrl-C) closes without a warning.  When the
+        # interpreter ends, the modules it needs may be gone, and the kernel closes all.
+        if not _ending():
+            self.close()
 
     def fileno(self) -> int:
         """Return the descriptor, -1 once closed."""

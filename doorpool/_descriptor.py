@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import sys
 import warnings
+from collections.abc import Callable
 
 __all__ = ["Descriptor"]
 
@@ -35,8 +37,8 @@ class Descriptor:
     def __repr__(self) -> str:
         return f"<Descriptor {self._number}>" if self._number >= 0 else "<Descriptor closed>"
 
-    def __del__(self) -> None:
-        if self._number >= 0:
+    def __del__(self, _ending: Callable[[], bool] = sys.is_finalizing) -> None:
+        if self._number >= 0 and not _ending():  # as in Channel
             warnings.warn(f"unclosed {self!r}", ResourceWarning, source=self, stacklevel=2)
             self.close()
 

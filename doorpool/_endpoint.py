@@ -119,7 +119,9 @@ class Endpoint:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def __del__(self) -> None:
+    def __del__(self, _ending: Callable[[], bool] = sys.is_finalizing) -> None:
+        if _ending():  # as in Channel
+            return
         door = getattr(self, "_door", None)
         if door is not None and not self._closed and self._generation == _sockets.generation:
             warnings.warn(f"unclosed {self!r}", ResourceWarning, source=self, stacklevel=2)

@@ -171,7 +171,11 @@ class ProtocolError(DoorError, ConnectionError):
 
 class RemoteError(DoorError):
     """
-    The procedure's own error, which could not cross as itself.
+    The procedure's own error, which could not, or must not, cross as itself.
+
+    It must not if it is a ``DoorError`` (from a call that the procedure made itself: the caller
+    would take its ``may_have_run`` for that of his own call) or no ``Exception`` (a server's
+    ``sys.exit()`` must not end its clients).
 
     Attributes:
         type_name: the qualified name of the class that was raised there.

@@ -422,8 +422,8 @@ class Invocation:
         self.buffers = frame.buffers
         self.descriptors = frame.descriptors
 
-    def __del__(self) -> None:
-        if self._open:
+    def __del__(self, _ending: Callable[[], bool] = sys.is_finalizing) -> None:
+        if self._open and not _ending():  # as in Channel
             self.fail(Reason.ABORTED, "the server dropped the call without an answer", may_have_run=True)
 
     @property

@@ -81,6 +81,7 @@ import secrets
 import socket
 import stat
 import struct
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -203,8 +204,8 @@ class Name:
     def __repr__(self) -> str:
         return f"<Name {self.path!r} mode {self.mode:04o}{' closed' if self.closed else ''}>"
 
-    def __del__(self) -> None:
-        if not getattr(self, "listener", None) or self.closed:
+    def __del__(self, _ending: Callable[[], bool] = sys.is_finalizing) -> None:
+        if _ending() or not getattr(self, "listener", None) or self.closed:  # as in Channel
             return
         warnings.warn(f"{self!r} was never closed", ResourceWarning, source=self, stacklevel=1)
         self.close()

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import functools
 import os
+import sys
 import threading
 import time
 import warnings
@@ -91,9 +92,9 @@ class _Line:
             self._reset()
         return self._lock
 
-    def __del__(self) -> None:
-        # Not before the last view is gone.
-        if not self.closed and hasattr(self, "info"):
+    def __del__(self, _ending: Callable[[], bool] = sys.is_finalizing) -> None:
+        # Not before the last view is gone; not when the interpreter ends (as in Channel).
+        if not _ending() and not self.closed and hasattr(self, "info"):
             warnings.warn(f"unclosed {self!r}", ResourceWarning, source=self, stacklevel=2)
             self.close()
 

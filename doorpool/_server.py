@@ -27,6 +27,7 @@ import os
 import resource
 import signal
 import socket
+import sys
 import threading
 import warnings
 import weakref
@@ -450,7 +451,12 @@ class Server:
             invocation.cut()
         self._pool.join(_JOIN)
 
-    def __del__(self) -> None:
+    def __reduce__(self) -> Any:
+        raise TypeError(f"{self!r} stays in its process; open a Proxy of one of its doors elsewhere")
+
+    def __del__(self, _ending: Callable[[], bool] = sys.is_finalizing) -> None:
+        if _ending():  # as in Channel; what was started has been closed at exit
+            return
         if not getattr(self, "_started", False):
             if hasattr(self, "_pool"):
                 self._pool.gate.dispose()

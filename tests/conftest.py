@@ -13,12 +13,17 @@ import collections
 import gc
 import os
 import shutil
+import signal
 import stat
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+# A shell starts what it runs in the background with SIGINT ignored, and children inherit that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # NumPy's own threads would be there from its first import on, in the middle of a test.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")

@@ -727,3 +727,18 @@ def test_a_server_of_another_user_is_not_believed(root_only, spawn_server, door_
     assert "0" in str(caught.value)
     assert caught.value.may_have_run is False
     assert isinstance(caught.value, PermissionError)
+
+
+LEFT_OPEN = """
+    import multiprocessing
+    from doorpool import Endpoint, Proxy
+
+    endpoint = Endpoint(str.upper)
+    proxy = Proxy(endpoint)
+    assert proxy("a") == "A"
+    kept = (proxy, multiprocessing.Queue())  # which clears modules away early, when it ends
+"""
+
+
+def test_what_is_open_when_the_interpreter_ends_makes_no_noise(run_python):
+    assert "Traceback" not in run_python(LEFT_OPEN).stderr

@@ -770,9 +770,14 @@ def test_run_can_raise_the_limit_of_open_files(run_python, door_dir):
 
         resource.setrlimit(resource.RLIMIT_NOFILE, (256, 512))
         server = Server()
-        threading.Timer(0.01, server.close).start()
         server.start()
-        server.run(raise_nofile=True) if not server.closed else None
+
+        def close_when_lent() -> None:
+            wait_until(lambda: server.statistics().threads == 3)  # two, and the one that runs it
+            server.close()
+
+        threading.Thread(target=close_when_lent).start()
+        server.run(raise_nofile=True)
         return resource.getrlimit(resource.RLIMIT_NOFILE)
 
     assert run_python(run).value == (512, 512)
