@@ -731,7 +731,7 @@ class Door:
                 self._names[name.path] = name
                 self._keeper.watch(name.listener.fileno(), lambda: self._accept_one(name))
                 return name.path
-        name.remove()
+        self._remove(name)
         name.close()
         raise ClosedError(f"{self.name} was revoked")
 
@@ -744,14 +744,16 @@ class Door:
 
         Raises:
             KeyError: the door has no such name.
+            OSError: the directory does not let go of it; the door keeps it.
 
         Modelled on: fdetach(3C)
         """
         with self._keeper.lock:
-            name = self._names.pop(path)
+            name = self._names[path]
         removed = name.remove()
         with self._keeper.lock:
-            self._stop_listening(name)
+            if self._names.pop(path, None) is name:
+                self._stop_listening(name)
         return removed
 
     def _stop_listening(self, name: Name) -> None:
@@ -791,11 +793,11 @@ class Door:
     def _add_port(self, port: socket.socket) -> None:
         """Take a port in: leave the greeting in its descriptor's queue and watch for knocks."""
         with self._keeper.lock:
-            self._check_port(port)
+            self._greet(port)
             self._ports.add(port)
             self._keeper.watch(port.fileno(), lambda: self._hear(port))
 
-    def _check_port(self, port: socket.socket) -> None:
+    def _greet(self, port: socket.socket) -> None:
         with contextlib.suppress(OSError):  # a holder that is gone already; the port will say so
             port.send(self.greeting().encode(), _sockets.DONTWAIT)
 
@@ -915,7 +917,7 @@ class Door:
             names = list(self._names.values())
             self._names.clear()
         for name in names:
-            name.remove()
+            self._remove(name)
         with self._keeper.lock:
             for name in names:
                 self._stop_listening(name)
@@ -925,6 +927,13 @@ class Door:
                 self._leave(sock)
         for served in list(self._channels):
             self.gate.end(served, self._revoked)
+
+    def _remove(self, name: Name) -> None:
+        """Take a name away if that is possible; whoever holds its directory up does not hold us up."""
+        try:
+            name.remove()
+        except OSError as error:
+            log.warning("%s: the name %s stays behind, leading nowhere: %s", self.name, name.path, error)
 
     def _say_farewell(self, port: socket.socket) -> None:
         assert self._revoked is not None

@@ -500,3 +500,26 @@ def test_calls_of_different_doors_run_in_parallel(serve, door_dir, connect):
         server.attach(lambda: together.wait(10) is not None, door_dir / f"{name}.door")
     futures = [connect(door_dir / f"{name}.door").submit() for name in "abc"]
     assert [future.result(10) for future in futures] == [True] * 3
+
+
+@pytest.mark.leaves_names
+@pytest.mark.ids("R1", "R8", "A19")
+def test_a_directory_that_somebody_holds_up_does_not_hold_a_close_up(serve, connect, door_dir, caplog):
+    """
+    In /tmp anybody can hold the lock under which names are removed.
+    """
+    server, proxy = serve(str.upper), connect(reopen=False)
+    assert proxy("a") == "A"
+    held = os.open(door_dir, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(TimeoutError):
+            server.endpoints[0].detach(door_dir / "a.door")
+        assert proxy("still there") == "STILL THERE"
+        assert server.endpoints[0].paths == (str(door_dir / "a.door"),)
+        server.close()
+    finally:
+        os.close(held)
+    with pytest.raises(RevokedError):
+        proxy("b")
+    assert "stays behind" in caplog.text
