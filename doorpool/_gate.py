@@ -101,7 +101,10 @@ class Served:
 
     def hung_up(self) -> bool:
         """Tell whether the caller has closed its end, or given up what it asked for."""
-        return bool(self.poll.poll(0))
+        # Any thread may ask, and a poll object takes one at a time; ours is the claimant's.
+        poll = select.poll()
+        poll.register(self.fd, _GONE)
+        return bool(poll.poll(0))
 
 
 class Gate:
@@ -221,7 +224,11 @@ class Gate:
         """Wait a moment for the next call of the caller just answered, then park its channel."""
         invocation = None
         if self.waiting and served.doomed is None:
-            invocation = self._next_call(served, 0)
+            try:
+                invocation = self._next_call(served, 0)
+            except BaseException:
+                self.drop(served)
+                raise
         if invocation is None and not served.channel.closed:
             self._park(served)
         return invocation
@@ -695,7 +702,9 @@ class Door:
         self._check_open()
         holder, port = _sockets.door_pair()
         try:
-            self._add_port(port)
+            with self._keeper.lock:
+                self._check_open()
+                self._add_port(port)
         except BaseException:
             holder.close()
             port.close()
@@ -728,6 +737,8 @@ class Door:
         name = _names.publish(path, mode=mode, group=group, replace=replace)
         with self._keeper.lock:
             if self._revoked is None:
+                if name.path in self._names:  # replaced by ourselves
+                    self._stop_listening(self._names.pop(name.path))
                 self._names[name.path] = name
                 self._keeper.watch(name.listener.fileno(), lambda: self._accept_one(name))
                 return name.path
@@ -748,6 +759,8 @@ class Door:
 
         Modelled on: fdetach(3C)
         """
+        if self._generation != _sockets.here():
+            return False  # it is the parent's
         with self._keeper.lock:
             name = self._names[path]
         removed = name.remove()

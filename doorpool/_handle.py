@@ -224,10 +224,16 @@ class Handle:
 
     def _reset(self) -> None:
         """Begin anew: at first, and in a forked child, where the parent's locks mean nothing."""
-        self._generation = _sockets.generation
         self._lock = threading.Lock()
         self._users = 0
         self._idle: deque[Channel] = deque()
+        self._generation = _sockets.generation  # last: who sees this sees the rest
+
+    def _cross_fork(self) -> None:
+        """Begin anew in a forked child, once, whichever thread comes first."""
+        with _crossing:
+            if self._generation != _sockets.generation:
+                self._reset()
 
     def _reach(self, door: _names.Path | int, deadline: float | None) -> socket.socket:
         if isinstance(door, bool) or not isinstance(door, str | bytes | os.PathLike | int):
@@ -326,6 +332,8 @@ class Handle:
     @contextlib.contextmanager
     def _descriptor(self) -> Iterator[socket.socket]:
         """Lend the door descriptor: while somebody uses it, ``close`` leaves it open."""
+        if self._generation != _sockets.here():
+            self._cross_fork()
         with self._lock:
             if self._closed:
                 raise ClosedError(f"{self.name}: this handle is closed")
@@ -544,7 +552,7 @@ class Handle:
     ) -> Frame:
         """Make one exchange, on a second channel if the first was dead before it began."""
         if self._generation != _sockets.here():
-            self._reset()
+            self._cross_fork()
         try:
             channel = self._idle.pop()  # the one that was used last
         except IndexError:
@@ -761,7 +769,7 @@ class Handle:
         Calls that are running are not disturbed; their channels close when they end.
         """
         if self._generation != _sockets.here():
-            self._reset()
+            self._cross_fork()
         with self._lock:
             self._closed = True
             if not self._users:
@@ -771,6 +779,17 @@ class Handle:
                 self._idle.pop().close()
             except IndexError:
                 return
+
+
+_crossing = threading.Lock()
+
+
+def _forget_parent() -> None:
+    global _crossing
+    _crossing = threading.Lock()
+
+
+_sockets.on_fork(_forget_parent)
 
 
 class _StaleChannel(Exception):

@@ -104,7 +104,8 @@ class Keeper:
             if callback is None:
                 return
             # Out of the set, not an empty mask: that would go on reporting a hang-up.
-            self._epoll.unregister(descriptor)
+            with contextlib.suppress(FileNotFoundError):  # paused already
+                self._epoll.unregister(descriptor)
             self.after(seconds, lambda: self._resume(descriptor, callback))
 
     def _resume(self, descriptor: int, callback: Callback) -> None:

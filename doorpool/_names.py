@@ -410,9 +410,9 @@ class _Room:
             # but us is let in before the group and the mode are right.
             os.fchmod(listener.fileno(), mode & stat.S_IRWXU)
             listener.bind(f"{_through(self.descriptor)}/{self._inner}")
+            self.ours = _identity(self._look())  # at once: the open below may lack a descriptor
+            self._disposable.add(self.ours)
             with _held(os.open(self._inner, _NODE, dir_fd=self.descriptor)) as node:
-                self.ours = _identity(os.fstat(node))
-                self._disposable.add(self.ours)
                 _set_permissions(node, mode, gid, self._place.path)
             listener.listen(backlog)
         except BaseException:

@@ -73,7 +73,7 @@ def take_socket(letter: Letter, what: str) -> socket.socket:
     if letter.ids is None or (letter.ids[0] <= 0 and letter.pidfd < 0):
         raise ProtocolError(f"{what} came without the sender's credentials")
     try:
-        sock = socket.socket(fileno=letter.descriptors[0])
+        sock = _sockets.adopt(letter.descriptors[0])
     except OSError as error:
         raise ProtocolError(f"{what} brought a descriptor that is no socket ({error.strerror})") from None
     letter.descriptors.clear()
@@ -251,7 +251,7 @@ def _refuse_letter(letter: Letter, refusal: Refusal) -> None:
     """Send a refusal back over the socket of a letter that was not believed, if it brought one."""
     try:
         for descriptor in letter.descriptors[:1]:
-            sock = socket.socket(fileno=descriptor)  # or it is no socket, and stays the letter's
+            sock = _sockets.adopt(descriptor)  # or it is no socket, and stays the letter's
             del letter.descriptors[0]
             with sock:
                 if _sockets.is_unix(sock, socket.SOCK_STREAM):

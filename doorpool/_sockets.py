@@ -185,6 +185,21 @@ def _pair(kind: int, *, pidfds: bool = True) -> tuple[socket.socket, socket.sock
     return one, other
 
 
+def adopt(number: int) -> socket.socket:
+    """
+    Make a socket of a descriptor that has arrived, whatever ``socket.setdefaulttimeout()`` says.
+
+    With a time-out CPython waits, and tries again, in spite of ``MSG_DONTWAIT``.
+
+    Raises:
+        OSError: it is no socket.
+    """
+    sock = socket.socket(fileno=number)
+    if sock.gettimeout():
+        sock.settimeout(None)
+    return sock
+
+
 def is_unix(sock: socket.socket, kind: int) -> bool:
     """Tell whether this is a local socket of a kind, by asking the kernel."""
     try:

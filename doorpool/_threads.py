@@ -219,8 +219,8 @@ class Pool:
                 return False
             if self._unwanted:
                 self._unwanted -= 1
-            elif idle_timeout is None or len(self._threads) <= KEPT:
-                return False
+            elif idle_timeout is None or len(self._threads) <= KEPT or not self.gate.waiting:
+                return False  # nobody else would be there for the next call
             self._threads.discard(thread)
             self._changed.notify_all()
             return True

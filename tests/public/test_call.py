@@ -10,6 +10,7 @@ import os
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -349,3 +350,14 @@ def test_an_error_of_an_inner_call_is_remote_for_the_outer_caller(serve, door_di
     running.set()
     assert caught.value.may_have_run is True
     assert caught.value.type_name.endswith("CallTimeoutError")
+
+
+def test_threads_of_a_procedure_may_ask_at_once_whether_it_was_cancelled(serve, connect):
+    def ask() -> list[bool]:
+        call = current_call()
+        with ThreadPoolExecutor(4) as threads:
+            asked = [threads.submit(lambda: any(call.cancelled for _ in range(500))) for _ in range(4)]
+            return [answer.result() for answer in asked]
+
+    serve(ask)
+    assert connect()() == [False] * 4

@@ -985,3 +985,30 @@ def test_a_refused_call_is_logged_as_a_warning(serve, connect, caplog):
             connect()(Bad())
         (record,) = wait_until(lambda: [r for r in caplog.records if r.name == "doorpool"])
     assert record.levelno == logging.WARNING
+
+
+@pytest.mark.ids("T5")
+def test_somebody_always_waits_however_short_the_idle_timeout(serve, connect):
+    """
+    The thread that waits while others run must not retire, or the next caller waits for them.
+    """
+    held, release = threading.Semaphore(0), threading.Event()
+
+    def hold(long: bool) -> None:
+        if long:
+            held.release()
+            release.wait(20)
+
+    server = serve(hold, server={"idle_timeout": 0.02})
+    proxy = connect()
+    try:
+        calls = [proxy.submit(True) for _ in range(2)]
+        for _ in calls:
+            assert held.acquire(timeout=10)
+        threading.Event().wait(0.2)  # ten times the idle timeout
+        assert server.statistics().waiting >= 1
+        proxy.options(timeout=10)(False)
+    finally:
+        release.set()
+    for call in calls:
+        call.result(10)

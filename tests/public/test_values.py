@@ -332,7 +332,7 @@ def test_one_script_in_both_roles_has_one_class(run_python, door_dir):
     script = door_dir / "both.py"
     script.write_text(
         """
-import os, subprocess, sys
+import os, subprocess, sys, threading, time
 from doorpool import Proxy, Server
 
 class Config:
@@ -356,9 +356,13 @@ if len(sys.argv) > 1:
             raise Failure("as asked", 8)
         return config, function
 
-    with server:
+    def announce():
+        while server.statistics().threads < 3:  # two, and the one that runs it, which hears signals
+            time.sleep(0.001)
         print("ready", flush=True)
-        server.run()
+
+    threading.Thread(target=announce).start()
+    server.run()
 else:
     with subprocess.Popen([sys.executable, __file__, "server"], stdout=subprocess.PIPE) as child:
         assert child.stdout.readline() == b"ready\\n"
