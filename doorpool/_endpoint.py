@@ -23,6 +23,7 @@ import inspect
 import logging
 import os
 import sys
+import threading
 import traceback
 import warnings
 from collections.abc import Callable
@@ -98,6 +99,7 @@ class Endpoint:
         self._server: Server | None = None
         self._door: Door | None = None
         self._closed = False
+        self._making = threading.RLock()
         self._generation = _sockets.generation
         self.target = _checked_target(target)
         self.name = _checked_name(name, target)
@@ -232,8 +234,16 @@ class Endpoint:
             _find_default_server().adopt(self)
         if self._door is None:
             assert self._server is not None
-            self._door = self._make_door(self._server)
+            return self._keep(self._make_door(self._server))  # may run foreign code: no lock is held
         return self._door
+
+    def _keep(self, door: Door) -> Door:
+        """Keep a door just made, unless another thread was quicker."""
+        with self._making:
+            self._check_open()
+            if self._door is None:
+                self._door = door
+            return self._door
 
     def _make_door(self, server: Server) -> Door:
         return Door(
@@ -336,10 +346,11 @@ class Endpoint:
         """
         if self._server is not None:
             self._server.unrecord(self)
-        if self._door is not None:
-            self._door.revoke()
-        else:
-            self._closed = True
+        with self._making:
+            door = self._door
+            self._closed = self._closed or door is None
+        if door is not None:
+            door.revoke()
 
     def close(self) -> None:
         """Detach all names, revoke the door, and let the server forget it; idempotent."""
@@ -348,16 +359,20 @@ class Endpoint:
         self._closed = True
         if self._generation != _sockets.here():
             return  # the parent's door, and none of ours
-        if self._door is not None:
-            self._door.revoke()
+        with self._making:
+            door = self._door
+        if door is not None:
+            door.revoke()
         if self._server is not None:
             self._server.forget(self)
 
     def retire(self, refusal: Refusal) -> None:
         """Close because the server closes; callers are told this reason."""
-        if self._door is not None:
-            self._door.revoke(refusal)
         self._closed = True
+        with self._making:
+            door = self._door
+        if door is not None:
+            door.revoke(refusal)
 
     # -- answering ---------------------------------------------------------------------------
 
@@ -400,8 +415,9 @@ class Endpoint:
         except BaseException as error:
             if self._generation != _sockets.here():
                 _leave_forked_child(error)
+            # Begin with the procedure's own frame; past a ``__setattr__`` that forbids it.
             if error.__traceback__ is not None:
-                error.__traceback__ = error.__traceback__.tb_next  # begin with the procedure's own frame
+                BaseException.with_traceback(error, error.__traceback__.tb_next)
             self._log(error)
             return pack_exception(error, peer), False
         finally:

@@ -83,11 +83,12 @@ class _Line:
 
     def _reset(self) -> None:
         """Begin anew: at first, and in a forked child, where the parent's threads are not."""
-        self._generation = _sockets.generation
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal handler may close what its thread is using
+        self._opening = threading.Lock()  # held by the one thread that opens the path anew
         self._executor: ThreadPoolExecutor | None = None
+        self._generation = _sockets.generation  # last: who sees this sees the rest
 
-    def _lock_here(self) -> threading.Lock:
+    def _lock_here(self) -> threading.RLock:
         if self._generation != _sockets.here():
             self._reset()
         return self._lock
@@ -155,18 +156,28 @@ class _Line:
     def _reopen(self, gone: Handle, deadline: float | None) -> Handle:
         """Open the path anew, unless another thread has done so meanwhile."""
         left = _left(deadline)
-        lock = self._lock_here()
+        self._lock_here()
+        lock = self._opening
         if not lock.acquire(timeout=-1 if left is None else left):
             raise CallTimeoutError(f"{gone.name}: another thread is still opening it anew")
         try:
             if self.closed:
                 raise ClosedError(f"{gone.name}: this proxy is closed")
             if self.handle is gone:
-                self._take(self._open_again(gone, deadline))
-                gone.close()
+                self._replace(gone, self._open_again(gone, deadline))
             return self.handle
         finally:
             lock.release()
+
+    def _replace(self, gone: Handle, handle: Handle) -> None:
+        """Go on with a handle that was opened anew, unless the proxy was closed meanwhile."""
+        with self._lock:
+            if not self.closed:
+                self._take(handle)
+        if self.handle is not handle:
+            handle.close()
+            raise ClosedError(f"{gone.name}: this proxy is closed")
+        gone.close()
 
     def _open_again(self, gone: Handle, deadline: float | None) -> Handle:
         """Open the path; it must lead to whom we believed at first."""

@@ -35,6 +35,8 @@ log = logging.getLogger("doorpool")
 #: What a pool keeps: one to answer, one to wait.
 KEPT = 2
 
+_LONGEST = 2e6  # seconds; epoll counts milliseconds in an int
+
 _numbers = itertools.count(1)
 _local = threading.local()  # .pool: the pool that the thread serves
 
@@ -61,7 +63,7 @@ class Pool:
         self.served = 0
         self.errors = 0
         self._serve = serve
-        self._idle_timeout = idle_timeout
+        self._idle_timeout = None if idle_timeout is None else min(idle_timeout, _LONGEST)
         self._thread_setup = thread_setup
         self._generation = _sockets.generation
         self._lock = threading.Lock()
@@ -183,7 +185,8 @@ class Pool:
             log.error("%s: thread_setup failed", self.name, exc_info=error)
         with self._lock:
             self._set_up += 1
-            self._setup_error = failed or self._setup_error
+            if self._set_up <= min(KEPT, self.max_threads):  # a later one serves nobody, no more
+                self._setup_error = failed or self._setup_error
             self._changed.notify_all()
         return failed is None
 
@@ -203,7 +206,7 @@ class Pool:
         try:
             if not self.gate.waiting:
                 self._see_to_a_waiter()
-            if not self._serve(invocation):
+            if not self._answer(invocation):
                 self.errors += 1
             self.served += 1
         finally:
@@ -211,6 +214,15 @@ class Pool:
             if self._closed:
                 with self._lock:
                     self._changed.notify_all()
+
+    def _answer(self, invocation: Invocation) -> bool:
+        """Have an invocation answered, even if answering it fails."""
+        try:
+            return self._serve(invocation)
+        except Exception:
+            log.exception("%s: a call of %s could not be answered", self.name, invocation.door.name)
+            invocation.fail(text="the server failed to answer", may_have_run=True)
+            return False
 
     def _retire(self, thread: threading.Thread, idle_timeout: float | None) -> bool:
         """Count a thread that nobody needs out; the last two stay, and so does a lent one."""
@@ -279,10 +291,10 @@ class Pool:
         own = threading.current_thread()
         with self._lock:
             self._closed = True
-            self._changed.wait_for(lambda: not self._others(own), timeout)
-            late = self._others(own)
-        self.gate.close()
-        return late
+        self.gate.close()  # each thread leaves as soon as it has answered
+        with self._lock:
+            self._changed.wait_for(lambda: not self._threads - {own}, timeout)
+            return self._others(own)
 
     def _others(self, own: threading.Thread) -> list[Invocation]:
         return [invocation for thread, invocation in list(self._running.items()) if thread is not own]
@@ -297,7 +309,8 @@ class Pool:
         with self._lock:
             leaving = self._threads - self._lent - set(self._running) - {threading.current_thread()}
         for thread in leaving:
-            thread.join(max(0.0, deadline - time.monotonic()))
+            with suppress(RuntimeError):  # it is being started just now, and finds the gate closed
+                thread.join(max(0.0, deadline - time.monotonic()))
         with self._lock:
             self._disposable = True
             done = not self._threads

@@ -4,6 +4,7 @@ What leaves a procedure: exceptions as themselves over a real door, and what can
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import threading
@@ -389,3 +390,21 @@ def test_an_exception_class_of_the_servers_script(spawn_server, door_dir, connec
         connect()()
     assert type(caught.value).__name__ == "OfTheScript"
     assert caught.value.limit == 6
+
+
+@dataclasses.dataclass(frozen=True)
+class Frozen(Exception):
+    code: int
+
+
+@pytest.mark.ids("X14", "E10")
+def test_an_exception_that_lets_nothing_be_set_arrives_and_the_server_goes_on(serve, connect):
+    def fail() -> None:
+        raise Frozen(3)
+
+    serve(fail, server={"max_threads": 1})
+    proxy = connect(timeout=10)
+    for _ in range(3):
+        with pytest.raises(Frozen) as caught:
+            proxy()
+        assert caught.value.code == 3
