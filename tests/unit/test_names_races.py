@@ -417,6 +417,7 @@ def test_a_part_of_the_path_that_is_swapped_all_the_time(door_dir):
 # -- sudden death
 
 
+@pytest.mark.timeout(180)  # 500 forks of a process in which the whole suite has run, on one busy CPU
 @pytest.mark.ids("A10", "N3")
 def test_a_server_that_is_killed_and_started_500_times(door_dir):
     path = door_dir / "a.door"
