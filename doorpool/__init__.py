@@ -16,7 +16,8 @@ The rooms of the house, from the roof down; each leans only on those below it:
     _threads     server threads: how many, when they come and go
     _marshal     objects <-> bytes and buffers          _exceptions  what leaves a procedure
     door         the raw layer, public: bytes, buffers and descriptors
-    _handle      the caller's side of it    _gate       the server's side
+    _handle      the caller's side of it    _door       the server's: names, ports, knocks
+    _gate        where server threads wait for calls
     _keeper      the one thread that accepts and answers knocks
     _descriptor  Descriptor
     _opening     knock and answer: who is at the other end

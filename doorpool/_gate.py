@@ -1,14 +1,13 @@
 """
-The server's side of the raw layer: gates, doors and invocations.
+The server's side of the raw layer: gates, where server threads wait, and invocations.
 
 A *gate* is where server threads wait.  All of them wait in one epoll set, each in the
 system call itself, one event at a time: the thread that the kernel wakes is the thread
 that answers, and the one that waited last is woken first.  There is no dispatcher and no
 queue; callers who find no thread wait in the kernel.
 
-A *door* is a procedure's way in: its names, its ports (the far ends of the descriptors
-that it handed out) and its channels.  The keeper hears the knocks; an opened channel
-joins the set of the door's gate, and from then on only server threads touch it.
+A channel joins the set when the keeper has opened it (``doorpool._door``); from then on
+only server threads touch it.
 
 Who may touch a channel
     A channel is *claimed* (its lock is held) by the one thread that reads it, runs its
@@ -25,11 +24,6 @@ Who may touch a channel
     event of the old socket at worst makes a thread look at the new one, find nothing, and
     arm it again.
 
-Taking a door away
-    ``revoke`` marks each channel as *doomed*, and then claims those it can.  A thread that
-    lets go of a channel looks at the mark afterwards.  Whichever of the two comes second
-    sees what the first has done, so one of them says the goodbye and closes.
-
 Lingering
     A caller's next request often comes at once.  So a thread that has answered waits up
     to ``LINGER`` in a plain receive on the same channel, if another thread waits in the
@@ -44,30 +38,27 @@ import errno
 import logging
 import os
 import select
-import socket
 import sys
 import threading
 import time
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from doorpool import _names, _opening, _sockets, _wire
+from doorpool import _sockets, _wire
 from doorpool._channel import Channel, Hangup, flat, process_is_gone
-from doorpool._credentials import Credentials, pickle_bar
+from doorpool._credentials import Credentials
 from doorpool._errors import ClosedError, DoorError, LimitError, ProtocolError
-from doorpool._keeper import Timer, keeper
-from doorpool._names import Name
 from doorpool._sockets import MAX_DESCRIPTORS, close_all
-from doorpool._wire import Attribute, Codec, Frame, Kind, Knock, Reason, Refusal
+from doorpool._wire import Frame, Kind, Knock, Reason, Refusal
+
+if TYPE_CHECKING:
+    from doorpool._door import Door
 
 log = logging.getLogger("doorpool")
 
 LINGER = 0.002  # seconds; see above
 SEND_PATIENCE = 30.0  # seconds a caller may take no byte of its reply before it is given up
-
-#: How long a client may leave an answer to its knock unread, seconds.
-GREETING_PATIENCE = 30.0
 
 _REQUEST = int(Kind.REQUEST)
 _REPLY = int(Kind.REPLY)
@@ -75,8 +66,6 @@ _FROM_CALLER = frozenset({int(Kind.REQUEST), int(Kind.PING)})
 
 _PARKED = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLONESHOT
 _GONE = select.POLLRDHUP | select.POLLHUP | select.POLLERR
-
-_SHORTAGE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS)
 
 
 _CLOSING = Refusal(Reason.CLOSED, "the server is closing")
@@ -594,364 +583,3 @@ def check_descriptors(name: str, descriptors: Sequence[int], limit: int) -> None
         except OSError as error:
             if error.errno == errno.EBADF:
                 raise OSError(errno.EBADF, f"descriptor {descriptor} is not open") from None
-
-
-class Door:
-    """
-    A door: a way to a procedure, for whoever holds a descriptor of it or may open its name.
-
-    Args:
-        gate: where the threads wait that will run its calls.
-        name: what messages call it.
-        cookie: anything of the server's; never shown to a client.
-        codec: how values are written.  With ``Codec.PICKLE`` only processes of our own
-            user may come in (``doorpool._credentials``).
-        admit: who else may not: given credentials, returns why not, or None.
-        trust: "namespace" or "uid": see ``doorpool._credentials``.
-        refuse_descriptors: refuse every call that brings one.
-        private: the gate is this door's alone (an attribute to be shown).
-        max_request, max_reply: bytes of data and buffers; may be changed at any time.
-        max_descriptors: of a request; likewise.
-        main, doc, signature: go into the greeting.
-
-    Modelled on: door_create(3C)
-    """
-
-    def __init__(
-        self,
-        gate: Gate,
-        *,
-        name: str = "door",
-        cookie: Any = None,
-        codec: Codec = Codec.RAW,
-        admit: Callable[[Credentials], str | None] | None = None,
-        trust: str = "namespace",
-        refuse_descriptors: bool = False,
-        private: bool = False,
-        max_request: int = 2**30,
-        max_reply: int = 2**30,
-        max_descriptors: int = MAX_DESCRIPTORS,
-        main: bytes = _wire.NO_MAIN,
-        doc: str = "",
-        signature: str = "",
-    ) -> None:
-        self.id = os.urandom(_wire.ID_SIZE)
-        self.gate = gate
-        self.name = name
-        self.cookie = cookie
-        self.codec = codec
-        self.refuse_descriptors = refuse_descriptors
-        self.private = private
-        self.max_request = max_request
-        self.max_reply = max_reply
-        self.max_descriptors = max_descriptors
-        self._admit = admit
-        self._trust = trust
-        self._main = main
-        self._doc = doc
-        self._signature = signature
-        self._generation = _sockets.generation
-        self._keeper = keeper()
-        self._names: dict[str, Name] = {}
-        self._ports: set[socket.socket] = set()
-        self._visitors: dict[socket.socket, Timer] = {}
-        self._channels: set[Served] = set()
-        self._revoked: Refusal | None = None
-
-    def __repr__(self) -> str:
-        state = "revoked" if self.revoked else f"{len(self._channels)} channels"
-        return f"<Door {self.name!r} {self.id.hex()[:8]} {state}>"
-
-    @property
-    def revoked(self) -> bool:
-        """Whether the door was taken away."""
-        return self._revoked is not None
-
-    @property
-    def paths(self) -> tuple[str, ...]:
-        """The names it has now, in the order of listening."""
-        return tuple(self._names)
-
-    @property
-    def channels(self) -> int:
-        """How many channels are open."""
-        return len(self._channels)
-
-    def greeting(self) -> _wire.Greeting:
-        """Return what the door says of itself now."""
-        attributes = Attribute.PRIVATE * self.private
-        attributes |= Attribute.REFUSE_DESCRIPTORS * self.refuse_descriptors
-        return _wire.Greeting(
-            id=self.id, codec=self.codec, name=self.name, python=sys.version_info[:2],
-            main=self._main, max_request=self.max_request, max_descriptors=self.max_descriptors,
-            attributes=attributes, doc=self._doc, signature=self._signature,
-        )  # fmt: skip
-
-    # -- handing out -------------------------------------------------------------------------
-
-    def open(self) -> int:
-        """
-        Make a fresh descriptor of this door and return it; it is the caller's to close.
-
-        Hand each receiver one of its own: copies of one descriptor share a fate, and any
-        holder can fill it, or shut it down for all the others.
-
-        Raises:
-            ClosedError: the door was revoked.
-        """
-        self._check_open()
-        holder, port = _sockets.door_pair()
-        try:
-            with self._keeper.lock:
-                self._check_open()
-                self._add_port(port)
-        except BaseException:
-            holder.close()
-            port.close()
-            raise
-        return holder.detach()
-
-    def listen(
-        self, path: _names.Path, *, mode: int = 0o600, group: str | int | None = None,
-        replace: bool = False,
-    ) -> str:  # fmt: skip
-        """
-        Give the door a name in the file system; return it as an absolute path.
-
-        At no moment does the name exist with another mode, or without a door behind it.
-
-        Args:
-            path: where.
-            mode: of the socket file.  Connecting takes *write* permission on Linux.
-            group: whose the file becomes.
-            replace: take over the name of a door of ours that still answers.
-
-        Raises:
-            ClosedError: the door was revoked.
-            FileExistsError: something else has the name, and is left alone.
-            OSError: as the file system says.
-
-        Modelled on: fattach(3C)
-        """
-        self._check_open()
-        name = _names.publish(path, mode=mode, group=group, replace=replace)
-        with self._keeper.lock:
-            if self._revoked is None:
-                if name.path in self._names:  # replaced by ourselves
-                    self._stop_listening(self._names.pop(name.path))
-                self._names[name.path] = name
-                self._keeper.watch(name.listener.fileno(), lambda: self._accept_one(name))
-                return name.path
-        self._remove(name)
-        name.close()
-        raise ClosedError(f"{self.name} was revoked")
-
-    def unlisten(self, path: str) -> bool:
-        """
-        Take a name away; descriptors and channels that came by it stay.
-
-        Returns:
-            True if the file was still ours and was removed.
-
-        Raises:
-            KeyError: the door has no such name.
-            OSError: the directory does not let go of it; the door keeps it.
-
-        Modelled on: fdetach(3C)
-        """
-        if self._generation != _sockets.here():
-            return False  # it is the parent's
-        with self._keeper.lock:
-            name = self._names[path]
-        removed = name.remove()
-        with self._keeper.lock:
-            if self._names.pop(path, None) is name:
-                self._stop_listening(name)
-        return removed
-
-    def _stop_listening(self, name: Name) -> None:
-        """Accept whoever waits at a name, then close it."""
-        while self._accept(name):
-            continue
-        self._keeper.unwatch(name.listener.fileno())
-        name.close()
-
-    def _check_open(self) -> None:
-        if self._generation != _sockets.here():
-            raise ClosedError(f"{self.name} belongs to the process that this one was forked from")
-        if self._revoked is not None:
-            raise ClosedError(f"{self.name} was revoked")
-
-    # -- the keeper's callbacks, under its lock ----------------------------------------------
-
-    def _accept_one(self, name: Name) -> None:
-        self._accept(name)
-
-    def _accept(self, name: Name) -> bool:
-        """Accept one connection; return whether there may be more."""
-        try:
-            port, _ = name.listener.accept()
-        except BlockingIOError:
-            return False
-        except OSError as error:
-            if error.errno in _SHORTAGE:
-                log.warning("%s: cannot accept: %s; trying again", self.name, error.strerror)
-                self._keeper.pause(name.listener.fileno())
-                return False
-            return error.errno == errno.ECONNABORTED
-        port.setblocking(False)
-        self._add_port(_sockets.own(port))
-        return True
-
-    def _add_port(self, port: socket.socket) -> None:
-        """Take a port in: leave the greeting in its descriptor's queue and watch for knocks."""
-        with self._keeper.lock:
-            self._greet(port)
-            self._ports.add(port)
-            self._keeper.watch(port.fileno(), lambda: self._hear(port))
-
-    def _greet(self, port: socket.socket) -> None:
-        with contextlib.suppress(OSError):  # a holder that is gone already; the port will say so
-            port.send(self.greeting().encode(), _sockets.DONTWAIT)
-
-    def _hear(self, port: socket.socket) -> None:
-        """Hear one knock."""
-        try:
-            visitor = _opening.hear_knock(port)
-        except (BlockingIOError, ConnectionResetError):
-            return
-        except OSError as error:
-            log.warning("%s: a knock was lost: %s", self.name, error.strerror)
-            return
-        if visitor is None:
-            self._close_port(port)
-        elif isinstance(visitor, Refusal):
-            log.warning("%s: refused: %s", self.name, visitor.text)
-        else:
-            self._let_in(visitor)
-
-    def _close_port(self, port: socket.socket) -> None:
-        self._ports.discard(port)
-        self._keeper.unwatch(port.fileno())
-        port.close()
-
-    def _let_in(self, visitor: _opening.Visitor) -> None:
-        """Answer a visitor: with a channel, or with the reason why not."""
-        refusal = self._revoked or self.gate.closing or self._why_not(visitor)
-        if refusal is not None:
-            log.warning("%s: refused %s: %s", self.name, visitor.credentials, refusal.text)
-            _opening.refuse(visitor, refusal)
-            return
-        try:
-            channel = _opening.admit(visitor, self.codec)
-        except OSError as error:
-            text = f"the server has no channel to spare ({error.strerror})"
-            _opening.refuse(visitor, Refusal(Reason.BUSY, text))
-            return
-        served = Served(channel, self, visitor.words)
-        self._channels.add(served)
-        self._await_leaving(visitor)
-        self.gate.add(served)
-
-    def _why_not(self, visitor: _opening.Visitor) -> Refusal | None:
-        bar = None
-        if self.codec is Codec.PICKLE:
-            bar = pickle_bar(visitor.credentials, visitor.letter.pidfd, trust=self._trust)
-        if bar is None and self._admit is not None:
-            try:
-                bar = self._admit(visitor.credentials)
-            except Exception:
-                log.exception("%s: the rule about who may call has failed", self.name)
-                bar = "its rule about who may call has failed"
-        return None if bar is None else Refusal(Reason.DENIED, f"refused by the server: {bar}")
-
-    def _await_leaving(self, visitor: _opening.Visitor) -> None:
-        """Keep k1 until the client, having its channel, closes the other end."""
-        sock = visitor.socket
-
-        def leave() -> None:
-            self._leave(sock)
-
-        self._visitors[sock] = self._keeper.after(GREETING_PATIENCE, leave)
-        self._keeper.watch(sock.fileno(), leave)
-
-    def _leave(self, sock: socket.socket) -> None:
-        timer = self._visitors.pop(sock, None)
-        if timer is not None:
-            timer.cancel()
-            self._keeper.unwatch(sock.fileno())
-            sock.close()
-
-    # -- for the gate ------------------------------------------------------------------------
-
-    def objection(self, frame: Frame) -> Refusal | None:
-        """Say why a request may not be run, in the order in which door_call(3C) looks (L12)."""
-        if frame.refusal is not None and frame.refusal.reason is Reason.TOO_LARGE:
-            limit, value = frame.refusal.limit, frame.refusal.value
-            text = f"a request of {value} bytes is over max_request, {limit}"
-            return Refusal(Reason.TOO_LARGE, text, limit=limit, value=value)
-        came = len(frame.descriptors)
-        if came and self.refuse_descriptors:
-            text = f"the door takes no descriptors, and {came} came"
-            return Refusal(Reason.REFUSES_DESCRIPTORS, text, limit=0, value=came)
-        if came > self.max_descriptors:
-            limit = self.max_descriptors
-            text = f"{came} descriptors are over max_descriptors, {limit}"
-            return Refusal(Reason.TOO_MANY_DESCRIPTORS, text, limit=limit, value=came)
-        if frame.refusal is not None:
-            text = "the server had no room for the descriptors; try again later"
-            return Refusal(Reason.DESCRIPTORS_LOST, text)
-        return None
-
-    def forget(self, served: Served) -> None:
-        """Drop a channel that was closed from the door's table."""
-        self._channels.discard(served)
-
-    # -- taking away -------------------------------------------------------------------------
-
-    def revoke(self, refusal: Refusal | None = None) -> None:
-        """
-        Take the door away: names, descriptors and channels.
-
-        Running calls finish and are answered; whoever calls or opens afterwards is told
-        that the door was revoked.  Idempotent; any thread; waits for no peer.
-
-        Raises:
-            PermissionError: this process did not create the door.
-
-        Modelled on: door_revoke(3C)
-        """
-        if self._generation != _sockets.here():
-            raise PermissionError(errno.EPERM, f"{self.name}: only the process that made it may revoke it")
-        if self._revoked is not None:
-            return
-        self._revoked = refusal or Refusal(Reason.REVOKED, "the server has revoked this door")
-        with self._keeper.lock:
-            names = list(self._names.values())
-            self._names.clear()
-        for name in names:
-            self._remove(name)
-        with self._keeper.lock:
-            for name in names:
-                self._stop_listening(name)
-            for port in list(self._ports):
-                self._say_farewell(port)
-            for sock in list(self._visitors):
-                self._leave(sock)
-        for served in list(self._channels):
-            self.gate.end(served, self._revoked)
-
-    def _remove(self, name: Name) -> None:
-        """Take a name away if that is possible; whoever holds its directory up does not hold us up."""
-        try:
-            name.remove()
-        except OSError as error:
-            log.warning("%s: the name %s stays behind, leading nowhere: %s", self.name, name.path, error)
-
-    def _say_farewell(self, port: socket.socket) -> None:
-        assert self._revoked is not None
-        with contextlib.suppress(OSError):  # no holder is left
-            port.send(_wire.farewell(self._revoked), _sockets.DONTWAIT)
-        self._close_port(port)
-
-    close = revoke

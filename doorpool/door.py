@@ -19,7 +19,8 @@ socket, and opened with ``Handle(number)`` by whoever holds it.
 It is also the seam for other kernels: nothing above it knows a socket.
 """
 
-from doorpool._gate import Door, Gate, Invocation
+from doorpool._door import Door
+from doorpool._gate import Gate, Invocation
 from doorpool._handle import Handle, Reply
 from doorpool._wire import Codec, Reason
 

@@ -106,6 +106,19 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
     return report
 
 
+# -- short and long runs
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--long", action="store_true", help="run what is repeated as often as a release deserves")
+
+
+@pytest.fixture
+def many(request: pytest.FixtureRequest) -> Callable[[int, int], int]:
+    """How often to repeat something: ``many(short, long)``, of which ``--long`` chooses the second."""
+    return lambda short, long: long if request.config.getoption("--long") else short
+
+
 # -- fixtures to ask for
 
 

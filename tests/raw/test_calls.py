@@ -9,7 +9,7 @@ import threading
 import pytest
 from support.rawdoor import PATIENCE, Background, Canary
 
-from doorpool import _gate
+from doorpool import _door
 from doorpool._errors import BrokenDoorError, BusyError
 from doorpool._handle import MAX_IDLE
 from doorpool.door import Handle, Reason
@@ -205,7 +205,7 @@ def test_call_that_comes_before_listen_has_returned_is_served(serve, door_dir, m
     serving = serve()
     path = str(door_dir / "a.door")
     calls = []
-    publish = _gate._names.publish
+    publish = _door._names.publish
 
     def publish_and_be_called(*args, **options):
         name = publish(*args, **options)
@@ -213,7 +213,7 @@ def test_call_that_comes_before_listen_has_returned_is_served(serve, door_dir, m
         calls.append(Background(lambda: handles.result()))
         return name
 
-    monkeypatch.setattr(_gate._names, "publish", publish_and_be_called)
+    monkeypatch.setattr(_door._names, "publish", publish_and_be_called)
     serving.door.listen(path)
     with calls[0].result() as handle:
         assert handle.call(b"early").data == b"early"

@@ -27,6 +27,7 @@ LAYERS = [
     {"_descriptor"},
     {"_keeper"},
     {"_gate"},
+    {"_door"},
     {"_handle"},
     {"door"},
     {"_info"},
