@@ -9,6 +9,15 @@ Taking a door away
     ``revoke`` marks each channel as *doomed*, and then claims those it can.  A thread that
     lets go of a channel looks at the mark afterwards.  Whichever of the two comes second
     sees what the first has done, so one of them says the goodbye and closes.
+
+References
+    A name that we listen at, a port and a channel each are one; so is a connection that is
+    not accepted yet, which its name stands for: when a name goes, whoever waits at it is
+    let in first.  The kernel counts the copies of a descriptor, those in flight included,
+    and tells us of the last one by the end of file at its port.  A channel stays in the
+    table until its call has been answered, so a door whose procedure runs has a reference,
+    also when the caller has long gone.  The channel of a caller that has died goes at once
+    if it is idle, whoever holds a copy of its socket: the keeper watches his pidfd.
 """
 
 from __future__ import annotations
@@ -36,6 +45,9 @@ log = logging.getLogger("doorpool")
 #: How long a client may leave an answer to its knock unread, seconds.
 GREETING_PATIENCE = 30.0
 
+_REVOKED = Refusal(Reason.REVOKED, "the server has revoked this door")
+_DEAD = Refusal(Reason.CLOSED, "the caller has died")
+
 _SHORTAGE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS)
 
 
@@ -53,6 +65,9 @@ class Door:
         trust: "namespace" or "uid": see ``doorpool._credentials``.
         refuse_descriptors: refuse every call that brings one.
         private: the gate is this door's alone (an attribute to be shown).
+        on_unref: called when the last reference goes, there having been one; again after
+            each time that the door has been handed out anew.  In the keeper's thread: it
+            takes note, and neither waits nor works.
         max_request, max_reply: bytes of data and buffers; may be changed at any time.
         max_descriptors: of a request; likewise.
         main, doc, signature: go into the greeting.
@@ -71,6 +86,7 @@ class Door:
         trust: str = "namespace",
         refuse_descriptors: bool = False,
         private: bool = False,
+        on_unref: Callable[[], object] | None = None,
         max_request: int = 2**30,
         max_reply: int = 2**30,
         max_descriptors: int = MAX_DESCRIPTORS,
@@ -90,6 +106,7 @@ class Door:
         self.max_descriptors = max_descriptors
         self._admit = admit
         self._trust = trust
+        self._on_unref = on_unref
         self._main = main
         self._doc = doc
         self._signature = signature
@@ -100,6 +117,8 @@ class Door:
         self._visitors: dict[socket.socket, Timer] = {}
         self._channels: set[Served] = set()
         self._revoked: Refusal | None = None
+        self._handed_out = False
+        self._told = False  # that there is no reference any more, since it was last handed out
 
     def __repr__(self) -> str:
         state = "revoked" if self.revoked else f"{len(self._channels)} channels"
@@ -119,6 +138,15 @@ class Door:
     def channels(self) -> int:
         """How many channels are open."""
         return len(self._channels)
+
+    @property
+    def unreferenced(self) -> bool:
+        """
+        Whether it was handed out, and nobody can reach it any more.
+
+        Modelled on: DOOR_IS_UNREF of door_info(3C)
+        """
+        return self._handed_out and not (self._names or self._ports or self._channels)
 
     def greeting(self) -> _wire.Greeting:
         """Return what the door says of itself now."""
@@ -183,6 +211,7 @@ class Door:
                 if name.path in self._names:  # replaced by ourselves
                     self._stop_listening(self._names.pop(name.path))
                 self._names[name.path] = name
+                self._gain_reference()
                 self._keeper.watch(name.listener.fileno(), lambda: self._accept_one(name))
                 return name.path
         self._remove(name)
@@ -210,6 +239,7 @@ class Door:
         with self._keeper.lock:
             if self._names.pop(path, None) is name:
                 self._stop_listening(name)
+                self._lose_reference()
         return removed
 
     def _stop_listening(self, name: Name) -> None:
@@ -251,6 +281,7 @@ class Door:
         with self._keeper.lock:
             self._greet(port)
             self._ports.add(port)
+            self._gain_reference()
             self._keeper.watch(port.fileno(), lambda: self._hear(port))
 
     def _greet(self, port: socket.socket) -> None:
@@ -268,6 +299,7 @@ class Door:
             return
         if visitor is None:
             self._close_port(port)
+            self._lose_reference()
         elif isinstance(visitor, Refusal):
             log.warning("%s: refused: %s", self.name, visitor.text)
         else:
@@ -293,6 +325,8 @@ class Door:
             return
         served = Served(channel, self, visitor.words)
         self._channels.add(served)
+        if channel.pidfd >= 0:
+            self._keeper.watch(channel.pidfd, lambda: self._bury(served))
         self._await_leaving(visitor)
         self.gate.add(served)
 
@@ -325,6 +359,33 @@ class Door:
             self._keeper.unwatch(sock.fileno())
             sock.close()
 
+    def _bury(self, served: Served) -> None:
+        """End the channel of a caller that has died: now, or when its call has been answered."""
+        self._keeper.unwatch(served.channel.pidfd)
+        self.gate.end(served, _DEAD)
+
+    # -- references, under the keeper's lock --------------------------------------------------
+
+    def _gain_reference(self) -> None:
+        self._handed_out = True
+        self._told = False
+
+    def _lose_reference(self) -> None:
+        """Having lost one, tell if it was the last."""
+        if self._told or self._revoked is not None or not self.unreferenced:
+            return
+        self._told = True
+        if self._on_unref is not None:
+            self._on_unref()
+
+    def revoke_unreferenced(self) -> bool:
+        """Revoke the door if it is unreferenced, at one blow; return whether it was."""
+        with self._keeper.lock:
+            if self._generation == _sockets.here() and self._revoked is None and self.unreferenced:
+                self._revoked = _REVOKED
+                return True
+            return False
+
     # -- for the gate ------------------------------------------------------------------------
 
     def objection(self, frame: Frame) -> Refusal | None:
@@ -347,8 +408,12 @@ class Door:
         return None
 
     def forget(self, served: Served) -> None:
-        """Drop a channel that was closed from the door's table."""
+        """Drop a channel that is about to be closed from the door's table."""
+        if served.channel.pidfd >= 0:
+            self._keeper.unwatch(served.channel.pidfd)
         self._channels.discard(served)
+        if not (self._channels or self._ports or self._names):  # told in the keeper's own time
+            self._keeper.soon(self._lose_reference)
 
     # -- taking away -------------------------------------------------------------------------
 
@@ -368,7 +433,7 @@ class Door:
             raise PermissionError(errno.EPERM, f"{self.name}: only the process that made it may revoke it")
         if self._revoked is not None:
             return
-        self._revoked = refusal or Refusal(Reason.REVOKED, "the server has revoked this door")
+        self._revoked = refusal or _REVOKED
         with self._keeper.lock:
             names = list(self._names.values())
             self._names.clear()

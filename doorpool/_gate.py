@@ -337,9 +337,9 @@ class Gate:
             del self._served[served.fd]
             with contextlib.suppress(OSError, ValueError):
                 self._epoll.unregister(served.fd)
+        served.door.forget(served)
         served.channel.shutdown()
         served.channel.close()
-        served.door.forget(served)
 
     def wake(self, threads: int = 1) -> None:
         """Let so many of the threads that wait, or will wait, return from ``wait`` with None."""

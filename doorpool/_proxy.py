@@ -29,7 +29,7 @@ from typing import Any, TypeVar
 
 from doorpool import _sockets
 from doorpool._descriptor import Descriptor
-from doorpool._endpoint import Endpoint
+from doorpool._endpoint import Endpoint, endpoint_with_id
 from doorpool._errors import (
     AccessError,
     BrokenDoorError,
@@ -42,6 +42,7 @@ from doorpool._errors import (
 from doorpool._handle import FOREVER, check_seconds, deadline_after
 from doorpool._info import DoorInfo, describe
 from doorpool._marshal import Dialect, own_dialect, pack_arguments, unpack_outcome
+from doorpool._threads import waiting_for
 from doorpool._wire import Frame, Knock
 from doorpool.door import Codec, Handle
 
@@ -110,6 +111,8 @@ class _Line:
     def _take(self, handle: Handle) -> None:
         self.info = describe(handle.greeting, handle.path, handle.server, local=handle.is_local)
         self.dialect = Dialect(handle.greeting.python, handle.greeting.main)
+        home = endpoint_with_id(handle.greeting.id) if handle.is_local else None
+        self._pool = home.pool if home is not None else None  # of this very process, if the door is
         self.handle = handle  # last: who calls by it marshals for it
 
     def call(self, args: tuple[Any, ...], kwargs: dict[str, Any], deadline: float | None) -> Any:
@@ -134,7 +137,10 @@ class _Line:
         self, handle: Handle, args: tuple[Any, ...], kwargs: dict[str, Any], deadline: float | None
     ) -> Frame:
         parcel = pack_arguments(args, kwargs, self.dialect)
-        return handle.call_until(deadline, parcel.data, parcel.buffers)
+        if self._pool is None:
+            return handle.call_until(deadline, parcel.data, parcel.buffers)
+        with waiting_for(self._pool, handle.name):
+            return handle.call_until(deadline, parcel.data, parcel.buffers)
 
     def _try_anew(
         self, gone: Handle, first: DoorError, deadline: float | None, attempt: Callable[[Handle], _T]

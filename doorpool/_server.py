@@ -37,14 +37,13 @@ from typing import Any, TypeVar, overload
 import attrs
 
 from doorpool import _endpoint, _sockets
-from doorpool._endpoint import Endpoint, check_mode
+from doorpool._endpoint import Endpoint, check_mode, checked_threads
 from doorpool._errors import ClosedError, Path
 from doorpool._handle import check_seconds
 from doorpool._keeper import keeper
 from doorpool._names import absolute_path
-from doorpool._threads import Pool
+from doorpool._threads import Pool, Pools
 from doorpool._wire import Reason, Refusal
-from doorpool.door import Gate
 
 __all__ = ["Server", "Statistics"]
 
@@ -120,15 +119,12 @@ class Server:
     ) -> None:  # fmt: skip
         self._started = False
         self._generation = _sockets.generation
-        if isinstance(max_threads, bool) or not isinstance(max_threads, int):
-            raise TypeError(f"max_threads is a whole number, not {max_threads!r}")
-        if max_threads < 1:
-            raise ValueError(f"max_threads is at least 1, not {max_threads}")
+        checked_threads("max_threads", max_threads)
         if thread_setup is not None and not callable(thread_setup):
             raise TypeError(f"thread_setup is something to call, not {thread_setup!r}")
         self.name = "doorpool" if name is None else str(name)
         self._close_timeout = _checked_close_timeout(close_timeout)
-        self._pool = Pool(
+        self._pools = Pools(
             self.name, _endpoint.serve, max_threads=max_threads,
             idle_timeout=check_seconds(idle_timeout, "idle_timeout"), thread_setup=thread_setup,
         )  # fmt: skip
@@ -145,9 +141,9 @@ class Server:
         return f"<Server {self.name!r}: {state}, {len(self._endpoints)} endpoints>"
 
     @property
-    def gate(self) -> Gate:
-        """The gate at which its threads wait."""
-        return self._pool.gate
+    def pool(self) -> Pool:
+        """The threads that its endpoints share; for ``Endpoint``."""
+        return self._pools.shared
 
     @property
     def closed(self) -> bool:
@@ -161,12 +157,8 @@ class Server:
 
     def statistics(self) -> Statistics:
         """Return how the server is doing."""
-        pool = self._pool
-        return Statistics(
-            threads=pool.threads, waiting=pool.gate.waiting, running=pool.running,
-            served=pool.served, errors=pool.errors, channels=pool.gate.channels,
-            doors=sum(not it.closed for it in (*self._endpoints, *self._adopted)), waited=pool.gate.waited,
-        )  # fmt: skip
+        doors = sum(not it.closed for it in (*self._endpoints, *self._adopted))
+        return Statistics(doors=doors, **attrs.asdict(self._pools.load))
 
     # -- endpoints ---------------------------------------------------------------------------
 
@@ -272,6 +264,27 @@ class Server:
         self._endpoints.pop(endpoint, None)
         self._adopted.discard(endpoint)
 
+        self.release_pool(endpoint)
+
+    def private_pool(self, name: str, threads: int) -> Pool:
+        """Make threads for one endpoint alone; for ``Endpoint``."""
+        return self._pools.private(name, threads)
+
+    def release_pool(self, endpoint: Endpoint) -> None:
+        """Let the threads go that an endpoint has for itself, if it has; for ``Endpoint``."""
+        if endpoint.private_pool is not None:
+            self._pools.release(endpoint.private_pool)
+
+    def await_set_up(self, endpoint: Endpoint) -> None:
+        """
+        Wait for the setup of the threads that an endpoint has for itself, if they run; for ``Endpoint``.
+
+        Raises:
+            RuntimeError: it failed.
+        """
+        if self._started and endpoint.private_pool is not None:
+            endpoint.private_pool.wait_set_up()
+
     def adopt(self, endpoint: Endpoint) -> None:
         """Run an endpoint that was made without a server, without keeping it alive."""
         endpoint.adopt(self)
@@ -304,7 +317,7 @@ class Server:
                 self._started = True
                 _started.add(self)
         try:
-            self._pool.wait_set_up()
+            self._pools.wait_set_up()
         except RuntimeError:
             self.close(0)
             raise
@@ -316,7 +329,7 @@ class Server:
             for name in self._to_make:
                 name.endpoint.listen(name.path, name.mode, name.group, name.replace)
                 made.append(name)
-            self._pool.start()
+            self._pools.start()
         except BaseException:
             for name in made:
                 name.endpoint.unlisten(name.path)
@@ -350,14 +363,14 @@ class Server:
 
         Modelled on: door_return(3C)
         """
-        self._pool.check_lendable()
+        self.pool.check_lendable()
         if raise_nofile:
             hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
         main = threading.current_thread() is threading.main_thread()
         with self._closing_on_signals() if signals and main else contextlib.nullcontext():
             self.start()
-            self._pool.lend()
+            self.pool.lend()
             self._closed.wait()
 
     @contextlib.contextmanager
@@ -428,7 +441,7 @@ class Server:
         with self._lock:
             first, self._closing = not self._closing, True
         if not first:
-            if not self._pool.is_ours():
+            if not self._pools.are_ours():
                 self._closed.wait(timeout)
             return
         try:
@@ -442,14 +455,14 @@ class Server:
         endpoints = [*self._endpoints, *self._adopted]
         for endpoint in endpoints:
             endpoint.retire(refusal)
-        late = self._pool.close(timeout)
+        late = self._pools.close(timeout)
         self._overdue = bool(late)
         if late:
             names = ", ".join(sorted({invocation.door.name for invocation in late}))
             log.warning("%s: %d calls cut after %s s: %s", self.name, len(late), timeout, names)
         for invocation in late:
             invocation.cut()
-        self._pool.join(_JOIN)
+        self._pools.join(_JOIN)
 
     def __reduce__(self) -> Any:
         raise TypeError(f"{self!r} stays in its process; open a Proxy of one of its doors elsewhere")
@@ -458,8 +471,8 @@ class Server:
         if _ending():  # as in Channel; what was started has been closed at exit
             return
         if not getattr(self, "_started", False):
-            if hasattr(self, "_pool"):
-                self._pool.gate.dispose()
+            if hasattr(self, "_pools"):
+                self._pools.dispose()
         elif not self._closing and self._generation == _sockets.generation:
             warnings.warn(f"unclosed {self!r}", ResourceWarning, source=self, stacklevel=2)
             self.close(0)

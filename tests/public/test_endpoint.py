@@ -329,7 +329,7 @@ def test_an_endpoint_alone_is_run_by_the_default_server(door_dir, connect):
 
 
 def test_a_dropped_endpoint_is_collected_with_a_warning():
-    held = [Endpoint(echo)]
+    held = [Endpoint(echo, linger=True)]
     held[0].open().close()  # handed out, and its holder is gone
     wait_until(lambda: not held[0]._door._ports, "the keeper has heard so")
 
