@@ -4,6 +4,7 @@ Private pools, and calls that would wait for themselves.
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -117,20 +118,9 @@ def test_statistics_count_all_pools(door_dir, connect):
 
 
 @pytest.mark.ids("T15", "R10")
-@pytest.mark.parametrize("how", ["close", "unreferenced", "dropped"])
+@pytest.mark.parametrize("how", ["close", "unreferenced"])
 def test_the_threads_go_with_the_endpoint(serve, how):
     server = serve(thread_name)
-    if how == "dropped":
-        with pytest.warns(ResourceWarning):
-            endpoint = Endpoint(thread_name, name="alone", threads=2, linger=True)
-            endpoint.open().close()
-            assert threads_called("doorpool-default-alone")
-            wait_until(lambda: endpoint.unreferenced)
-            del endpoint
-            import gc
-
-            wait_until(lambda: gc.collect() >= 0 and not threads_called("doorpool-default-alone"))
-        return
     endpoint = server.attach(thread_name, name="own", threads=2)
     descriptor = endpoint.open()
     assert threads_called("doorpool-own")
@@ -139,6 +129,21 @@ def test_the_threads_go_with_the_endpoint(serve, how):
     descriptor.close()
     wait_until(lambda: not threads_called("doorpool-own"))
     assert endpoint.closed
+
+
+@pytest.mark.ids("R10")
+def test_the_threads_go_with_an_endpoint_that_is_dropped():
+    held = [Endpoint(thread_name, name="alone", threads=2, linger=True)]
+    held[0].open().close()
+    assert threads_called("doorpool-default-alone")
+    wait_until(lambda: held[0].unreferenced)
+
+    def drop() -> None:
+        held.clear()
+        wait_until(lambda: gc.collect() >= 0 and not threads_called("doorpool-default-alone"))
+
+    with pytest.warns(ResourceWarning, match="unclosed <Endpoint 'alone'"):
+        drop()
 
 
 def test_a_running_call_of_a_closed_endpoint_is_answered(serve, connect):
@@ -179,7 +184,7 @@ def test_a_lent_thread_serves_the_shared_pool_only(door_dir, connect):
     runner = threading.Thread(target=server.run, name="lent")
     runner.start()
     try:
-        wait_until(lambda: "lent" == connect(door_dir / "shared.door", wait=PATIENCE)())
+        wait_until(lambda: connect(door_dir / "shared.door", wait=PATIENCE)() == "lent")
         block = Block()
         server.attach(block, door_dir / "block.door", threads=2)
         proxy = connect(door_dir / "block.door")
