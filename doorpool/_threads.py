@@ -16,8 +16,8 @@ Calls that wait for themselves
     that calls back.  When every thread of a full pool waits for such a call, no thread is
     left that could answer any of them, and all would wait for ever.  So each thread that
     calls a door of this process says which pool it waits for (``waiting_for``), and the
-    one whose call would close the ring is refused.  A pool is *stuck* if it is full and each
-    of its threads waits for a stuck pool:
+    one whose call would close the ring is refused.  A pool is *stuck* if each of its
+    threads waits for a stuck pool:
 
         one thread     a ----> b, served by the same pool            stuck: {pool}
         two pools      P: a ----> Q: b ----> P                       stuck: {P, Q}
@@ -409,10 +409,10 @@ class Pool:
 
     # -- calls that wait for themselves --------------------------------------------------------
 
-    def _is_full_and_waits_for(self, pools: set[Pool]) -> bool:
+    def _waits_for(self, pools: set[Pool]) -> bool:
+        """Tell whether all its threads wait for some pools; while it can grow one is always free."""
         with self._lock:
-            full = self._short or len(self._threads) >= self.max_threads
-            return full and all(self._awaited.get(thread) in pools for thread in self._threads)
+            return all(self._awaited.get(thread) in pools for thread in self._threads)
 
     def _is_stuck(self) -> bool:
         """Tell whether none of its threads can ever answer; see the module's head."""
@@ -422,7 +422,7 @@ class Pool:
             stuck.add(pool)
             found |= set(pool._awaited.values()) - stuck
         while True:
-            free = {pool for pool in stuck if not pool._is_full_and_waits_for(stuck)}
+            free = {pool for pool in stuck if not pool._waits_for(stuck)}
             if not free:
                 return self in stuck
             stuck -= free

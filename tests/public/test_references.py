@@ -294,6 +294,18 @@ def test_where_all_threads_are_busy_it_is_told_when_one_is_free(serve, news, con
     news.wait()
 
 
+@pytest.mark.ids("U3")
+def test_two_that_let_go_at_once_are_one_piece_of_news(endpoint, news):
+    endpoint.detach()
+    news.wait()
+    for _ in range(
+        2
+    ):  # as of two server threads, each of which has closed what it thinks was the last channel
+        keeper().soon(endpoint._door._lose_reference)
+    settle(endpoint)
+    assert len(news.threads) == 1
+
+
 # -- what becomes of it
 
 
