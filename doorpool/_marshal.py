@@ -95,6 +95,10 @@ _MAINS = ("__main__", "__mp_main__")
 
 _NO_MAIN = bytes(16)
 
+#: What may leave an object's code while it is rebuilt at the caller's end, and must not end the
+#: caller; a Ctrl-C is his own.
+_FAILURES = (Exception, SystemExit, GeneratorExit)
+
 #: How often ``_unpickle`` has run in this process; for tests, which compare two readings.
 unpickled = 0
 
@@ -266,7 +270,7 @@ def unpack_outcome(
     if kind == _RESULT:
         try:
             return _unpickle(data, buffers)
-        except Exception as error:
+        except _FAILURES as error:
             raise _cannot_rebuild("the result", data, error, may_have_run=True) from error
     if kind in (_EXCEPTION, _REFUSAL):
         _raise(_exceptions.open_envelope(_open(data), _unpickle, as_itself=kind == _REFUSAL))
@@ -276,7 +280,7 @@ def unpack_outcome(
 def _open(data: Data) -> Any:
     try:
         return _unpickle(memoryview(data)[1:])
-    except Exception as error:
+    except _FAILURES as error:
         raise ProtocolError("a malformed exception arrived", may_have_run=True) from error
 
 
@@ -681,7 +685,7 @@ def _state_name(piece: Any, child: Any) -> str | None:
     return None
 
 
-def _cannot_rebuild(what: str, data: Data, error: Exception, *, may_have_run: bool) -> DoorError:
+def _cannot_rebuild(what: str, data: Data, error: BaseException, *, may_have_run: bool) -> DoorError:
     """Say why something that arrived could not be unpickled."""
     reason = f"{type(error).__qualname__}: {_exceptions.text_of(error)}"
     broken = isinstance(error, pickle.UnpicklingError | EOFError)
@@ -696,7 +700,7 @@ def _cannot_rebuild(what: str, data: Data, error: Exception, *, may_have_run: bo
     return MarshalError(text, may_have_run=may_have_run)
 
 
-def _is_pickles_own(error: Exception) -> bool:
+def _is_pickles_own(error: BaseException) -> bool:
     # Raised by a ``__setstate__``, it would have come through a frame below ``_unpickle``.
     last = error.__traceback__
     while last is not None and last.tb_next is not None:

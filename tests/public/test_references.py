@@ -186,6 +186,17 @@ def test_a_client_that_dies_lets_go(endpoint, news, spawn_python, door_dir):
     news.wait()
 
 
+@pytest.mark.ids("P5")
+def test_limits_do_not_matter_to_being_let_go(serve, news):
+    endpoint = serve(
+        echo, on_unref=news, max_request=0, max_reply=0, max_descriptors=0, refuse_descriptors=True
+    ).endpoints[0]
+    with Proxy(endpoint) as proxy:
+        proxy.ping()
+    endpoint.detach()
+    news.wait()
+
+
 # -- when it is told, and where
 
 
