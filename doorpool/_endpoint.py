@@ -18,6 +18,7 @@ caller is answered, and the channel goes on:
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import inspect
 import logging
@@ -344,6 +345,8 @@ class Endpoint:
 
         Modelled on: door_revoke(3C)
         """
+        if self._generation != _sockets.here():  # before any lock, which may have been held at the fork
+            raise PermissionError(errno.EPERM, f"{self!r}: only the process that made it may revoke it")
         if self._server is not None:
             self._server.unrecord(self)
         with self._making:

@@ -66,7 +66,7 @@ class Pool:
         self._idle_timeout = None if idle_timeout is None else min(idle_timeout, _LONGEST)
         self._thread_setup = thread_setup
         self._generation = _sockets.generation
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal handler may close the pool that its thread serves
         self._changed = threading.Condition(self._lock)
         self._threads: set[threading.Thread] = set()
         self._running: dict[threading.Thread, Invocation] = {}
@@ -158,10 +158,12 @@ class Pool:
             self._start_one()
             self._short = False
         except RuntimeError as error:
-            # Callers wait until a thread is free; nobody is lost.  Said once per shortage.
-            if not self._short:
-                log.warning("%s: no further thread: %s", self.name, error)
-            self._short = True
+            # Callers wait until a thread is free; nobody is lost.  Said once per shortage, in one
+            # step, and quietly when the interpreter ends, which starts no threads any more.
+            known, self._short = self._short, True
+            if not known:
+                level = logging.INFO if "interpreter shutdown" in str(error) else logging.WARNING
+                log.log(level, "%s: no further thread: %s", self.name, error)
 
     # -- the threads -------------------------------------------------------------------------
 
@@ -254,8 +256,10 @@ class Pool:
         try:
             self._serve_calls(thread, None)
         finally:
-            _local.pool = None
             self._leave(thread)
+            _local.pool = None  # until now nobody who closes waits for this thread
+            if not self._closed and not self._threads:
+                self._see_to_a_waiter()  # an exception ended the loan, and the server goes on
 
     def check_lendable(self) -> None:
         """Raise ``RuntimeError`` if the calling thread serves a pool already."""
@@ -270,6 +274,8 @@ class Pool:
     def _make_room(self) -> None:
         """Have one thread of our own retire in favour of a lent one, when it is free."""
         with self._lock:
+            if self._closed:
+                return  # and the gate may be gone
             self._unwanted = 1
             self.gate.wake()
             self._changed.wait_for(lambda: self._closed or len(self._threads) < self.max_threads, 1.0)
