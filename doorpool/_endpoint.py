@@ -24,6 +24,7 @@ Unreferenced
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import inspect
 import logging
@@ -392,6 +393,8 @@ class Endpoint:
 
         Modelled on: door_revoke(3C)
         """
+        if self._generation != _sockets.here():  # before any lock, which may have been held at the fork
+            raise PermissionError(errno.EPERM, f"{self!r}: only the process that made it may revoke it")
         if self._server is not None:
             self._server.unrecord(self)
         with self._making:
@@ -434,6 +437,8 @@ class Endpoint:
         if self._closed or not self.unreferenced:
             return
         if self._on_unref is not None:
+            assert self._pool is not None
+            self._pool.see_to_a_waiter()
             try:
                 self._on_unref()
             except BaseException as error:

@@ -344,7 +344,8 @@ class Gate:
     def wake(self, threads: int = 1) -> None:
         """Let so many of the threads that wait, or will wait, return from ``wait`` with None."""
         if not self._closed and self._generation == _sockets.generation:
-            os.eventfd_write(self._bell, threads)
+            with contextlib.suppress(ValueError):  # -1: a signal handler has closed it just now
+                os.eventfd_write(self._bell, threads)
 
     def close(self) -> None:
         """

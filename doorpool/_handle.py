@@ -224,7 +224,7 @@ class Handle:
 
     def _reset(self) -> None:
         """Begin anew: at first, and in a forked child, where the parent's locks mean nothing."""
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal handler may close what its thread is using
         self._users = 0
         self._idle: deque[Channel] = deque()
         self._generation = _sockets.generation  # last: who sees this sees the rest
@@ -335,10 +335,10 @@ class Handle:
         if self._generation != _sockets.here():
             self._cross_fork()
         with self._lock:
+            self._users += 1  # before the look: a signal handler may close it in between
+        try:
             if self._closed:
                 raise ClosedError(f"{self.name}: this handle is closed")
-            self._users += 1
-        try:
             yield self._socket
         finally:
             with self._lock:

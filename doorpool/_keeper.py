@@ -80,7 +80,12 @@ class Keeper:
         self._order = itertools.count()
         self._soon: deque[Callback] = deque()
         self._thread = threading.Thread(target=self._run, name="doorpool-keeper", daemon=True)
-        self._thread.start()
+        try:
+            self._thread.start()
+        except BaseException:  # no thread to be had: whoever needs a keeper tries again
+            self._epoll.close()
+            _sockets.close_number(self._bell)
+            raise
 
     # -- for every thread ----------------------------------------------------------------
 

@@ -44,6 +44,7 @@ from doorpool._keeper import keeper
 from doorpool._names import absolute_path
 from doorpool._threads import Pool, Pools
 from doorpool._wire import Reason, Refusal
+from doorpool.door import Invocation
 
 __all__ = ["Server", "Statistics"]
 
@@ -51,6 +52,7 @@ log = logging.getLogger("doorpool")
 
 Procedure = TypeVar("Procedure", bound=Callable[..., Any])
 
+_RETRY = 0.2  # seconds until a thread is asked for again that could not be had
 _JOIN = 1.0  # seconds for threads that have nothing left to do to be gone
 
 #: What ``run`` answers, if nobody else has said what is to happen.
@@ -134,7 +136,8 @@ class Server:
         self._to_make: list[_Name] = []
         self._closing = False
         self._overdue = False
-        self._closed = threading.Event()
+        self._closer: int | None = None  # the thread that closes it
+        self._closed = _Latch()
 
     def __repr__(self) -> str:
         state = "closed" if self.closed else "started" if self._started else "not started"
@@ -405,11 +408,16 @@ class Server:
             if self._overdue:
                 os._exit(128 + number)
             if not self._closing:
-                closer = threading.Thread(target=self._close_by_signal, name=f"{self.name}-closing")
-                closer.start()
+                self._close_by_signal()
 
     def _close_by_signal(self) -> None:
-        self.close(self._close_timeout)
+        """Close the server in a thread of its own, as soon as one is to be had; in the keeper's thread."""
+        closer = threading.Thread(target=self.close, args=[self._close_timeout], name=f"{self.name}-closing")
+        try:
+            closer.start()
+        except RuntimeError as error:
+            log.warning("%s: no thread to close it: %s; trying again", self.name, error)
+            keeper().after(_RETRY, self._close_by_signal)
 
     def wait(self, timeout: float | None = None) -> bool:
         """
@@ -438,10 +446,11 @@ class Server:
         timeout = _checked_close_timeout(timeout)
         if self._generation != _sockets.here():
             return  # the parent's
-        with self._lock:
-            first, self._closing = not self._closing, True
+        own = threading.get_ident()
+        with self._lock:  # and in one go, for a signal handler passes the lock
+            first, self._closer, self._closing = self._closer is None, self._closer or own, True
         if not first:
-            if not self._pools.are_ours():
+            if not self._pools.are_ours() and self._closer != own:  # a handler would wait for its own thread
                 self._closed.wait(timeout)
             return
         try:
@@ -453,16 +462,25 @@ class Server:
     def _close(self, timeout: float | None) -> None:
         refusal = Refusal(Reason.CLOSED, "the server is closing")
         endpoints = [*self._endpoints, *self._adopted]
-        for endpoint in endpoints:
-            endpoint.retire(refusal)
-        late = self._pools.close(timeout)
+        try:
+            for endpoint in endpoints:
+                endpoint.retire(refusal)
+            late = self._pools.close(timeout)
+        except BaseException:  # Ctrl-C: whoever closes has no patience any more
+            for endpoint in endpoints:
+                endpoint.retire(refusal)
+            self._cut(self._pools.close(0), "by an exception")
+            raise
+        self._cut(late, f"after {timeout} s")
+        self._pools.join(_JOIN)
+
+    def _cut(self, late: list[Invocation], when: str) -> None:
         self._overdue = bool(late)
         if late:
             names = ", ".join(sorted({invocation.door.name for invocation in late}))
-            log.warning("%s: %d calls cut after %s s: %s", self.name, len(late), timeout, names)
+            log.warning("%s: %d calls cut %s: %s", self.name, len(late), when, names)
         for invocation in late:
             invocation.cut()
-        self._pools.join(_JOIN)
 
     def __reduce__(self) -> Any:
         raise TypeError(f"{self!r} stays in its process; open a Proxy of one of its doors elsewhere")
@@ -482,6 +500,31 @@ def _checked_close_timeout(timeout: float | None) -> float | None:
     if timeout == 0 and not isinstance(timeout, bool):
         return 0.0
     return check_seconds(timeout, "timeout")
+
+
+class _Latch:
+    """
+    An event that comes once.
+
+    Unlike ``threading.Event``, it may be set by a signal handler that interrupts a ``wait``,
+    wherever that is: there is no moment in which the waiting thread holds what ``set`` needs.
+    """
+
+    def __init__(self) -> None:
+        self._is_set = False
+        self._lock = threading.Lock()
+        self._lock.acquire()
+
+    def set(self) -> None:
+        """Let all go who wait, and who will; once."""
+        self._is_set = True
+        self._lock.release()
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait until it is set, at most so many seconds; return whether it is."""
+        if not self._is_set and self._lock.acquire(timeout=-1 if timeout is None else timeout):
+            self._lock.release()
+        return self._is_set
 
 
 def _do_nothing(*_: object) -> None:

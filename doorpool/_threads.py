@@ -107,7 +107,7 @@ class Pool:
         self._idle_timeout = None if idle_timeout is None else min(idle_timeout, _LONGEST)
         self._thread_setup = thread_setup
         self._generation = _sockets.generation
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal handler may close the pool that its thread serves
         self._changed = threading.Condition(self._lock)
         self._threads: set[threading.Thread] = set()
         self._running: dict[threading.Thread, Invocation] = {}
@@ -206,18 +206,20 @@ class Pool:
         if done:
             self.gate.dispose()
 
-    def _see_to_a_waiter(self) -> None:
+    def see_to_a_waiter(self) -> None:
         """Have somebody wait for the next call while this thread is busy, if that is possible."""
-        if len(self._threads) >= self.max_threads:
+        if self.gate.waiting or len(self._threads) >= self.max_threads:
             return
         try:
             self._start_one()
             self._short = False
         except RuntimeError as error:
-            # Callers wait until a thread is free; nobody is lost.  Said once per shortage.
-            if not self._short:
-                log.warning("%s: no further thread: %s", self.name, error)
-            self._short = True
+            # Callers wait until a thread is free; nobody is lost.  Said once per shortage, in one
+            # step, and quietly when the interpreter ends, which starts no threads any more.
+            known, self._short = self._short, True
+            if not known:
+                level = logging.INFO if "interpreter shutdown" in str(error) else logging.WARNING
+                log.log(level, "%s: no further thread: %s", self.name, error)
 
     # -- the threads -------------------------------------------------------------------------
 
@@ -263,7 +265,7 @@ class Pool:
         self._running[thread] = invocation
         try:
             if not self.gate.waiting:
-                self._see_to_a_waiter()
+                self.see_to_a_waiter()
             if not self._answer(invocation):
                 self.errors += 1
             self.served += 1
@@ -277,8 +279,8 @@ class Pool:
         """
         Have a thread of the pool do something between two calls.
 
-        Takes no lock, so it may be called wherever one is held; what a closed pool had not
-        come to is not done.
+        It must be short, or call ``see_to_a_waiter`` first.  Takes no lock, so it may be
+        called wherever one is held; what a closed pool had not come to is not done.
         """
         self._jobs.append(job)
         self.gate.wake()
@@ -288,8 +290,6 @@ class Pool:
             job = self._jobs.popleft()
         except IndexError:  # another thread was quicker
             return
-        if not self.gate.waiting:
-            self._see_to_a_waiter()
         try:
             job()
         except Exception:
@@ -334,8 +334,10 @@ class Pool:
         try:
             self._serve_calls(thread, None)
         finally:
-            _local.pool = None
             self._leave(thread)
+            _local.pool = None  # until now nobody who closes waits for this thread
+            if not self._closed and not self._threads:
+                self.see_to_a_waiter()  # an exception ended the loan, and the server goes on
 
     def check_lendable(self) -> None:
         """Raise ``RuntimeError`` if the calling thread serves a pool already."""
@@ -350,6 +352,8 @@ class Pool:
     def _make_room(self) -> None:
         """Have one thread of our own retire in favour of a lent one, when it is free."""
         with self._lock:
+            if self._closed:
+                return  # and the gate may be gone
             self._unwanted = 1
             self.gate.wake()
             self._changed.wait_for(lambda: self._closed or len(self._threads) < self.max_threads, 1.0)
@@ -445,7 +449,7 @@ class Pools:
         self.name = name
         self.shared = self._make(name, max_threads=max_threads)
         self._all = [self.shared]
-        self._lock = threading.Lock()  # guards the list and the state; pools are started under it
+        self._lock = threading.RLock()  # guards the list and the state; pools are started under it
         self._started = False
         self._closed = False
         self._past = Load()  # of the pools that are gone
