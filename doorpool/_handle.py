@@ -50,7 +50,15 @@ import attrs
 
 from doorpool import _channel, _names, _opening, _sockets, _wire
 from doorpool._channel import Channel, Hangup, process_is_gone
-from doorpool._credentials import Credentials, credentials_of, peer_pidfd, peer_ucred, pickle_bar, unpack_ids
+from doorpool._credentials import (
+    ENDING,
+    Credentials,
+    credentials_of,
+    peer_pidfd,
+    peer_ucred,
+    pickle_bar,
+    unpack_ids,
+)
 from doorpool._errors import (
     AccessError,
     BrokenDoorError,
@@ -353,10 +361,12 @@ class Handle:
                 try:
                     with self._knock(door, deadline) as ours:
                         opened = self._hear(door, ours, deadline)
+                    return self._settle(opened)
                 except EOFError:
                     self._check_there(door)
-                    continue
-                return self._settle(opened)
+                except AccessError:
+                    self._check_there(door)  # about a server that died the kernel tells nothing more
+                    raise
         raise BusyError(f"{self.name} dropped the knock; its server may be short of descriptors")
 
     def _knock(self, door: socket.socket, deadline: float | None) -> socket.socket:
@@ -448,6 +458,8 @@ class Handle:
         if self._owner not in (None, 0, server.uid):
             self._refuse(f"its file belongs to uid {self._owner}, and uid {server.uid} answers")
         bar = pickle_bar(server, pidfd, trust=self._trust) if codec is Codec.PICKLE else None
+        if bar is ENDING:
+            raise BrokenDoorError(f"{self.name}: the server is ending", filename=self.path)
         if bar is not None:
             self._refuse(f"its server is pid {server.pid}: {bar}")
 

@@ -285,9 +285,9 @@ class Letter:
 
     def close(self) -> None:
         """Close every descriptor that nobody has taken."""
-        if self.pidfd >= 0:
-            os.close(self.pidfd)
-            self.pidfd = -1
+        pidfd, self.pidfd = self.pidfd, -1
+        if pidfd >= 0:
+            os.close(pidfd)
         close_all(self.descriptors)
 
 
