@@ -116,7 +116,8 @@ class _Line:
         """Make one call; see "Reopening" above."""
         handle = self.handle
         try:
-            reply = self._exchange(handle, args, kwargs, deadline)
+            data, buffers, descriptors = pack_arguments(args, kwargs, self.dialect)
+            reply = handle.call_until(deadline, data, buffers, descriptors)
         except (RevokedError, BrokenDoorError, ClosedError) as first:
             again = functools.partial(self._exchange, args=args, kwargs=kwargs, deadline=deadline)
             reply = self._try_anew(handle, first, deadline, again)
@@ -133,8 +134,7 @@ class _Line:
     def _exchange(
         self, handle: Handle, args: tuple[Any, ...], kwargs: dict[str, Any], deadline: float | None
     ) -> Frame:
-        parcel = pack_arguments(args, kwargs, self.dialect)
-        return handle.call_until(deadline, parcel.data, parcel.buffers)
+        return handle.call_until(deadline, *pack_arguments(args, kwargs, self.dialect))
 
     def _try_anew(
         self, gone: Handle, first: DoorError, deadline: float | None, attempt: Callable[[Handle], _T]
