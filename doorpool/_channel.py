@@ -80,21 +80,23 @@ class Channel:
     Attributes:
         peer: who is at the other end, fixed at opening.
         number: of the last call that was begun here.
+        patience: seconds that one blocking receive waits at most; None: for ever.
         pidfd: of the process at the other end, -1 if there is none; the channel owns it.
     """
 
     __slots__ = (
         "_assembly",
+        "_begun",
         "_expected",
         "_explicit",
         "_fds",
         "_generation",
         "_hurried",
         "_lost",
-        "_patience",
         "_rest",
         "_surplus",
         "number",
+        "patience",
         "peer",
         "pidfd",
         "socket",
@@ -111,10 +113,11 @@ class Channel:
         self._assembly: Assembly | None = None
         self._surplus = 0
         self._rest = b""
+        self._begun = False  # something of these three is left to go on with
         self._fds: list[int] = []
         self._lost = False
         self._hurried = False
-        self._patience: float | None = None
+        self.patience: float | None = None
 
     def __del__(self, _ending: Callable[[], bool] = sys.is_finalizing) -> None:
         # A channel lost between two byte codes (Ctrl-C) closes without a warning.  When the
@@ -133,9 +136,8 @@ class Channel:
 
     def set_patience(self, seconds: float) -> None:
         """Bound how long one blocking receive waits before it returns with nothing."""
-        if seconds != self._patience:
-            _sockets.set_patience(self.socket, socket.SO_RCVTIMEO, seconds)
-            self._patience = seconds
+        _sockets.set_patience(self.socket, socket.SO_RCVTIMEO, seconds)
+        self.patience = seconds
 
     def set_send_patience(self, seconds: float) -> None:
         """Bound how long one blocking send waits without any progress."""
@@ -262,7 +264,7 @@ class Channel:
             ProtocolError: what came is no frame, or not from whom it must be.
         """
         try:
-            if self._assembly is not None or self._surplus or self._rest:
+            if self._begun:
                 return self._read_on(limit, flags, now, self._until(deadline))
             chunk, ancillary, came, _ = self.socket.recvmsg(FIRST, ANCILLARY_ROOM, flags | _RECEIVE)
             if ancillary == self._expected and not came & _TRUNCATED and len(chunk) >= _HEAD:
@@ -271,6 +273,7 @@ class Channel:
                 plain = version == VERSION and kind in KINDS and not fds and not buffers
                 if plain and body == len(chunk) - _HEAD <= limit:
                     return Frame(kind, number, nanoseconds, sent, chunk[_HEAD:])
+            self._begun = True
             self._check(chunk, ancillary, came, first=True)
             limit = limit if now is None else now()
             self._assembly = Assembly()
@@ -285,7 +288,7 @@ class Channel:
 
     def _until(self, deadline: float | None) -> float:
         """Return when this look must end, be the frame whole or not."""
-        until = math.inf if self._patience is None else time.monotonic() + self._patience
+        until = math.inf if self.patience is None else time.monotonic() + self.patience
         return until if deadline is None else min(until, deadline)
 
     def _read_on(self, limit: int, flags: int, now: Callable[[], int] | None, until: float) -> Frame:
@@ -310,6 +313,7 @@ class Channel:
                 assembly.filled(self._receive_into(_step(views), flags))
         self._assembly = None
         self._surplus, self._rest = assembly.surplus, assembly.rest
+        self._begun = bool(self._surplus or self._rest)
         return self._with_descriptors(assembly.frame(), assembly)
 
     def _with_descriptors(self, frame: Frame, assembly: Assembly) -> Frame:

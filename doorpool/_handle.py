@@ -596,15 +596,21 @@ class Handle:
     ) -> Frame:
         """Send one frame and wait for its answer; the channel goes back only if both went well."""
         channel.number += 1
+        sent = False
         try:
             self._send(channel, kind, deadline, data, buffers, descriptors)
-            frame = self._receive(channel, deadline)
+            sent = True
+            frame = channel.read(MAX_REPLY, 0, None, deadline)
+            if frame is None or frame.refusal is not None:
+                frame = self._await_reply(channel, frame, deadline)
         except Hangup as hangup:
             channel.close()
             raise self._broken(hangup, fresh) from None
-        except BaseException:
+        except BaseException as error:
             channel.shutdown()  # a plain close would leave a whole request to be run
             channel.close()
+            if sent and isinstance(error, ProtocolError):
+                error.may_have_run = True
             raise
         if frame.number == channel.number and frame.kind == (_REPLY if kind == _REQUEST else _PONG):
             self._give_back(channel)
@@ -662,7 +668,8 @@ class Handle:
                 raise self._late(False)
             nanoseconds = int(left * 1e9) or 1
             patience = min(LOOK_UP, left)
-        channel.set_patience(patience)
+        if patience != channel.patience:
+            channel.set_patience(patience)
         look_up = None
         if len(data) >= _channel.JOIN or buffers:  # what is shorter goes at once
             channel.set_send_patience(patience)
@@ -691,19 +698,14 @@ class Handle:
                 raise self._error(refusal)
         raise Hangup(unread=True)
 
-    def _receive(self, channel: Channel, deadline: float | None) -> Frame:
-        try:
-            while True:
-                frame = channel.read(MAX_REPLY, deadline=deadline)
-                if frame is None:
-                    self._look_up(channel, deadline)
-                elif frame.refusal is None or frame.refusal.reason is not Reason.TOO_LARGE:
-                    return frame
-                else:
-                    raise ProtocolError(f"{self.name}: a reply that claims {frame.refusal.value} bytes")
-        except ProtocolError as error:
-            error.may_have_run = True
-            raise
+    def _await_reply(self, channel: Channel, frame: Frame | None, deadline: float | None) -> Frame:
+        """Wait on, a first look having brought nothing yet, or what is not quite an everyday reply."""
+        while frame is None:
+            self._look_up(channel, deadline)
+            frame = channel.read(MAX_REPLY, 0, None, deadline)
+        if frame.refusal is not None and frame.refusal.reason is Reason.TOO_LARGE:
+            raise ProtocolError(f"{self.name}: a reply that claims {frame.refusal.value} bytes")
+        return frame
 
     def _look_up(self, channel: Channel, deadline: float | None) -> None:
         """Having waited in vain for a reply: raise if the time is over or the server dead."""

@@ -135,7 +135,11 @@ class _Line:
         """Make one call; see "Reopening" above."""
         handle = self.handle
         try:
-            reply = self._exchange(handle, args, kwargs, deadline)
+            if self._pool is None:  # as ``_exchange`` does, in one function less
+                data, buffers, descriptors = pack_arguments(args, kwargs, self.dialect)
+                reply = handle.call_until(deadline, data, buffers, descriptors)
+            else:
+                reply = self._exchange(handle, args, kwargs, deadline)
         except (RevokedError, BrokenDoorError, ClosedError) as first:
             again = functools.partial(self._exchange, args=args, kwargs=kwargs, deadline=deadline)
             reply = self._try_anew(handle, first, deadline, again)
@@ -154,9 +158,9 @@ class _Line:
     ) -> Frame:
         parcel = pack_arguments(args, kwargs, self.dialect)
         if self._pool is None:
-            return handle.call_until(deadline, parcel.data, parcel.buffers)
+            return handle.call_until(deadline, *parcel)
         with waiting_for(self._pool, handle.name):
-            return handle.call_until(deadline, parcel.data, parcel.buffers)
+            return handle.call_until(deadline, *parcel)
 
     def _try_anew(
         self, gone: Handle, first: DoorError, deadline: float | None, attempt: Callable[[Handle], _T]

@@ -21,6 +21,7 @@ import array
 import contextlib
 import errno
 import fcntl
+import mmap
 import os
 import socket
 import struct
@@ -35,6 +36,7 @@ from doorpool._credentials import SO_PASSPIDFD, UCRED, Ids, own_ucred, unpack_id
 SO_DOMAIN = 39  # asm-generic/socket.h
 SCM_CREDENTIALS = 2  # linux/socket.h
 SCM_PIDFD = 4
+MADV_WIPEONFORK = 18  # asm-generic/mman-common.h
 
 #: The most descriptors that one message takes (SCM_MAX_FD of the kernel); 254 is EINVAL.
 MAX_DESCRIPTORS = 253
@@ -57,7 +59,12 @@ Ancillary = list[tuple[int, int, bytes]]
 #: Counts the forks between the first process and this one.
 generation = 0
 
-_pid = os.getpid()
+#: A page that the kernel wipes in every forked child.  To look at it takes 0.02 µs, to ask for
+#: the pid 0.17, and a call does so at both ends.  Precedent: fork_detect.c of BoringSSL.
+_mark = mmap.mmap(-1, mmap.PAGESIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+_mark.madvise(MADV_WIPEONFORK)
+_mark[0] = 1
+
 _fork_hooks: list[Callable[[], None]] = []
 
 _owned: weakref.WeakSet[socket.socket] = weakref.WeakSet()
@@ -94,7 +101,7 @@ def here() -> int:
 
     A child of a ``fork`` that was made in C, past Python's hooks, is noticed here.
     """
-    if os.getpid() != _pid:
+    if not _mark[0]:
         _forget_parent()
     return generation
 
@@ -106,9 +113,9 @@ def on_fork(hook: Callable[[], None]) -> None:
 
 def _forget_parent() -> None:
     """Close, in a forked child, what belongs to the parent (never shutting it down)."""
-    global generation, _pid
+    global generation
     generation += 1
-    _pid = os.getpid()
+    _mark[0] = 1
     for sock in list(_owned):
         sock.close()
     _owned.clear()
