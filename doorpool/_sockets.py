@@ -5,8 +5,8 @@ Every socket of the library asks for the sender's credentials from birth (a mess
 before ``SO_PASSCRED`` is set arrives from "pid 0, uid 65534").  Door sockets are
 ``SOCK_SEQPACKET`` and are never waited on inside a send or a receive: their other end is
 shared, and a stranger may have cleared ``O_NONBLOCK``, so each call passes
-``MSG_DONTWAIT``.  Channels are ``SOCK_STREAM`` pairs; on the private one of an opened
-channel, of which nobody else ever held an end, blocking is right.
+``MSG_DONTWAIT``.  Knocks are answered on ``SOCK_STREAM`` pairs.  An opened channel is a
+``SOCK_SEQPACKET`` pair, on which blocking is right, for nobody else ever held an end of it.
 
 ``recv_fds`` and ``send_fds`` of the standard library ignore their flags, so descriptors
 would arrive inheritable: ``recvmsg`` and ``sendmsg`` are used throughout.
@@ -51,6 +51,7 @@ MSG_DONTWAIT = int(socket.MSG_DONTWAIT)
 MSG_NOSIGNAL = int(socket.MSG_NOSIGNAL)
 MSG_CMSG_CLOEXEC = int(socket.MSG_CMSG_CLOEXEC)
 MSG_TRUNCATED = int(socket.MSG_CTRUNC)
+MSG_CUT = int(socket.MSG_TRUNC)
 
 DONTWAIT = MSG_DONTWAIT | MSG_NOSIGNAL
 
@@ -171,11 +172,11 @@ def knock_pair() -> tuple[socket.socket, socket.socket]:
 
 def private_pair() -> tuple[socket.socket, socket.socket]:
     """
-    Make the stream pair of a channel.
+    Make the pair of a channel.
 
     It asks for no pidfds: one on every message would cost 4 µs and a descriptor to close.
     """
-    one, other = _pair(socket.SOCK_STREAM, pidfds=False)
+    one, other = _pair(socket.SOCK_SEQPACKET, pidfds=False)
     return own(one), own(other)
 
 
