@@ -18,6 +18,7 @@ caller is answered, and the channel goes on:
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import inspect
 import logging
@@ -125,7 +126,7 @@ class Endpoint:
         if _ending():  # as in Channel
             return
         door = getattr(self, "_door", None)
-        if door is not None and not self._closed and self._generation == _sockets.generation:
+        if door is not None and not self._closed and self._generation == _sockets.here():
             warnings.warn(f"unclosed {self!r}", ResourceWarning, source=self, stacklevel=2)
             self.close()
 
@@ -307,6 +308,8 @@ class Endpoint:
         Modelled on: fdetach(3C)
         """
         where = None if path is None else absolute_path(path)
+        if self._generation != _sockets.here():
+            return  # the parent's names
         if self._server is not None and self._server.unrecord(self, where) and where is not None:
             return
         for name in self.paths if where is None else [where]:
@@ -344,6 +347,8 @@ class Endpoint:
 
         Modelled on: door_revoke(3C)
         """
+        if self._generation != _sockets.here():  # before any lock, which a lost thread may hold
+            raise PermissionError(errno.EPERM, f"{self!r}: only the process that made it may revoke it")
         if self._server is not None:
             self._server.unrecord(self)
         with self._making:

@@ -2,7 +2,7 @@
 The caller's side of the raw layer: a handle is an open descriptor of a door.
 
 A call takes an idle channel from the handle's stack, or opens one, sends the request and
-blocks in a receive until the reply is there.  Ten threads that call at once use ten
+waits until the reply is there.  Ten threads that call at once use ten
 channels; there is no reader thread and nothing is shared between two calls.
 
 How a call ends, and what is known then
@@ -19,9 +19,8 @@ How a call ends, and what is known then
       from now on decides, and silence means that it may have run.
     - A goodbye frame says so itself.
 
-    A blocking receive returns with nothing twice a second.  Only then is the
-    server's pidfd looked at: a forked child of a dead server may hold its sockets open, so
-    that no hang-up ever comes.
+    Who waits looks up twice a second.  Only then is the server's pidfd looked at: a forked
+    child of a dead server may hold its sockets open, so that no hang-up ever comes.
 
 A channel that was idle may have been closed by the server meanwhile.  If the call on it
 certainly did not run, it is made again on a fresh one.
@@ -48,7 +47,7 @@ from typing import NoReturn
 
 import attrs
 
-from doorpool import _channel, _names, _opening, _sockets, _wire
+from doorpool import _names, _opening, _sockets, _wire
 from doorpool._channel import Channel, Hangup, process_is_gone
 from doorpool._credentials import Credentials, credentials_of, peer_pidfd, peer_ucred, pickle_bar, unpack_ids
 from doorpool._errors import (
@@ -98,6 +97,10 @@ def check_seconds(value: float | None, name: str) -> float | None:
 def deadline_after(seconds: float | None) -> float | None:
     """Return when so many seconds are over, by ``time.monotonic()``; None for never."""
     return None if seconds is None else time.monotonic() + seconds
+
+
+def _limits_in(greeting: Greeting) -> _wire.Limits:
+    return _wire.Limits(greeting.max_request, greeting.max_descriptors, greeting.attributes)
 
 
 @attrs.define
@@ -170,6 +173,7 @@ class Handle:
         self.server: Credentials
         try:
             self.greeting = self._peek(deadline)
+            self._limits = _limits_in(self.greeting)
             self._check_codec(codec)
             self.server = credentials_of(unpack_ids(peer_ucred(self._socket)), None)
             if not lazy:
@@ -494,30 +498,49 @@ class Handle:
         """Call with a deadline by ``time.monotonic()``; the reply's frame; otherwise as ``call``."""
         if self._closed:
             raise ClosedError(f"{self.name}: this handle is closed")
-        if buffers or descriptors or type(data) is not bytes or len(data) > self.greeting.max_request:
+        if buffers or descriptors or type(data) is not bytes or len(data) > self._limits.max_request:
             try:
                 data, buffers = flatten(self.name, data, buffers)
-                self._check_request(len(data) + sum(map(len, buffers)), descriptors)
             except LimitError:
                 with self._descriptor() as door:
                     self._check_there(door)  # that there is no door any more comes first (L12)
                 raise
+            size = len(data) + sum(map(len, buffers))
+            try:
+                self._check_request(size, descriptors)
+            except LimitError:
+                # By what we know.  The limits may have been raised since then (P1); or there is
+                # no door any more, which comes first (L12).
+                self._learn_limits(deadline)
+                self._check_request(size, descriptors)
         frame = self._run(_REQUEST, deadline, data, buffers, descriptors)
         if frame.refusal is not None:
             raise OSError(errno.EMFILE, "no free descriptors for those that the reply brought")
         return frame
 
     def _check_request(self, size: int, descriptors: Sequence[int]) -> None:
-        limit = self.greeting.max_request
+        limit = self._limits.max_request
         if size > limit:
             raise LimitError(
                 f"{self.name}: a request of {size} bytes is over max_request, {limit}",
                 limit=limit, value=size,
             )  # fmt: skip
         if descriptors:
-            if self.greeting.attributes & Attribute.REFUSE_DESCRIPTORS:
+            if self._limits.attributes & Attribute.REFUSE_DESCRIPTORS:
                 raise LimitError(f"{self.name} takes no descriptors", limit=0, value=len(descriptors))
-            check_descriptors(self.name, descriptors, min(self.greeting.max_descriptors, MAX_DESCRIPTORS))
+            check_descriptors(self.name, descriptors, min(self._limits.max_descriptors, MAX_DESCRIPTORS))
+
+    def _learn_limits(self, deadline: float | None) -> None:
+        """Ask the server for its limits of now; if it takes too long, those that we know stand."""
+        try:
+            frame = self._run(_PING, deadline)
+        except CallTimeoutError:
+            return
+        except DoorError as error:
+            error.may_have_run = False  # of the call itself nothing was sent
+            raise
+        _sockets.close_all(frame.descriptors)
+        self._limits = _wire.decode_limits(frame.data) or self._limits
 
     def ping(self, *, timeout: float | None = None) -> None:
         """
@@ -651,10 +674,9 @@ class Handle:
             nanoseconds = int(left * 1e9) or 1
             patience = min(LOOK_UP, left)
         channel.set_patience(patience)
-        look_up = None
-        if len(data) >= _channel.JOIN or buffers:  # what is shorter goes at once
-            channel.set_send_patience(patience)
-            look_up = functools.partial(self._look_up_sending, channel, deadline)
+        channel.set_send_patience(patience)
+        # Nearly all goes at once; but a body that was refused may still lie there, half thrown away.
+        look_up = functools.partial(self._look_up_sending, channel, deadline)
         try:
             channel.post(kind, channel.number, data, buffers, descriptors, nanoseconds, now, look_up)
         except ConnectionError as error:

@@ -162,7 +162,7 @@ class Name:
         return False
 
     def _is_there(self) -> bool:
-        if self.closed or self._generation != _sockets.generation:
+        if self.closed or self._generation != _sockets.here():
             return False
         try:
             status = self._place.look()

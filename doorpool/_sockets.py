@@ -110,7 +110,8 @@ def _forget_parent() -> None:
     generation += 1
     _pid = os.getpid()
     for sock in list(_owned):
-        sock.close()
+        with contextlib.suppress(OSError):  # somebody has closed its number by hand
+            sock.close()
     _owned.clear()
     for descriptor in list(_owned_numbers):
         with contextlib.suppress(OSError):
@@ -154,6 +155,18 @@ def door_pair() -> tuple[socket.socket, socket.socket]:
     holder.setblocking(False)
     port.setblocking(False)
     return holder, own(port)
+
+
+def signal_pair() -> tuple[socket.socket, socket.socket]:
+    """
+    Make the pair by which signals come in (``signal.set_wakeup_fd``): where to read, where to write.
+
+    It asks who wrote, for a forked child may.
+    """
+    reader, writer = _pair(socket.SOCK_STREAM, pidfds=False)
+    reader.setblocking(False)
+    writer.setblocking(False)
+    return reader, writer
 
 
 def knock_pair() -> tuple[socket.socket, socket.socket]:
