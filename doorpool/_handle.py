@@ -287,12 +287,16 @@ class Handle:
 
     def _peek_message(self, deadline: float | None) -> bytes:
         flags = socket.MSG_PEEK | _sockets.MSG_DONTWAIT
+        waited = False
         for attempt in (1, 2):
             while True:
                 try:
                     return self._socket.recv(_wire.GREETING_SIZE, flags)
                 except BlockingIOError:
+                    if waited:  # a fork of a dead server may hold its listener open
+                        self._check_there(self._socket)
                     self._await(self._socket, select.POLLIN, deadline, "does not answer")
+                    waited = True
                 except ConnectionResetError:
                     # Told once, of a knock that was never read; the queue is still there.
                     if attempt == 2:

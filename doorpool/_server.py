@@ -305,6 +305,7 @@ class Server:
                 is closed.
             OSError: a name cannot be made; those made before are gone again.
         """
+        self._check_here()  # before the lock, which in a child a lost thread may hold
         with self._lock:
             self._check_open()
             if not self._started:

@@ -24,6 +24,7 @@ import fcntl
 import os
 import socket
 import struct
+import sys
 import termios
 import weakref
 from collections.abc import Callable, Iterable, Sequence
@@ -298,10 +299,14 @@ class Letter:
 
     def close(self) -> None:
         """Close every descriptor that nobody has taken."""
-        if self.pidfd >= 0:
-            os.close(self.pidfd)
-            self.pidfd = -1
+        pidfd, self.pidfd = self.pidfd, -1
+        if pidfd >= 0:
+            os.close(pidfd)
         close_all(self.descriptors)
+
+    def __del__(self, _ending: Callable[[], bool] = sys.is_finalizing) -> None:
+        if not _ending():  # as in Channel
+            self.close()
 
 
 def receive_letter(sock: socket.socket, size: int, flags: int = 0) -> Letter:
