@@ -309,7 +309,7 @@ OPENING = """
 
 @pytest.mark.ids("G05")
 def test_ctrl_c_while_a_door_is_opened(server, run_python, door_dir, many):
-    """Nothing of a stranger's is closed, nothing but KeyboardInterrupt comes out, the next opening is right."""
+    """Nothing of a stranger's is closed, KeyboardInterrupt comes out, and the next opening is right."""
     times = many(100, 2000)
     options = ["-W", "ignore::ResourceWarning"]  # for the door that was just open, and is dropped
     assert run_python(OPENING, times, cwd=door_dir, options=options, timeout=many(40, 600)).value == times
