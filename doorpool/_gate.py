@@ -371,6 +371,7 @@ class Gate:
     def leave_to_parent(self) -> None:
         """Close, in a forked child, what is not closed yet; the set goes on in the parent."""
         self._closed = True
+        self._count = threading.Lock()  # a lost thread may hold the old one, and we be waiting here
         self._epoll.close()
 
     def dispose(self) -> None:

@@ -60,7 +60,6 @@ import pickle
 import signal
 import stat
 import sys
-import threading
 import traceback
 import types
 import weakref
@@ -301,8 +300,6 @@ def _raise(error: BaseException) -> NoReturn:
 
 def _came_by_a_signal(error: BaseException) -> bool:
     """Tell whether a signal handler raised this, which then says nothing about the values."""
-    if threading.current_thread() is not threading.main_thread():
-        return False
     handlers = [signal.getsignal(number) for number in signal.valid_signals()]
     codes = {getattr(getattr(handler, "__func__", handler), "__code__", None) for handler in handlers}
     return any(frame.f_code in codes for frame, _ in traceback.walk_tb(error.__traceback__))

@@ -142,6 +142,8 @@ class Pool:
             return True
 
     def _leave(self, thread: threading.Thread) -> None:
+        if self._generation != _sockets.here():
+            return  # in a child whose parent's thread this was, and which may have lost the lock's holder
         with self._lock:
             self._threads.discard(thread)
             self._lent.discard(thread)

@@ -464,11 +464,12 @@ def test_what_ends_a_child_does_not_close_the_server(spawn_python, door_dir, how
 
 
 @pytest.mark.ids("G02", "Y1")
-def test_a_child_leaves_by_itself_from_a_run_that_it_was_forked_in(run_python, door_dir):
+def test_a_child_leaves_by_itself_from_a_run_that_it_was_forked_in(run_python, door_dir, many):
     """A handler that forks while the main thread is lent: the child finds the server closed to it."""
+    times = many(40, 1000)
     done = run_python(
         """
-        import os, signal, sys, threading
+        import os, signal, sys, threading, time
         from doorpool import ClosedError, Proxy, Server
 
         server = Server()
@@ -480,15 +481,21 @@ def test_a_child_leaves_by_itself_from_a_run_that_it_was_forked_in(run_python, d
                 children.append(child)
 
         signal.signal(signal.SIGUSR1, fork)
+        signal.signal(signal.SIGUSR2, lambda *_: None)
         server.attach(os.getpid, "a.door")
 
         def play():
             with Proxy("a.door", wait=20, timeout=20) as proxy:
-                os.kill(parent, signal.SIGUSR1)
-                while not children:
-                    proxy()
-                code = os.waitstatus_to_exitcode(os.waitpid(children[0], 0)[1])
-                result((code, proxy() == parent))
+                while server.statistics().threads < 3:  # two, and the main one, when it is lent
+                    time.sleep(0.001)
+                codes = []
+                for number in range(int(sys.argv[1])):
+                    os.kill(parent, signal.SIGUSR1)
+                    while len(children) <= number:
+                        proxy()
+                        os.kill(parent, signal.SIGUSR2)  # the first may come just before the wait
+                    codes.append(os.waitstatus_to_exitcode(os.waitpid(children[number], 0)[1]))
+                result((codes, proxy() == parent))
             server.close()
 
         threading.Thread(target=play).start()
@@ -497,9 +504,10 @@ def test_a_child_leaves_by_itself_from_a_run_that_it_was_forked_in(run_python, d
         except ClosedError:
             os._exit(7 if os.getpid() != parent else 8)
         """,
+        times,
         cwd=door_dir,
     )
-    assert done.value == (7, True)
+    assert done.value == ([7] * times, True)
 
 
 def test_the_handlers_are_put_back_in_a_child(run_python, door_dir):
