@@ -31,6 +31,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import attrs
+
 from doorpool import _names, _opening, _sockets, _wire
 from doorpool._credentials import Credentials, pickle_bar
 from doorpool._errors import ClosedError
@@ -150,13 +152,16 @@ class Door:
 
     def greeting(self) -> _wire.Greeting:
         """Return what the door says of itself now."""
-        attributes = Attribute.PRIVATE * self.private
-        attributes |= Attribute.REFUSE_DESCRIPTORS * self.refuse_descriptors
         return _wire.Greeting(
             id=self.id, codec=self.codec, name=self.name, python=sys.version_info[:2],
-            main=self._main, max_request=self.max_request, max_descriptors=self.max_descriptors,
-            attributes=attributes, doc=self._doc, signature=self._signature,
+            main=self._main, doc=self._doc, signature=self._signature, **attrs.asdict(self.limits()),
         )  # fmt: skip
+
+    def limits(self) -> _wire.Limits:
+        """Return what the door takes now."""
+        attributes = Attribute.PRIVATE * self.private
+        attributes |= Attribute.REFUSE_DESCRIPTORS * self.refuse_descriptors
+        return _wire.Limits(self.max_request, self.max_descriptors, attributes)
 
     # -- handing out -------------------------------------------------------------------------
 

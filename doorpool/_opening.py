@@ -75,11 +75,12 @@ def take_socket(letter: Letter, what: str, kind: int) -> socket.socket:
         raise ProtocolError(f"{what} must bring one socket, not {len(letter.descriptors)} descriptors")
     if letter.ids is None or (letter.ids[0] <= 0 and letter.pidfd < 0):
         raise ProtocolError(f"{what} came without the sender's credentials")
+    number = letter.descriptors.pop()  # at no moment two owners: Ctrl-C may come at any
     try:
-        sock = _sockets.adopt(letter.descriptors[0])
+        sock = _sockets.adopt(number)
     except OSError as error:
+        letter.descriptors.append(number)
         raise ProtocolError(f"{what} brought a descriptor that is no socket ({error.strerror})") from None
-    letter.descriptors.clear()
     try:
         _check_maker(sock, letter, what, kind)
     except BaseException:
@@ -188,8 +189,8 @@ def _channel_of(letter: Letter) -> Channel:
 def _make_channel(letter: Letter, sock: socket.socket, witness: socket.socket) -> Channel:
     """Make a channel whose peer is the sender of a letter and the maker of a witness."""
     assert letter.ids is not None
-    pidfd, letter.pidfd = letter.pidfd, -1
     peer = credentials_of(letter.ids, peer_groups(witness))
+    pidfd, letter.pidfd = letter.pidfd, -1
     return Channel(sock, peer, letter.ucred, pidfd)
 
 

@@ -25,6 +25,7 @@ import mmap
 import os
 import socket
 import struct
+import sys
 import termios
 import weakref
 from collections.abc import Callable, Iterable, Sequence
@@ -118,7 +119,8 @@ def _forget_parent() -> None:
     generation += 1
     _mark[0] = 1
     for sock in list(_owned):
-        sock.close()
+        with contextlib.suppress(OSError):  # somebody has closed its number by hand
+            sock.close()
     _owned.clear()
     for descriptor in list(_owned_numbers):
         with contextlib.suppress(OSError):
@@ -162,6 +164,18 @@ def door_pair() -> tuple[socket.socket, socket.socket]:
     holder.setblocking(False)
     port.setblocking(False)
     return holder, own(port)
+
+
+def signal_pair() -> tuple[socket.socket, socket.socket]:
+    """
+    Make the pair by which signals come in (``signal.set_wakeup_fd``): where to read, where to write.
+
+    It asks who wrote, for a forked child may.
+    """
+    reader, writer = _pair(socket.SOCK_STREAM, pidfds=False)
+    reader.setblocking(False)
+    writer.setblocking(False)
+    return reader, writer
 
 
 def knock_pair() -> tuple[socket.socket, socket.socket]:
@@ -297,6 +311,10 @@ class Letter:
         if pidfd >= 0:
             os.close(pidfd)
         close_all(self.descriptors)
+
+    def __del__(self, _ending: Callable[[], bool] = sys.is_finalizing) -> None:
+        if not _ending():  # as in Channel
+            self.close()
 
 
 def receive_letter(sock: socket.socket, size: int, flags: int = 0) -> Letter:
