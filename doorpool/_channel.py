@@ -217,6 +217,7 @@ class Channel:
                 continue
             first = ancillary
             _advance(views, sent)
+            # step: part-sent
             if views and patience is not None:
                 patience()  # who reads a byte now and then would keep us here for ever
 
@@ -308,6 +309,7 @@ class Channel:
                 assembly.feed(self._receive(assembly.wanted, flags), limit)
             else:
                 assembly.filled(self._receive_into(_step(views), flags))
+                # step: part-read
         self._assembly = None
         self._surplus, self._rest = assembly.surplus, assembly.rest
         return self._with_descriptors(assembly.frame(), assembly)

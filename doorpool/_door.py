@@ -272,6 +272,7 @@ class Door:
                 self._keeper.pause(name.listener.fileno())
                 return False
             return error.errno == errno.ECONNABORTED
+        # step: accepted
         port.setblocking(False)
         self._add_port(_sockets.own(port))
         return True
@@ -280,6 +281,7 @@ class Door:
         """Take a port in: leave the greeting in its descriptor's queue and watch for knocks."""
         with self._keeper.lock:
             self._greet(port)
+            # step: greeted
             self._ports.add(port)
             self._gain_reference()
             self._keeper.watch(port.fileno(), lambda: self._hear(port))
@@ -303,6 +305,7 @@ class Door:
         elif isinstance(visitor, Refusal):
             log.warning("%s: refused: %s", self.name, visitor.text)
         else:
+            # step: knock-heard
             self._let_in(visitor)
 
     def _close_port(self, port: socket.socket) -> None:
@@ -323,12 +326,14 @@ class Door:
             text = f"the server has no channel to spare ({error.strerror})"
             _opening.refuse(visitor, Refusal(Reason.BUSY, text))
             return
+        # step: answer-sent
         served = Served(channel, self, visitor.words)
         self._channels.add(served)
         if channel.pidfd >= 0:
             self._keeper.watch(channel.pidfd, lambda: self._bury(served))
         self._await_leaving(visitor)
         self.gate.add(served)
+        # step: joined
 
     def _why_not(self, visitor: _opening.Visitor) -> Refusal | None:
         bar = None
@@ -434,6 +439,7 @@ class Door:
         if self._revoked is not None:
             return
         self._revoked = refusal or _REVOKED
+        # step: revoked
         with self._keeper.lock:
             names = list(self._names.values())
             self._names.clear()
@@ -460,6 +466,7 @@ class Door:
         assert self._revoked is not None
         with contextlib.suppress(OSError):  # no holder is left
             port.send(_wire.farewell(self._revoked), _sockets.DONTWAIT)
+        # step: farewell-said
         self._close_port(port)
 
     close = revoke

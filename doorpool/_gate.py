@@ -214,6 +214,7 @@ class Gate:
         invocation = None
         if self.waiting and served.doomed is None:
             try:
+                # step: lingering
                 invocation = self._next_call(served, 0)
             except BaseException:
                 self.drop(served)
@@ -259,6 +260,7 @@ class Gate:
                 f"frame {chr(frame.kind)!r} with number {frame.number} after call {channel.number}"
             )
         channel.number = frame.number
+        # step: request-read
         # A caller that gives up shuts its end down and then asks whether we have read all of
         # its request.  Because we look for the shutdown after reading and before running,
         # "not all read" tells it truly that the call never will run.
@@ -307,11 +309,13 @@ class Gate:
             self._park(served)
 
     def _park(self, served: Served) -> None:
+        # step: parking
         served.claim.release()
         if served.doomed is not None:
             self.end(served, served.doomed)
         elif self._served.get(served.fd) is served:
             self._arm(served.fd)
+            # step: parked
 
     def _arm(self, fd: int) -> None:
         """Have the set report a descriptor once; one that was closed meanwhile stays out."""
@@ -329,6 +333,7 @@ class Gate:
 
     def _say_goodbye(self, served: Served, refusal: Refusal) -> None:
         served.channel.say(Kind.GOODBYE, served.channel.number, refusal.encode())
+        # step: goodbye-said
         self.drop(served)
 
     def drop(self, served: Served) -> None:
@@ -531,6 +536,7 @@ class Invocation:
         self._open = False
         served = self.line
         try:
+            # step: replying
             served.channel.post(kind, served.channel.number, data, buffers, descriptors)
         except OSError:
             self._gate.drop(served)  # nobody is there, or nobody reads
@@ -538,6 +544,7 @@ class Invocation:
             self._gate.drop(served)  # a part of a reply is none
             raise
         else:
+            # step: reply-sent
             self._gate.release(served)
         finally:
             if self.descriptors:

@@ -424,6 +424,7 @@ class Handle:
         except BaseException:
             channel.close()
             raise
+        # step: channel-opened
         self.server = channel.peer
         return channel
 
@@ -567,6 +568,7 @@ class Handle:
     def _give_back(self, channel: Channel) -> None:
         idle = self._idle
         idle.append(channel)
+        # step: given-back
         if self._closed or len(idle) > MAX_IDLE:
             with contextlib.suppress(IndexError):
                 idle.popleft().close()
@@ -585,7 +587,9 @@ class Handle:
         """Send one frame and wait for its answer; the channel goes back only if both went well."""
         channel.number += 1
         try:
+            # step: request-begun
             self._send(channel, kind, deadline, data, buffers, descriptors)
+            # step: request-sent
             frame = self._receive(channel, deadline)
         except Hangup as hangup:
             channel.close()
@@ -594,6 +598,7 @@ class Handle:
             channel.shutdown()  # a plain close would leave a whole request to be run
             channel.close()
             raise
+        # step: reply-read
         if frame.number == channel.number and frame.kind == (_REPLY if kind == _REQUEST else _PONG):
             self._give_back(channel)
             return frame
@@ -695,6 +700,7 @@ class Handle:
 
     def _look_up(self, channel: Channel, deadline: float | None) -> None:
         """Having waited in vain for a reply: raise if the time is over or the server dead."""
+        # step: still-waiting
         left = LOOK_UP if deadline is None else deadline - time.monotonic()
         if left <= 0:
             raise self._late(self._give_up(channel))
@@ -726,6 +732,7 @@ class Handle:
     def _give_up(self, channel: Channel) -> bool:
         """End a call that was sent whole; return whether it may have run (see above)."""
         channel.shutdown()
+        # step: given-up
         if _sockets.unsent(channel.socket):
             return False
         try:
@@ -774,6 +781,7 @@ class Handle:
             self._closed = True
             if not self._users:
                 self._socket.close()
+        # step: closing
         while True:
             try:
                 self._idle.pop().close()
