@@ -268,6 +268,9 @@ def pickle_bar(peer: Credentials, pidfd: int, *, trust: str) -> str | None:
         peer: the peer, as believed.
         pidfd: a pidfd of it, or -1.
         trust: "namespace", the rule; "uid" leaves out the comparison of user namespaces.
+
+    Raises:
+        ProcessLookupError: the peer is dead, or dying; nobody can say any more.
     """
     own = os.geteuid()
     if peer.uid is None:
@@ -291,6 +294,8 @@ def _namespace_bar(pidfd: int) -> str | None:
         return _NOT_TOLD.format("no such process") if tells_processes() else None
     try:
         descriptor = fcntl.ioctl(pidfd, _PIDFD_GET_USER_NAMESPACE)
+    except ProcessLookupError:
+        raise
     except OSError as error:
         if error.errno in (errno.ENOTTY, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS):
             return None  # a kernel before 6.11 cannot say

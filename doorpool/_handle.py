@@ -50,7 +50,15 @@ import attrs
 
 from doorpool import _channel, _names, _opening, _sockets, _wire
 from doorpool._channel import Channel, Hangup, process_is_gone
-from doorpool._credentials import Credentials, credentials_of, peer_pidfd, peer_ucred, pickle_bar, unpack_ids
+from doorpool._credentials import (
+    Credentials,
+    credentials_of,
+    peer_pidfd,
+    peer_ucred,
+    pickle_bar,
+    tells_processes,
+    unpack_ids,
+)
 from doorpool._errors import (
     AccessError,
     BrokenDoorError,
@@ -288,6 +296,7 @@ class Handle:
                 try:
                     return self._socket.recv(_wire.GREETING_SIZE, flags)
                 except BlockingIOError:
+                    self._check_alive(self._socket)
                     self._await(self._socket, select.POLLIN, deadline, "does not answer")
                 except ConnectionResetError:
                     # Told once, of a knock that was never read; the queue is still there.
@@ -364,6 +373,7 @@ class Handle:
             try:
                 return _opening.knock(door, self._words)
             except BlockingIOError:
+                self._check_alive(door)
                 self._await(door, select.POLLOUT, deadline, "has too many knocks to hear yet")
             except ConnectionError:
                 raise self._gone(door) from None
@@ -381,6 +391,10 @@ class Handle:
                 return _opening.hear_answer(ours)
             except BlockingIOError:
                 self._check_there(door)
+            except AccessError:
+                # Of a server that has answered and died since, nobody can say who it was.
+                self._check_there(door)
+                raise
 
     def _check_there(self, door: socket.socket) -> None:
         """Raise if the server is gone, or has taken the door away."""
@@ -388,9 +402,14 @@ class Handle:
         poll.register(door, 0)
         if poll.poll(0):
             raise self._gone(door)
+        self._check_alive(door)
+
+    def _check_alive(self, door: socket.socket) -> None:
+        """Raise if the server is dead, and no hang-up says so as somebody else holds its sockets."""
         pidfd = peer_pidfd(door)
         try:
-            if process_is_gone(pidfd):
+            # Where there are pidfds, one is missing only of a process that is gone for good.
+            if process_is_gone(pidfd) if pidfd >= 0 else tells_processes():
                 raise BrokenDoorError(f"{self.name}: the server is dead", filename=self.path)
         finally:
             if pidfd >= 0:
@@ -448,7 +467,13 @@ class Handle:
             )
         if self._owner not in (None, 0, server.uid):
             self._refuse(f"its file belongs to uid {self._owner}, and uid {server.uid} answers")
-        bar = pickle_bar(server, pidfd, trust=self._trust) if codec is Codec.PICKLE else None
+        if codec is not Codec.PICKLE:
+            return
+        try:
+            bar = pickle_bar(server, pidfd, trust=self._trust)
+        except ProcessLookupError:
+            text = f"{self.name}: the server died when it had answered"
+            raise BrokenDoorError(text, filename=self.path) from None
         if bar is not None:
             self._refuse(f"its server is pid {server.pid}: {bar}")
 
