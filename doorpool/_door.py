@@ -114,7 +114,7 @@ class Door:
         self._keeper = keeper()
         self._names: dict[str, Name] = {}
         self._ports: set[socket.socket] = set()
-        self._visitors: dict[socket.socket, Timer] = {}
+        self._visitors: dict[Served, tuple[socket.socket, Timer]] = {}
         self._channels: set[Served] = set()
         self._revoked: Refusal | None = None
         self._handed_out = False
@@ -315,7 +315,11 @@ class Door:
 
     def _let_in(self, visitor: _opening.Visitor) -> None:
         """Answer a visitor: with a channel, or with the reason why not."""
-        refusal = self._revoked or self.gate.closing or self._why_not(visitor)
+        try:
+            refusal = self._revoked or self.gate.closing or self._why_not(visitor)
+        except ProcessLookupError:
+            visitor.close()  # he is dead
+            return
         if refusal is not None:
             log.warning("%s: refused %s: %s", self.name, visitor.credentials, refusal.text)
             _opening.refuse(visitor, refusal)
@@ -331,7 +335,7 @@ class Door:
         self._channels.add(served)
         if channel.pidfd >= 0:
             self._keeper.watch(channel.pidfd, lambda: self._bury(served))
-        self._await_leaving(visitor)
+        self._await_leaving(served, visitor.socket)
         self.gate.add(served)
         # step: joined
 
@@ -347,19 +351,19 @@ class Door:
                 bar = "its rule about who may call has failed"
         return None if bar is None else Refusal(Reason.DENIED, f"refused by the server: {bar}")
 
-    def _await_leaving(self, visitor: _opening.Visitor) -> None:
+    def _await_leaving(self, served: Served, sock: socket.socket) -> None:
         """Keep k1 until the client, having its channel, closes the other end."""
-        sock = visitor.socket
 
         def leave() -> None:
-            self._leave(sock)
+            self._leave(served)
 
-        self._visitors[sock] = self._keeper.after(GREETING_PATIENCE, leave)
+        self._visitors[served] = sock, self._keeper.after(GREETING_PATIENCE, leave)
         self._keeper.watch(sock.fileno(), leave)
 
-    def _leave(self, sock: socket.socket) -> None:
-        timer = self._visitors.pop(sock, None)
-        if timer is not None:
+    def _leave(self, served: Served) -> None:
+        """Close the k1 by which a channel was opened; idempotent."""
+        if served in self._visitors:
+            sock, timer = self._visitors.pop(served)
             timer.cancel()
             self._keeper.unwatch(sock.fileno())
             sock.close()
@@ -367,6 +371,10 @@ class Door:
     def _bury(self, served: Served) -> None:
         """End the channel of a caller that has died: now, or when its call has been answered."""
         self._keeper.unwatch(served.channel.pidfd)
+        self._leave(served)
+        # Whoever holds a copy of the socket now reads nothing, and a thread that is sending the
+        # reply would wait for him.
+        served.channel.shutdown()
         self.gate.end(served, _DEAD)
 
     # -- references, under the keeper's lock --------------------------------------------------
@@ -414,6 +422,9 @@ class Door:
 
     def forget(self, served: Served) -> None:
         """Drop a channel that is about to be closed from the door's table."""
+        if served in self._visitors:  # his process may be dead, and a child of it hold k0
+            with self._keeper.lock:
+                self._leave(served)
         if served.channel.pidfd >= 0:
             self._keeper.unwatch(served.channel.pidfd)
         self._channels.discard(served)
@@ -450,8 +461,8 @@ class Door:
                 self._stop_listening(name)
             for port in list(self._ports):
                 self._say_farewell(port)
-            for sock in list(self._visitors):
-                self._leave(sock)
+            for served in list(self._visitors):
+                self._leave(served)
         for served in list(self._channels):
             self.gate.end(served, self._revoked)
 

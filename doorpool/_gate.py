@@ -87,6 +87,8 @@ class Served:
         self.doomed: Refusal | None = None
         self.poll = select.poll()
         self.poll.register(self.fd, _GONE)
+        if channel.pidfd >= 0:  # a hang-up may be hidden by whoever holds a copy of the socket
+            self.poll.register(channel.pidfd, select.POLLIN)
 
     def hung_up(self) -> bool:
         """Tell whether the caller has closed its end, or given up what it asked for."""
