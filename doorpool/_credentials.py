@@ -268,9 +268,6 @@ def pickle_bar(peer: Credentials, pidfd: int, *, trust: str) -> str | None:
         peer: the peer, as believed.
         pidfd: a pidfd of it, or -1.
         trust: "namespace", the rule; "uid" leaves out the comparison of user namespaces.
-
-    Raises:
-        ProcessLookupError: the peer is dead, or dying; nobody can say any more.
     """
     own = os.geteuid()
     if peer.uid is None:
@@ -281,6 +278,9 @@ def pickle_bar(peer: Credentials, pidfd: int, *, trust: str) -> str | None:
         return f"pickle is spoken only within one uid; ours is {own}, the other side's {peer.uid}"
     return pickle_bar_here() or (None if trust == "uid" else _namespace_bar(pidfd))
 
+
+#: The bar of a peer that is about to be gone, of which the kernel tells nothing more.
+ENDING = "its process is ending"
 
 _NOT_TOLD = (
     "pickle is spoken only within one user namespace, and the kernel does not tell us "
@@ -294,12 +294,11 @@ def _namespace_bar(pidfd: int) -> str | None:
         return _NOT_TOLD.format("no such process") if tells_processes() else None
     try:
         descriptor = fcntl.ioctl(pidfd, _PIDFD_GET_USER_NAMESPACE)
-    except ProcessLookupError:
-        raise
     except OSError as error:
         if error.errno in (errno.ENOTTY, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS):
             return None  # a kernel before 6.11 cannot say
-        return _NOT_TOLD.format(error.strerror)
+        # A process that ends has left its namespaces before its sockets are closed.
+        return ENDING if error.errno == errno.ESRCH else _NOT_TOLD.format(error.strerror)
     try:
         status = os.fstat(descriptor)
         if (status.st_dev, status.st_ino) == _own_user_namespace():

@@ -315,11 +315,7 @@ class Door:
 
     def _let_in(self, visitor: _opening.Visitor) -> None:
         """Answer a visitor: with a channel, or with the reason why not."""
-        try:
-            refusal = self._revoked or self.gate.closing or self._why_not(visitor)
-        except ProcessLookupError:
-            visitor.close()  # he is dead
-            return
+        refusal = self._revoked or self.gate.closing or self._why_not(visitor)
         if refusal is not None:
             log.warning("%s: refused %s: %s", self.name, visitor.credentials, refusal.text)
             _opening.refuse(visitor, refusal)

@@ -471,8 +471,9 @@ class Endpoint:
             parcel, returned = pack_refusal(refusal, peer), False
         else:
             parcel, returned = self._invoke(invocation, args, kwargs, peer)
+        data, buffers, descriptors = parcel
         try:
-            invocation.reply(parcel.data, parcel.buffers)
+            invocation.reply(data, buffers, descriptors)
         except LimitError as error:
             # A frame of the raw layer's, which no limit holds up.
             log.error("%s: %s", self.name, error, exc_info=error)

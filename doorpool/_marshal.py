@@ -123,21 +123,12 @@ class Dialect:
         return any(self.main) and self.main == own_dialect().main
 
 
-@attrs.define(eq=False)  # not frozen: that would cost 0.2 µs, twice in every call
-class Parcel:
-    """
-    What is to be sent.
-
-    Attributes:
-        data: the pickle, or an envelope.
-        buffers: memory to be sent beside it, in this order; still the sender's objects' own,
-            so it must be copied or sent before the call returns.  One may be empty.
-        descriptors: always empty so far.
-    """
-
-    data: bytes
-    buffers: tuple[memoryview, ...] = ()
-    descriptors: tuple[int, ...] = ()
+#: What is to be sent, a bare tuple because an object would cost 0.1 µs at each end of a call:
+#: - the pickle, or an envelope;
+#: - memory to be sent beside it, in this order; still the sender's objects' own, so it must be
+#:   copied or sent before the call returns.  One may be empty;
+#: - descriptors: none so far.
+Parcel = tuple[bytes, tuple[memoryview, ...], tuple[int, ...]]
 
 
 # --- who we are ---------------------------------------------------------------------------------
@@ -190,8 +181,12 @@ def pack_arguments(args: tuple[Any, ...], kwargs: dict[str, Any], to: Dialect) -
         MarshalError: one of them cannot cross; it names the path to it.  Nothing was sent.
     """
     call = (args, kwargs)
-    if _ATOMS.issuperset(map(type, args)) and (not kwargs or _all_atoms(kwargs)):
-        return Parcel(_dumps(call, _PROTOCOL))
+    for value in args:  # by hand: ``issuperset`` would take 0.15 µs more
+        if type(value) not in _ATOMS:
+            break
+    else:
+        if not kwargs or _all_atoms(kwargs):
+            return _dumps(call, _PROTOCOL), (), ()
     try:
         return _dump(call, to)
     except Exception as error:
@@ -227,7 +222,7 @@ def pack_result(value: Any, to: Dialect) -> Parcel:
         MarshalError: it cannot cross; it names the path.  The procedure has run.
     """
     if type(value) in _ATOMS:
-        return Parcel(_dumps(value, _PROTOCOL))
+        return _dumps(value, _PROTOCOL), (), ()
     try:
         return _dump(value, to)
     except Exception as error:
@@ -242,7 +237,7 @@ def pack_exception(error: BaseException, to: Dialect) -> Parcel:
     itself crosses as its name, text and traceback.
     """
     envelope = _exceptions.envelop(error, functools.partial(_dump_inside, to=to))
-    return Parcel(b"E" + _dumps(envelope, _PROTOCOL))
+    return b"E" + _dumps(envelope, _PROTOCOL), (), ()
 
 
 def pack_refusal(error: DoorError, to: Dialect) -> Parcel:
@@ -252,7 +247,7 @@ def pack_refusal(error: DoorError, to: Dialect) -> Parcel:
     """
     dump = functools.partial(_dump_inside, to=to)
     envelope = _exceptions.envelop(error, dump, as_itself=True)
-    return Parcel(b"R" + _dumps(envelope, _PROTOCOL))
+    return b"R" + _dumps(envelope, _PROTOCOL), (), ()
 
 
 def unpack_outcome(
@@ -310,7 +305,7 @@ def _unpickle(data: Data, buffers: Iterable[bytearray | memoryview] = ()) -> Any
     """
     global unpickled
     unpickled += 1
-    return pickle.loads(data, buffers=buffers)
+    return pickle.loads(data, buffers=buffers) if buffers else pickle.loads(data)
 
 
 # --- pickling -----------------------------------------------------------------------------------
@@ -424,7 +419,7 @@ def _dump(value: Any, to: Dialect) -> Parcel:
     pickler.to = to
     try:
         pickler.dump(value)
-        return Parcel(pickler.out.getvalue(), tuple(pickler.buffers))
+        return pickler.out.getvalue(), tuple(pickler.buffers), ()
     finally:
         pickler.forget()
 

@@ -56,16 +56,19 @@ from doorpool._wire import Answer, Codec, Knock, Refusal
 _SHORTAGE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS)
 
 
+_PEEK = int(socket.MSG_PEEK) | _sockets.MSG_DONTWAIT
+
+
 def _describe(ids: Ids) -> str:
     return f"pid {ids[0]}, uid {ids[1]}, gid {ids[2]}"
 
 
-def take_socket(letter: Letter, what: str) -> socket.socket:
+def take_socket(letter: Letter, what: str, kind: int) -> socket.socket:
     """
     Take the one socket out of a letter, if the letter's sender made it.
 
     Raises:
-        ProtocolError: the letter does not carry just one stream socket and credentials.
+        ProtocolError: the letter does not carry just one socket of that kind and credentials.
         AccessError: somebody else made the socket: this was relayed, or forged.
     """
     if letter.truncated or len(letter.descriptors) != 1:
@@ -78,16 +81,17 @@ def take_socket(letter: Letter, what: str) -> socket.socket:
         raise ProtocolError(f"{what} brought a descriptor that is no socket ({error.strerror})") from None
     letter.descriptors.clear()
     try:
-        _check_maker(sock, letter, what)
+        _check_maker(sock, letter, what, kind)
     except BaseException:
         sock.close()
         raise
     return _sockets.own(sock)
 
 
-def _check_maker(sock: socket.socket, letter: Letter, what: str) -> None:
-    if not _sockets.is_unix(sock, socket.SOCK_STREAM):
-        raise ProtocolError(f"{what} brought a socket of another kind than AF_UNIX, SOCK_STREAM")
+def _check_maker(sock: socket.socket, letter: Letter, what: str, kind: int) -> None:
+    if not _sockets.is_unix(sock, kind):
+        name = socket.SocketKind(kind).name
+        raise ProtocolError(f"{what} brought a socket of another kind than AF_UNIX, {name}")
     assert letter.ids is not None
     try:
         maker = peer_ucred(sock)
@@ -176,7 +180,10 @@ def hear_answer(ours: socket.socket) -> Opened | Refusal:
 def _channel_of(letter: Letter) -> Channel:
     if letter.truncated and not letter.descriptors:
         raise OSError(24, "no free descriptor for a channel of the door")
-    sock = take_socket(letter, "the answer to a knock")
+    sock = take_socket(letter, "the answer to a knock", socket.SOCK_SEQPACKET)
+    if _sockets.unread(sock) and sock.recv(4, _PEEK) == _wire.GREETING_MAGIC:
+        sock.close()
+        raise ProtocolError("the answer to a knock brought a door in place of a channel")
     sock.settimeout(None)
     return _make_channel(letter, sock, sock)
 
@@ -241,7 +248,7 @@ def hear_knock(port: socket.socket) -> Visitor | Refusal | None:
 
 def _visitor(letter: Letter) -> Visitor:
     words = _wire.decode_knock(letter.data)
-    sock = take_socket(letter, "a knock")
+    sock = take_socket(letter, "a knock", socket.SOCK_STREAM)
     try:
         assert letter.ids is not None
         return Visitor(words, letter, sock, credentials_of(letter.ids, peer_groups(sock)))

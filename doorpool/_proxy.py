@@ -4,6 +4,10 @@ A proxy: somebody else's procedure, to be called like one's own.
 All views of one open door (``options``) share a ``_Line``: the handle, who was believed
 when it was opened, and how to open the path anew when the server has been restarted.
 
+Opening
+    While a path is being opened, its server may close because another one has taken the name
+    over.  So when the door goes away meanwhile, the path is looked at once more.
+
 Reopening
     A call that certainly did not run, because the server has gone, closed or revoked the
     door, is made once more if the door was opened by path: the path is opened anew, by
@@ -16,6 +20,7 @@ Reopening
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import sys
@@ -85,7 +90,7 @@ class _Line:
     def _reset(self) -> None:
         """Begin anew: at first, and in a forked child, where the parent's threads are not."""
         self._lock = threading.RLock()  # a signal handler may close what its thread is using
-        self._opening = threading.Lock()  # held by the one thread that opens the path anew
+        self._opening = threading.RLock()  # likewise; held by the one thread that opens the path anew
         self._executor: ThreadPoolExecutor | None = None
         self._generation = _sockets.generation  # last: who sees this sees the rest
 
@@ -104,9 +109,20 @@ class _Line:
         return f"<Proxy of {self.info.name!r} at {self.handle.name}{' closed' if self.closed else ''}>"
 
     def _open(self, door: Path | int, open_timeout: float | None) -> Handle:
+        """Open the door; see "Opening" above."""
         own = own_dialect()
         words = Knock(own.python, own.main)
-        return Handle(door, open_timeout=open_timeout, trust=self.trust, codec=Codec.PICKLE, words=words)
+        deadline = deadline_after(check_seconds(open_timeout, "open_timeout"))
+        last = isinstance(door, int)
+        while True:
+            try:
+                return Handle(
+                    door, open_timeout=_left(deadline), trust=self.trust, codec=Codec.PICKLE, words=words
+                )
+            except (RevokedError, BrokenDoorError):
+                if last:
+                    raise
+            last = True
 
     def _take(self, handle: Handle) -> None:
         self.info = describe(handle.greeting, handle.path, handle.server, local=handle.is_local)
@@ -119,7 +135,11 @@ class _Line:
         """Make one call; see "Reopening" above."""
         handle = self.handle
         try:
-            reply = self._exchange(handle, args, kwargs, deadline)
+            if self._pool is None:  # as ``_exchange`` does, in one function less
+                data, buffers, descriptors = pack_arguments(args, kwargs, self.dialect)
+                reply = handle.call_until(deadline, data, buffers, descriptors)
+            else:
+                reply = self._exchange(handle, args, kwargs, deadline)
         except (RevokedError, BrokenDoorError, ClosedError) as first:
             again = functools.partial(self._exchange, args=args, kwargs=kwargs, deadline=deadline)
             reply = self._try_anew(handle, first, deadline, again)
@@ -138,9 +158,9 @@ class _Line:
     ) -> Frame:
         parcel = pack_arguments(args, kwargs, self.dialect)
         if self._pool is None:
-            return handle.call_until(deadline, parcel.data, parcel.buffers)
+            return handle.call_until(deadline, *parcel)
         with waiting_for(self._pool, handle.name):
-            return handle.call_until(deadline, parcel.data, parcel.buffers)
+            return handle.call_until(deadline, *parcel)
 
     def _try_anew(
         self, gone: Handle, first: DoorError, deadline: float | None, attempt: Callable[[Handle], _T]
@@ -153,9 +173,13 @@ class _Line:
                 raise first
             return attempt(self.handle)  # another thread has reopened it, and closed that one in our hands
         try:
-            return attempt(self._reopen(gone, deadline))
+            handle = self._reopen(gone, deadline)
         except (DoorError, OSError) as second:
-            if getattr(second, "may_have_run", False):
+            raise first from second
+        try:
+            return attempt(handle)
+        except DoorError as second:  # what is none says nothing about the call; the first error would
+            if second.may_have_run:
                 raise
             raise first from second
 
@@ -164,24 +188,27 @@ class _Line:
         left = _left(deadline)
         self._lock_here()
         lock = self._opening
-        if not lock.acquire(timeout=-1 if left is None else left):
-            raise CallTimeoutError(f"{gone.name}: another thread is still opening it anew")
         try:
+            if not lock.acquire(timeout=-1 if left is None else left):
+                raise CallTimeoutError(f"{gone.name}: another thread is still opening it anew")
             if self.closed:
                 raise ClosedError(f"{gone.name}: this proxy is closed")
             if self.handle is gone:
                 self._replace(gone, self._open_again(gone, deadline))
             return self.handle
         finally:
-            lock.release()
+            # Ctrl-C may surface right behind ``acquire``: whether we have the lock, it knows alone.
+            with contextlib.suppress(RuntimeError):
+                lock.release()
 
     def _replace(self, gone: Handle, handle: Handle) -> None:
         """Go on with a handle that was opened anew, unless the proxy was closed meanwhile."""
         with self._lock:
-            if not self.closed:
+            if not self.closed and self.handle is gone:
                 self._take(handle)
-        if self.handle is not handle:
+        if self.handle is not handle:  # closed, or a signal handler has called, and opened one before us
             handle.close()
+        if self.closed:
             raise ClosedError(f"{gone.name}: this proxy is closed")
         gone.close()
 
