@@ -32,6 +32,7 @@ from collections.abc import Callable
 from typing import Any
 
 from doorpool import _names, _opening, _sockets, _wire
+from doorpool._channel import process_is_gone
 from doorpool._credentials import Credentials, pickle_bar
 from doorpool._errors import ClosedError
 from doorpool._gate import Gate, Served
@@ -366,6 +367,8 @@ class Door:
 
     def _bury(self, served: Served) -> None:
         """End the channel of a caller that has died: now, or when its call has been answered."""
+        if not process_is_gone(served.channel.pidfd):
+            return  # the hint was for somebody else, who had this number before
         self._keeper.unwatch(served.channel.pidfd)
         self._leave(served)
         # Whoever holds a copy of the socket now reads nothing, and a thread that is sending the
