@@ -88,7 +88,7 @@ class ByHandle:
         self._handle = Handle(path, codec=Codec.PICKLE, words=Knock(own.python, own.main))
 
     def __call__(self, *args, timeout=PATIENCE):
-        data = pack_arguments(args, {}, own_dialect()).data
+        data = pack_arguments(args, {}, own_dialect())[0]
         with self._handle.call(data, timeout=timeout) as reply:
             return unpack_outcome(reply.data, reply.buffers)
 
