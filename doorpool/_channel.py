@@ -239,6 +239,7 @@ class Channel:
                 continue
             first = ancillary
             _advance(views, sent)
+            # step: part-sent
             if views and patience is not None:
                 patience(self, deadline)  # who reads a byte now and then would keep us here for ever
 
@@ -366,6 +367,7 @@ class Channel:
             else:  # the next packet may not end where they end
                 views.clear()
                 assembly.feed(memoryview(self._receive()), limit)
+            # step: part-read
         self._assembly = None
         self._surplus, self._rest = assembly.surplus, assembly.rest
         self._begun = bool(self._surplus or self._rest)

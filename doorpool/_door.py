@@ -34,6 +34,7 @@ from typing import Any
 import attrs
 
 from doorpool import _names, _opening, _sockets, _wire
+from doorpool._channel import process_is_gone
 from doorpool._credentials import Credentials, pickle_bar
 from doorpool._errors import ClosedError
 from doorpool._gate import Gate, Served
@@ -116,7 +117,7 @@ class Door:
         self._keeper = keeper()
         self._names: dict[str, Name] = {}
         self._ports: set[socket.socket] = set()
-        self._visitors: dict[socket.socket, Timer] = {}
+        self._visitors: dict[Served, tuple[socket.socket, Timer]] = {}
         self._channels: set[Served] = set()
         self._revoked: Refusal | None = None
         self._handed_out = False
@@ -277,6 +278,7 @@ class Door:
                 self._keeper.pause(name.listener.fileno())
                 return False
             return error.errno == errno.ECONNABORTED
+        # step: accepted
         port.setblocking(False)
         self._add_port(_sockets.own(port))
         return True
@@ -285,6 +287,7 @@ class Door:
         """Take a port in: leave the greeting in its descriptor's queue and watch for knocks."""
         with self._keeper.lock:
             self._greet(port)
+            # step: greeted
             self._ports.add(port)
             self._gain_reference()
             self._keeper.watch(port.fileno(), lambda: self._hear(port))
@@ -308,6 +311,7 @@ class Door:
         elif isinstance(visitor, Refusal):
             log.warning("%s: refused: %s", self.name, visitor.text)
         else:
+            # step: knock-heard
             self._let_in(visitor)
 
     def _close_port(self, port: socket.socket) -> None:
@@ -328,12 +332,14 @@ class Door:
             text = f"the server has no channel to spare ({error.strerror})"
             _opening.refuse(visitor, Refusal(Reason.BUSY, text))
             return
+        # step: answer-sent
         served = Served(channel, self, visitor.words)
         self._channels.add(served)
         if channel.pidfd >= 0:
             self._keeper.watch(channel.pidfd, lambda: self._bury(served))
-        self._await_leaving(visitor)
+        self._await_leaving(served, visitor.socket)
         self.gate.add(served)
+        # step: joined
 
     def _why_not(self, visitor: _opening.Visitor) -> Refusal | None:
         bar = None
@@ -347,26 +353,32 @@ class Door:
                 bar = "its rule about who may call has failed"
         return None if bar is None else Refusal(Reason.DENIED, f"refused by the server: {bar}")
 
-    def _await_leaving(self, visitor: _opening.Visitor) -> None:
+    def _await_leaving(self, served: Served, sock: socket.socket) -> None:
         """Keep k1 until the client, having its channel, closes the other end."""
-        sock = visitor.socket
 
         def leave() -> None:
-            self._leave(sock)
+            self._leave(served)
 
-        self._visitors[sock] = self._keeper.after(GREETING_PATIENCE, leave)
+        self._visitors[served] = sock, self._keeper.after(GREETING_PATIENCE, leave)
         self._keeper.watch(sock.fileno(), leave)
 
-    def _leave(self, sock: socket.socket) -> None:
-        timer = self._visitors.pop(sock, None)
-        if timer is not None:
+    def _leave(self, served: Served) -> None:
+        """Close the k1 by which a channel was opened; idempotent."""
+        if served in self._visitors:
+            sock, timer = self._visitors.pop(served)
             timer.cancel()
             self._keeper.unwatch(sock.fileno())
             sock.close()
 
     def _bury(self, served: Served) -> None:
         """End the channel of a caller that has died: now, or when its call has been answered."""
+        if not process_is_gone(served.channel.pidfd):
+            return  # the hint was for somebody else, who had this number before
         self._keeper.unwatch(served.channel.pidfd)
+        self._leave(served)
+        # Whoever holds a copy of the socket now reads nothing, and a thread that is sending the
+        # reply would wait for him.
+        served.channel.shutdown()
         self.gate.end(served, _DEAD)
 
     # -- references, under the keeper's lock --------------------------------------------------
@@ -414,6 +426,9 @@ class Door:
 
     def forget(self, served: Served) -> None:
         """Drop a channel that is about to be closed from the door's table."""
+        if served in self._visitors:  # his process may be dead, and a child of it hold k0
+            with self._keeper.lock:
+                self._leave(served)
         if served.channel.pidfd >= 0:
             self._keeper.unwatch(served.channel.pidfd)
         self._channels.discard(served)
@@ -439,6 +454,7 @@ class Door:
         if self._revoked is not None:
             return
         self._revoked = refusal or _REVOKED
+        # step: revoked
         with self._keeper.lock:
             names = list(self._names.values())
             self._names.clear()
@@ -449,8 +465,8 @@ class Door:
                 self._stop_listening(name)
             for port in list(self._ports):
                 self._say_farewell(port)
-            for sock in list(self._visitors):
-                self._leave(sock)
+            for served in list(self._visitors):
+                self._leave(served)
         for served in list(self._channels):
             self.gate.end(served, self._revoked)
 
@@ -465,6 +481,7 @@ class Door:
         assert self._revoked is not None
         with contextlib.suppress(OSError):  # no holder is left
             port.send(_wire.farewell(self._revoked), _sockets.DONTWAIT)
+        # step: farewell-said
         self._close_port(port)
 
     close = revoke

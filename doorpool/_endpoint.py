@@ -460,6 +460,7 @@ class Endpoint:
 
         Runs in a server thread.
         """
+        # step: call-taken
         line = invocation.line
         peer: Dialect | None = line.memo
         if peer is None:
@@ -488,6 +489,7 @@ class Endpoint:
         """Run the procedure and marshal what becomes of it."""
         token = current.set(Call(invocation, self))
         try:
+            # step: procedure-begins
             value = self.target(*args, **kwargs)
             if self._generation != _sockets.here():
                 _leave_forked_child(None)
@@ -502,6 +504,7 @@ class Endpoint:
         finally:
             current.reset(token)
         try:
+            # step: procedure-ended
             return pack_result(value, peer), True
         except BaseException as error:  # likewise the result's, while it is pickled
             refusal = _marshal_error("the result", error, may_have_run=True)

@@ -86,6 +86,8 @@ class Served:
         self.doomed: Refusal | None = None
         self.poll = select.poll()
         self.poll.register(self.fd, _GONE)
+        if channel.pidfd >= 0:  # a hang-up may be hidden by whoever holds a copy of the socket
+            self.poll.register(channel.pidfd, select.POLLIN)
 
     def hung_up(self) -> bool:
         """Tell whether the caller has closed its end, or given up what it asked for."""
@@ -215,6 +217,7 @@ class Gate:
 
     def _linger(self, served: Served) -> Invocation | None:
         """Wait a moment for the next call of the caller just answered, then park its channel."""
+        # step: lingering
         invocation = None
         if self.waiting and served.doomed is None:
             invocation = self._next_call(served, RECEIVE)
@@ -236,6 +239,7 @@ class Gate:
                 if frame.number != channel.number + 1 or frame.kind not in _FROM_CALLER:
                     self._complain(channel, frame)
                 channel.number = frame.number
+                # step: request-read
                 # A caller that gives up shuts its end down and then asks whether we have read all of
                 # its request.  Because we look for the shutdown after reading and before running,
                 # "not all read" tells it truly that the call never will run.
@@ -312,11 +316,13 @@ class Gate:
             self._park(served)
 
     def _park(self, served: Served) -> None:
+        # step: parking
         served.claim.release()
         if served.doomed is not None:
             self.end(served, served.doomed)
         elif self._served.get(served.fd) is served:
             self._arm(served.fd)
+            # step: parked
 
     def _arm(self, fd: int) -> None:
         """Have the set report a descriptor once; one that was closed meanwhile stays out."""
@@ -334,6 +340,7 @@ class Gate:
 
     def _say_goodbye(self, served: Served, refusal: Refusal) -> None:
         served.channel.say(Kind.GOODBYE, served.channel.number, refusal.encode())
+        # step: goodbye-said
         self.drop(served)
 
     def drop(self, served: Served) -> None:
@@ -538,6 +545,7 @@ class Invocation:
             return  # a forked child that comes this way answers nothing: the parent will
         served = self.line
         try:
+            # step: replying
             served.channel.post(kind, served.channel.number, data, buffers, descriptors)
         except OSError:
             self._gate.drop(served)  # nobody is there, or nobody reads
@@ -545,6 +553,7 @@ class Invocation:
             self._gate.drop(served)  # a part of a reply is none
             raise
         else:
+            # step: reply-sent
             self._gate.release(served)
         finally:
             if self.descriptors:

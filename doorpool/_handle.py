@@ -55,6 +55,7 @@ from doorpool._credentials import (
     peer_pidfd,
     peer_ucred,
     pickle_bar,
+    tells_processes,
     unpack_ids,
 )
 from doorpool._errors import (
@@ -301,7 +302,7 @@ class Handle:
                     return self._socket.recv(_wire.GREETING_SIZE, flags)
                 except BlockingIOError:
                     if waited:  # a fork of a dead server may hold its listener open
-                        self._check_there(self._socket)
+                        self._check_alive(self._socket)
                     self._await(self._socket, select.POLLIN, deadline, "does not answer")
                     waited = True
                 except ConnectionResetError:
@@ -381,6 +382,7 @@ class Handle:
             try:
                 return _opening.knock(door, self._words)
             except BlockingIOError:
+                self._check_alive(door)
                 self._await(door, select.POLLOUT, deadline, "has too many knocks to hear yet")
             except ConnectionError:
                 raise self._gone(door) from None
@@ -398,6 +400,10 @@ class Handle:
                 return _opening.hear_answer(ours)
             except BlockingIOError:
                 self._check_there(door)
+            except AccessError:
+                # Of a server that has answered and died since, nobody can say who it was.
+                self._check_there(door)
+                raise
 
     def _check_there(self, door: socket.socket) -> None:
         """Raise if the server is gone, or has taken the door away."""
@@ -405,9 +411,14 @@ class Handle:
         poll.register(door, 0)
         if poll.poll(0):
             raise self._gone(door)
+        self._check_alive(door)
+
+    def _check_alive(self, door: socket.socket) -> None:
+        """Raise if the server is dead, and no hang-up says so as somebody else holds its sockets."""
         pidfd = peer_pidfd(door)
         try:
-            if process_is_gone(pidfd):
+            # Where there are pidfds, one is missing only of a process that is gone for good.
+            if process_is_gone(pidfd) if pidfd >= 0 else tells_processes():
                 raise BrokenDoorError(f"{self.name}: the server is dead", filename=self.path)
         finally:
             if pidfd >= 0:
@@ -441,6 +452,7 @@ class Handle:
         except BaseException:
             channel.close()
             raise
+        # step: channel-opened
         self.server = channel.peer
         channel.doze(DOZE)
         return channel
@@ -606,6 +618,7 @@ class Handle:
     def _give_back(self, channel: Channel) -> None:
         idle = self._idle
         idle.append(channel)
+        # step: given-back
         if self._closed or len(idle) > MAX_IDLE:
             with contextlib.suppress(IndexError):
                 idle.popleft().close()
@@ -625,7 +638,9 @@ class Handle:
         channel.number += 1
         sent = False
         try:
+            # step: request-begun
             self._send(channel, kind, deadline, data, buffers, descriptors)
+            # step: request-sent
             sent = True
             frame = channel.read(MAX_REPLY, RECEIVE if deadline is None else POLL, None, deadline)
             if frame is None or frame.refusal is not None:
@@ -639,6 +654,7 @@ class Handle:
             if sent and isinstance(error, ProtocolError):
                 error.may_have_run = True
             raise
+        # step: reply-read
         if frame.number == channel.number and frame.kind == (_REPLY if kind == _REQUEST else _PONG):
             self._give_back(channel)
             return frame
@@ -735,6 +751,7 @@ class Handle:
 
     def _look_up(self, channel: Channel, deadline: float | None) -> None:
         """Having waited in vain for a reply: raise if the time is over or the server dead."""
+        # step: still-waiting
         left = LOOK_UP if deadline is None else deadline - time.monotonic()
         if left <= 0:
             raise self._late(self._give_up(channel))
@@ -766,6 +783,7 @@ class Handle:
     def _give_up(self, channel: Channel) -> bool:
         """End a call that was sent whole; return whether it may have run (see above)."""
         channel.shutdown()
+        # step: given-up
         if _sockets.unsent(channel.socket):
             return False
         try:
@@ -814,6 +832,7 @@ class Handle:
             self._closed = True
             if not self._users:
                 self._socket.close()
+        # step: closing
         while True:
             try:
                 self._idle.pop().close()

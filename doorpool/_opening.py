@@ -131,6 +131,7 @@ def knock(door: socket.socket, words: Knock) -> socket.socket:
         BlockingIOError: too many knocks wait there already.
         OSError: nobody serves the door any more, or descriptors have run out.
     """
+    # step: dialling
     ours, theirs = _sockets.knock_pair()
     try:
         _sockets.send_letter(door, words.encode(), [theirs.fileno()])
@@ -139,6 +140,7 @@ def knock(door: socket.socket, words: Knock) -> socket.socket:
         raise
     finally:
         theirs.close()
+    # step: knock-sent
     return ours
 
 
@@ -167,6 +169,7 @@ def hear_answer(ours: socket.socket) -> Opened | Refusal:
     try:
         if not letter.data:
             raise EOFError("the knock was dropped")
+        # step: answer-heard
         answer = _wire.decode_answer(letter.data)
         if answer.refusal is not None:
             return answer.refusal
@@ -281,6 +284,7 @@ def admit(visitor: Visitor, codec: Codec) -> Channel:
     """
     ours, theirs = _sockets.private_pair()
     try:
+        # step: answering
         _sockets.send_letter(visitor.socket, Answer(codec).encode(), [theirs.fileno()])
         return _make_channel(visitor.letter, ours, visitor.socket)
     except BaseException:
