@@ -559,9 +559,10 @@ class Handle:
             check_descriptors(self.name, descriptors, min(self._limits.max_descriptors, MAX_DESCRIPTORS))
 
     def _learn_limits(self, deadline: float | None) -> None:
-        """Ask the server for its limits of now; if it takes too long, those that we know stand."""
+        """Ask the server for its limits of now; if it takes long to answer, those that we know stand."""
+        soon = time.monotonic() + LOOK_UP  # all its threads may be busy, waiting for us even
         try:
-            frame = self._run(_PING, deadline)
+            frame = self._run(_PING, soon if deadline is None else min(soon, deadline))
         except CallTimeoutError:
             return
         except DoorError as error:
