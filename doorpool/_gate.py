@@ -345,6 +345,8 @@ class Gate:
 
     def drop(self, served: Served) -> None:
         """Close a claimed channel, which stays claimed for ever; idempotent."""
+        if self.generation != _sockets.here():
+            return  # it is the parent's, and closed here already
         if self._served.get(served.fd) is served:
             del self._served[served.fd]
             with contextlib.suppress(OSError, ValueError):
