@@ -38,9 +38,6 @@ log = logging.getLogger("doorpool")
 #: Idle channels that make room for one opening: it takes four descriptors, each gives two back.
 _ROOM = 2
 
-#: How long a port is left alone whose holder has sent what holds a janitor up, seconds.
-_STUCK_PAUSE = 1.0
-
 
 class Door:
     """
@@ -347,10 +344,10 @@ class Door:
         if uid not in stuck or not is_strange(uid):
             return False
         self._keeper.say(
-            logging.WARNING, "%s: uid %s is not heard: closing what it has sent takes for ever",
+            logging.WARNING, "%s: uid %s is not heard: closing what it has sent takes too long",
             self.name, uid, about=(self.id, uid, "stuck"),
         )  # fmt: skip
-        self._keeper.pause(port.fileno(), _STUCK_PAUSE)
+        self._keeper.pause(port.fileno())
         return True
 
     def _close_port(self, port: socket.socket) -> None:

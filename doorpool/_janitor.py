@@ -15,8 +15,9 @@ finds it as soon as he is told.  Nothing else is asked of a descriptor before a 
 
 A janitor switches lingering *off*, so that the kernel delivers the rest behind our back, and the
 close returns.  (Lingering for 0 seconds would return as well, but cut the connection, which may be
-an honest sender's.)  Files have no such switch.  So a janitor can be held up for good; there are
-at most ``AT_MOST``, and whoever holds one up is not heard any more meanwhile (``stuck``).
+an honest sender's.)  Files have no such switch, nor has what lies in the queue of a socket.  So a
+janitor can be held up for good; there are at most ``AT_MOST``, and whoever holds one up, or lets
+much pile up before them, is not heard any more meanwhile (``stuck``).
 
 A finalizer may come here, anywhere, so nothing is taken that the same thread may hold already:
 the lock is re-entrant, and threads are started past ``threading``, which has locks of its own.
@@ -34,13 +35,14 @@ import select
 import socket
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from contextlib import suppress
 
 from doorpool import _sockets
 from doorpool._credentials import is_strange
 
 AT_MOST = 4  #: Janitors at a time.
+MOST_WAITING = 32  #: Descriptors of one uid that wait for them, before it is not heard any more.
 IDLE = 0.2  #: Seconds that one waits for more.
 
 PATIENCE = 1.0  #: Seconds that a close may take before its janitor counts as stuck.
@@ -77,11 +79,15 @@ class _Crew:
                 self._janitors -= 1
 
     def stuck(self) -> set[int | None]:
-        """Return the uids whose descriptors have held a janitor up for too long."""
+        """Return the uids that have held a janitor up for too long, or let too much pile up."""
         if not self._busy:
             return set()
         since = time.monotonic() - PATIENCE
-        return {uid for uid, begun in list(self._busy.values()) if begun < since}
+        uids = {uid for uid, begun in list(self._busy.values()) if begun < since}
+        if len(self.waiting) >= MOST_WAITING:
+            counts = Counter(uid for _, uid in list(self.waiting))
+            uids |= {uid for uid, count in counts.items() if count >= MOST_WAITING}
+        return uids
 
     def _work(self) -> None:
         while self._close_next() or self._more():
