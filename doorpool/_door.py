@@ -283,8 +283,11 @@ class Door:
             logging.WARNING, "%s: cannot %s: %s; trying again", self.name, what, error.strerror,
             about=(self.id, what),
         )  # fmt: skip
-        if self._keeper.starve(sock.fileno()) and error.errno in (errno.EMFILE, errno.ENFILE):
-            self.gate.spare(_ROOM)
+        if not self._keeper.starve(sock.fileno()) or error.errno not in (errno.EMFILE, errno.ENFILE):
+            return
+        with contextlib.suppress(OSError):  # a listener's: whoever connects is not a caller yet
+            if not is_strange(_opening.whose_knock(sock)):
+                self.gate.spare(_ROOM)
 
     def _add_port(self, port: socket.socket) -> None:
         """Take a port in: leave the greeting in its descriptor's queue and watch for knocks."""
