@@ -9,7 +9,6 @@ import errno
 import fcntl
 import os
 import resource
-import socket
 import subprocess
 import sys
 import tempfile

@@ -518,6 +518,23 @@ def test_a_guest_that_dies_is_soon_forgotten(actor, path):
     wait_until(lambda: server(descriptors) == before and server(guests) == 0, timeout=PATIENCE)
 
 
+@pytest.mark.ids("F22")
+def test_a_guest_that_hung_up_first_is_forgotten_when_he_reads(actor, path):
+    """After the hang-up there is no event any more: the server looks again by itself."""
+    server, client = actor(os.geteuid()), actor(os.geteuid())
+    server(serve, "raw", path, codec="RAW")
+    before = server(descriptors)
+    client(knock_and_wait, path, 5, "SHUT_RDWR")
+    wait_until(lambda: server(guests_looked_after) == 5, timeout=PATIENCE)
+    client(close_answers)
+    wait_until(lambda: server(guests) == 0 and server(descriptors) == before, timeout=PATIENCE)
+
+
+def guests_looked_after() -> int:
+    """How many have hung up and not read their answers."""
+    return sum(guest.delay > _guests._SECOND_LOOK for guest in _guests.guests()._guests.values())
+
+
 def guests() -> int:
     return len(_guests.guests()._guests)
 

@@ -28,7 +28,7 @@ from support.rawdoor import PATIENCE, Background, Serving
 from support.shortage import only
 from support.victims import open_client
 
-from doorpool import Proxy, _keeper
+from doorpool import Proxy, _credentials, _keeper
 from doorpool._errors import BrokenDoorError, CallTimeoutError
 from doorpool.door import Codec, Handle, Invocation
 
@@ -285,6 +285,25 @@ def test_a_client_that_is_short_is_told_and_keeps_nothing(server, path, free):
 def Proxy_close(path: str) -> None:
     """Open a door that speaks pickle, as the layer above does, without calling it."""
     Proxy(path).close()
+
+
+@pytest.mark.ids("F8")
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.ENOMEM])
+def test_a_shortage_says_nothing_about_a_peer(monkeypatch, number):
+    """In what namespace he is cannot be asked without a descriptor; he is not refused because of that."""
+
+    def fail(*_: object) -> int:
+        raise OSError(number, os.strerror(number))
+
+    me = _credentials.Credentials(os.getpid(), os.geteuid(), os.getegid(), ())
+    pidfd = os.pidfd_open(os.getpid())
+    try:
+        assert _credentials.pickle_bar(me, pidfd, trust="namespace") is None
+        monkeypatch.setattr(_credentials.fcntl, "ioctl", fail)
+        with pytest.raises(OSError, match=os.strerror(number)):
+            _credentials.pickle_bar(me, pidfd, trust="namespace")
+    finally:
+        os.close(pidfd)
 
 
 # -- errors of the kernel (F02) --------------------------------------------------------------------
