@@ -24,7 +24,7 @@ import struct
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from multiprocessing.managers import BaseManager
@@ -152,7 +152,8 @@ WAYS = {"doorpool": doorpool, "manager": manager, "Pipe": pipe, "raw socket": ra
 def pin(pid: int, cpus: set[int]) -> None:
     """Pin every thread of a process."""
     for thread in os.listdir(f"/proc/{pid}/task"):
-        os.sched_setaffinity(int(thread), cpus)
+        with suppress(ProcessLookupError):  # a thread that has just ended
+            os.sched_setaffinity(int(thread), cpus)
 
 
 def measure(call: Call, calls: int) -> list[float]:

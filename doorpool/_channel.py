@@ -10,8 +10,12 @@ a process that changed its ids speaks with other credentials.)
 The two ends use the same code.  A server reads with ``MSG_DONTWAIT`` and comes back
 later for the rest of a frame; a client blocks, and looks up each time its patience ends.
 
-Descriptors come with the first byte of a frame or not at all, as many as its header
-says; the kernel never lets one receive run past the bytes they were attached to.
+A frame is one packet or several, each of which goes and comes as a whole.  Descriptors come
+with the first one or not at all, as many as the header says.  Packets it is, and no stream,
+because on a stream whoever waits for a reply is woken for nothing when the other side takes
+the request (the kernel wakes all that wait on a socket that may be written to again): 2 µs
+of a null call on one CPU.  One thing is different with them: that something of ours was never
+read is said once, and before what the other side had sent.
 """
 
 from __future__ import annotations
@@ -37,25 +41,22 @@ from doorpool._sockets import (
 )
 from doorpool._wire import HEADER, KINDS, VERSION, Assembly, Frame, Reason, Refusal, frame_head
 
-#: The first look at a frame: what is shorter arrives in one system call.
-FIRST = 16_384
+#: The most bytes of a packet, and what each look has room for: a longer one would be cut.  Of
+#: twice as many the kernel would want 64 KiB in one piece, which it may not have.
+PACKET = 65_536
 
-#: The most that one receive or send is asked for, so that a look around is never far.
-STEP = 1 << 20
-
-#: The same for a send that must end within a second.  The kernel waits for room once for each
-#: 100 KiB or so, so that sending a mebibyte may take ten times its timeout.
-SIP = 1 << 17
 _MAX_VECTOR = 512  # views in one sendmsg or recvmsg; IOV_MAX of Linux is 1,024
 
-#: A frame whose data is shorter is joined to its header: one copy is cheaper than a vector.
-JOIN = 65_536
-
 _HEAD = HEADER.size
+
+#: A frame whose data is shorter is one packet; joined to the header, for a copy is cheaper than
+#: a vector.
+JOIN = PACKET - _HEAD + 1
+
 _pack, _unpack = HEADER.pack, HEADER.unpack_from
 
 _RECEIVE = _sockets.MSG_CMSG_CLOEXEC
-_TRUNCATED = _sockets.MSG_TRUNCATED
+_TRUNCATED = _sockets.MSG_TRUNCATED | _sockets.MSG_CUT
 
 
 class Hangup(Exception):
@@ -80,21 +81,23 @@ class Channel:
     Attributes:
         peer: who is at the other end, fixed at opening.
         number: of the last call that was begun here.
+        patience: seconds that one blocking receive waits at most; None: for ever.
         pidfd: of the process at the other end, -1 if there is none; the channel owns it.
     """
 
     __slots__ = (
         "_assembly",
+        "_begun",
         "_expected",
         "_explicit",
         "_fds",
         "_generation",
-        "_hurried",
         "_lost",
-        "_patience",
+        "_reset",
         "_rest",
         "_surplus",
         "number",
+        "patience",
         "peer",
         "pidfd",
         "socket",
@@ -111,10 +114,11 @@ class Channel:
         self._assembly: Assembly | None = None
         self._surplus = 0
         self._rest = b""
+        self._begun = False  # something of these three is left to go on with
         self._fds: list[int] = []
         self._lost = False
-        self._hurried = False
-        self._patience: float | None = None
+        self._reset = False  # the kernel has said that something of ours was never read
+        self.patience: float | None = None
 
     def __del__(self, _ending: Callable[[], bool] = sys.is_finalizing) -> None:
         # A channel lost between two byte codes (Ctrl-C) closes without a warning.  When the
@@ -133,13 +137,11 @@ class Channel:
 
     def set_patience(self, seconds: float) -> None:
         """Bound how long one blocking receive waits before it returns with nothing."""
-        if seconds != self._patience:
-            _sockets.set_patience(self.socket, socket.SO_RCVTIMEO, seconds)
-            self._patience = seconds
+        _sockets.set_patience(self.socket, socket.SO_RCVTIMEO, seconds)
+        self.patience = seconds
 
     def set_send_patience(self, seconds: float) -> None:
         """Bound how long one blocking send waits without any progress."""
-        self._hurried = seconds < 1.0
         _sockets.set_patience(self.socket, socket.SO_SNDTIMEO, seconds)
 
     def shutdown(self) -> None:
@@ -189,11 +191,9 @@ class Channel:
         if not buffers and not descriptors and len(data) < JOIN and not self._explicit:
             whole = _pack(kind, VERSION, 0, 0, number, len(data), nanoseconds, sent) + data
             try:
-                size = self.socket.send(whole, MSG_NOSIGNAL)
+                self.socket.send(whole, MSG_NOSIGNAL)
             except BlockingIOError:
-                size = 0
-            if size != len(whole):
-                self._send_views([memoryview(whole)[size:]], (), patience)
+                self._send_views([memoryview(whole)], (), patience)
             return
         head = frame_head(kind, number, data, buffers, len(descriptors), nanoseconds, sent)
         views = [memoryview(head), memoryview(data), *buffers]
@@ -208,8 +208,7 @@ class Channel:
         first = [*ancillary, rights(descriptors)] if descriptors else ancillary
         while views:
             try:
-                size = SIP if self._hurried else STEP
-                sent = self.socket.sendmsg(_step(views, size), first, MSG_NOSIGNAL)
+                sent = self.socket.sendmsg(_step(views), first, MSG_NOSIGNAL)
             except BlockingIOError:
                 if patience is None:
                     raise TimeoutError("the other side reads nothing") from None
@@ -262,15 +261,16 @@ class Channel:
             ProtocolError: what came is no frame, or not from whom it must be.
         """
         try:
-            if self._assembly is not None or self._surplus or self._rest:
+            if self._begun:
                 return self._read_on(limit, flags, now, self._until(deadline))
-            chunk, ancillary, came, _ = self.socket.recvmsg(FIRST, ANCILLARY_ROOM, flags | _RECEIVE)
+            chunk, ancillary, came, _ = self.socket.recvmsg(PACKET, ANCILLARY_ROOM, flags | _RECEIVE)
             if ancillary == self._expected and not came & _TRUNCATED and len(chunk) >= _HEAD:
                 # Nearly every call goes this way: a small frame, whole, from whom it must be.
                 kind, version, fds, buffers, number, body, nanoseconds, sent = _unpack(chunk)
                 plain = version == VERSION and kind in KINDS and not fds and not buffers
                 if plain and body == len(chunk) - _HEAD <= limit:
                     return Frame(kind, number, nanoseconds, sent, chunk[_HEAD:])
+            self._begun = True
             self._check(chunk, ancillary, came, first=True)
             limit = limit if now is None else now()
             self._assembly = Assembly()
@@ -280,12 +280,16 @@ class Channel:
             return None
         except ProtocolError:
             raise
-        except ConnectionError as error:
-            raise Hangup(unread=isinstance(error, ConnectionResetError)) from None
+        except ConnectionResetError:
+            # What the other side had sent is still there.
+            self._reset = True
+            return self.read(limit, flags, now, deadline)
+        except ConnectionError:
+            raise Hangup(unread=self._reset) from None
 
     def _until(self, deadline: float | None) -> float:
         """Return when this look must end, be the frame whole or not."""
-        until = math.inf if self._patience is None else time.monotonic() + self._patience
+        until = math.inf if self.patience is None else time.monotonic() + self.patience
         return until if deadline is None else min(until, deadline)
 
     def _read_on(self, limit: int, flags: int, now: Callable[[], int] | None, until: float) -> Frame:
@@ -293,7 +297,7 @@ class Channel:
         if self._surplus:
             self._skip(flags, until)
         if self._assembly is None:
-            chunk, self._rest = self._rest or self._receive(FIRST, flags, first=True), b""
+            chunk, self._rest = self._rest or self._receive(PACKET, flags, first=True), b""
             limit = limit if now is None else now()
             self._assembly = Assembly()
             self._assembly.feed(chunk, limit)
@@ -303,13 +307,15 @@ class Channel:
         while not assembly.complete:
             if time.monotonic() >= until:
                 raise BlockingIOError
-            views = assembly.views()
-            if views is None:
-                assembly.feed(self._receive(assembly.wanted, flags), limit)
-            else:
-                assembly.filled(self._receive_into(_step(views), flags))
+            views = _step(assembly.views() or [])
+            if sum(map(len, views)) == PACKET:
+                assembly.filled(self._receive_into(views, flags))
+            else:  # the next packet may not end where they end
+                views.clear()
+                assembly.feed(memoryview(self._receive(PACKET, flags)), limit)
         self._assembly = None
         self._surplus, self._rest = assembly.surplus, assembly.rest
+        self._begun = bool(self._surplus or self._rest)
         return self._with_descriptors(assembly.frame(), assembly)
 
     def _with_descriptors(self, frame: Frame, assembly: Assembly) -> Frame:
@@ -334,7 +340,9 @@ class Channel:
         while self._surplus:
             if time.monotonic() >= until:
                 raise BlockingIOError
-            self._surplus -= len(self._receive(min(self._surplus, STEP), flags))
+            self._surplus -= len(self._receive(PACKET, flags))
+            if self._surplus < 0:
+                raise ProtocolError("bytes behind the end of a frame")
 
     def _receive(self, size: int, flags: int, *, first: bool = False) -> bytes:
         data, ancillary, came, _ = self.socket.recvmsg(size, ANCILLARY_ROOM, flags | _RECEIVE)
@@ -349,6 +357,9 @@ class Channel:
     def _check(self, received: bytes | int, ancillary: Ancillary, came: int, first: bool) -> None:
         """Check whom some bytes are from, and what came with them; each receive ends up here."""
         if not received:
+            for item in ancillary:  # an empty packet may bring descriptors
+                if item[1] == socket.SCM_RIGHTS:
+                    self._fds += descriptors_in(item[2])
             raise ConnectionAbortedError  # end of file, whose "credentials" nobody sent
         if ancillary != self._expected or came & _TRUNCATED:
             self._examine(ancillary, came, first)
@@ -361,6 +372,9 @@ class Channel:
                 self._fds += descriptors_in(item[2])
             else:
                 others.append(item)
+        if came & _sockets.MSG_CUT:
+            close_all(self._fds)
+            raise ProtocolError("a packet that is longer than any may be")
         self._lost = self._lost or bool(came & _TRUNCATED)
         if others != self._expected:
             close_all(self._fds, self.peer.uid)
@@ -387,13 +401,13 @@ def flat(memory: memoryview) -> memoryview:
     return memory.cast("B") if memory.nbytes else memoryview(b"")
 
 
-def _step(views: list[memoryview], most: int = STEP) -> list[memoryview]:
-    """Return the next few views, no more bytes than are sent or received in one step."""
+def _step(views: list[memoryview]) -> list[memoryview]:
+    """Return the next few views, no more bytes than go into one packet."""
     step, size = [], 0
     for view in views[:_MAX_VECTOR]:
-        step.append(view[: most - size])
+        step.append(view[: PACKET - size])
         size += step[-1].nbytes
-        if size >= most:
+        if size >= PACKET:
             break
     return step
 

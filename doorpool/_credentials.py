@@ -289,6 +289,9 @@ def pickle_bar(peer: Credentials, pidfd: int, *, trust: str) -> str | None:
     return pickle_bar_here() or (None if trust == "uid" else _namespace_bar(pidfd))
 
 
+#: The bar of a peer that is about to be gone, of which the kernel tells nothing more.
+ENDING = "its process is ending"
+
 _NOT_TOLD = (
     "pickle is spoken only within one user namespace, and the kernel does not tell us "
     'the other side\'s ({}); trust="uid" leaves this rule out'
@@ -306,7 +309,8 @@ def _namespace_bar(pidfd: int) -> str | None:
             return None  # a kernel before 6.11 cannot say
         if error.errno in SHORTAGE:
             raise
-        return _NOT_TOLD.format(error.strerror)
+        # A process that ends has left its namespaces before its sockets are closed.
+        return ENDING if error.errno == errno.ESRCH else _NOT_TOLD.format(error.strerror)
     try:
         status = os.fstat(descriptor)
         if (status.st_dev, status.st_ino) == _own_user_namespace():

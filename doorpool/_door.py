@@ -9,6 +9,15 @@ Taking a door away
     ``revoke`` marks each channel as *doomed*, and then claims those it can.  A thread that
     lets go of a channel looks at the mark afterwards.  Whichever of the two comes second
     sees what the first has done, so one of them says the goodbye and closes.
+
+References
+    A name that we listen at, a port and a channel each are one; so is a connection that is
+    not accepted yet, which its name stands for: when a name goes, whoever waits at it is
+    let in first.  The kernel counts the copies of a descriptor, those in flight included,
+    and tells us of the last one by the end of file at its port.  A channel stays in the
+    table until its call has been answered, so a door whose procedure runs has a reference,
+    also when the caller has long gone.  The channel of a caller that has died goes at once
+    if it is idle, whoever holds a copy of its socket: the keeper watches his pidfd.
 """
 
 from __future__ import annotations
@@ -38,6 +47,9 @@ log = logging.getLogger("doorpool")
 #: Idle channels that make room for one opening: it takes four descriptors, each gives two back.
 _ROOM = 2
 
+_REVOKED = Refusal(Reason.REVOKED, "the server has revoked this door")
+_DEAD = Refusal(Reason.CLOSED, "the caller has died")
+
 
 class Door:
     """
@@ -53,6 +65,9 @@ class Door:
         trust: "namespace" or "uid": see ``doorpool._credentials``.
         refuse_descriptors: refuse every call that brings one.
         private: the gate is this door's alone (an attribute to be shown).
+        on_unref: called when the last reference goes, there having been one; again after
+            each time that the door has been handed out anew.  In the keeper's thread: it
+            takes note, and neither waits nor works.
         max_request, max_reply: bytes of data and buffers; may be changed at any time.
         max_descriptors: of a request; likewise.
         main, doc, signature: go into the greeting.
@@ -71,6 +86,7 @@ class Door:
         trust: str = "namespace",
         refuse_descriptors: bool = False,
         private: bool = False,
+        on_unref: Callable[[], object] | None = None,
         max_request: int = 2**30,
         max_reply: int = 2**30,
         max_descriptors: int = MAX_DESCRIPTORS,
@@ -90,6 +106,7 @@ class Door:
         self.max_descriptors = max_descriptors
         self._admit = admit
         self._trust = trust
+        self._on_unref = on_unref
         self._main = main
         self._doc = doc
         self._signature = signature
@@ -101,6 +118,8 @@ class Door:
             self._guests = guests()
         self._channels: set[Served] = set()
         self._revoked: Refusal | None = None
+        self._handed_out = False
+        self._told = False  # that there is no reference any more, since it was last handed out
 
     def __repr__(self) -> str:
         state = "revoked" if self.revoked else f"{len(self._channels)} channels"
@@ -120,6 +139,15 @@ class Door:
     def channels(self) -> int:
         """How many channels are open."""
         return len(self._channels)
+
+    @property
+    def unreferenced(self) -> bool:
+        """
+        Whether it was handed out, and nobody can reach it any more.
+
+        Modelled on: DOOR_IS_UNREF of door_info(3C)
+        """
+        return self._handed_out and not (self._names or self._ports or self._channels)
 
     def greeting(self) -> _wire.Greeting:
         """Return what the door says of itself now."""
@@ -184,6 +212,7 @@ class Door:
                 if name.path in self._names:  # replaced by ourselves
                     self._stop_listening(self._names.pop(name.path))
                 self._names[name.path] = name
+                self._gain_reference()
                 self._keeper.watch(name.listener.fileno(), lambda: self._accept_one(name))
                 return name.path
         self._remove(name)
@@ -211,6 +240,7 @@ class Door:
         with self._keeper.lock:
             if self._names.pop(path, None) is name:
                 self._stop_listening(name)
+                self._lose_reference()
         return removed
 
     def _stop_listening(self, name: Name) -> None:
@@ -295,6 +325,7 @@ class Door:
             self._greet(port)
             self._keeper.watch(port.fileno(), lambda: self._hear(port))
             self._ports.add(port)
+            self._gain_reference()
 
     def _greet(self, port: socket.socket) -> None:
         with contextlib.suppress(OSError):  # a holder that is gone already; the port will say so
@@ -316,6 +347,7 @@ class Door:
             return
         if knock is None:
             self._close_port(port)
+            self._lose_reference()
             return
         try:
             decision = self._decide(knock)
@@ -339,6 +371,7 @@ class Door:
             _opening.forget_knock(port)
         except OSError:  # it would be answered again and again
             self._close_port(port)
+            self._lose_reference()
 
     def _is_held_up(self, port: socket.socket) -> bool:
         """Leave the knocks of strangers alone who have sent what holds a janitor up."""
@@ -382,6 +415,8 @@ class Door:
         served = Served(channel, self, visitor.words)
         self._channels.add(served)
         self._guests.add_channel(served)
+        if channel.pidfd >= 0:
+            self._keeper.watch(channel.pidfd, lambda: self._bury(served))
         self.gate.add(served)
         self._guests.keep(visitor, self)
 
@@ -407,6 +442,33 @@ class Door:
         busy = self._guests.objection(visitor.credentials.uid)
         return None if busy is None else Refusal(Reason.BUSY, f"the server has no channel to spare: {busy}")
 
+    def _bury(self, served: Served) -> None:
+        """End the channel of a caller that has died: now, or when its call has been answered."""
+        self._keeper.unwatch(served.channel.pidfd)
+        self.gate.end(served, _DEAD)
+
+    # -- references, under the keeper's lock --------------------------------------------------
+
+    def _gain_reference(self) -> None:
+        self._handed_out = True
+        self._told = False
+
+    def _lose_reference(self) -> None:
+        """Having lost one, tell if it was the last."""
+        if self._told or self._revoked is not None or not self.unreferenced:
+            return
+        self._told = True
+        if self._on_unref is not None:
+            self._on_unref()
+
+    def revoke_unreferenced(self) -> bool:
+        """Revoke the door if it is unreferenced, at one blow; return whether it was."""
+        with self._keeper.lock:
+            if self._generation == _sockets.here() and self._revoked is None and self.unreferenced:
+                self._revoked = _REVOKED
+                return True
+            return False
+
     # -- for the gate ------------------------------------------------------------------------
 
     def objection(self, frame: Frame) -> Refusal | None:
@@ -429,9 +491,13 @@ class Door:
         return None
 
     def forget(self, served: Served) -> None:
-        """Drop a channel that was closed from the door's table."""
+        """Drop a channel that is about to be closed from the door's table."""
+        if served.channel.pidfd >= 0:
+            self._keeper.unwatch(served.channel.pidfd)
         self._channels.discard(served)
         self._guests.forget(served)
+        if not (self._channels or self._ports or self._names):  # told in the keeper's own time
+            self._keeper.soon(self._lose_reference)
 
     # -- taking away -------------------------------------------------------------------------
 
@@ -451,7 +517,7 @@ class Door:
             raise PermissionError(errno.EPERM, f"{self.name}: only the process that made it may revoke it")
         if self._revoked is not None:
             return
-        self._revoked = refusal or Refusal(Reason.REVOKED, "the server has revoked this door")
+        self._revoked = refusal or _REVOKED
         with self._keeper.lock:
             names = list(self._names.values())
             self._names.clear()

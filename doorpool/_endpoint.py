@@ -13,11 +13,18 @@ caller is answered, and the channel goes on:
     it raises                           the exception as itself, or a RemoteError
     the result cannot cross             MarshalError, has run
     the result is over max_reply        LimitError, has run
+
+Unreferenced
+    Names, descriptors wherever they are, and open channels are references.  When the last
+    one goes, ``on_unref`` runs in a server thread; then an endpoint that does not linger
+    closes itself.  Both only if it is still unreferenced when the thread comes to it: who
+    hands the door out again meanwhile, ``on_unref`` itself included, keeps it.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import inspect
 import logging
@@ -26,6 +33,7 @@ import sys
 import threading
 import traceback
 import warnings
+import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -52,6 +60,7 @@ from doorpool.door import Codec, Door, Invocation
 if TYPE_CHECKING:
     from doorpool._errors import Path
     from doorpool._server import Server
+    from doorpool._threads import Pool
 
 __all__ = ["Endpoint"]
 
@@ -77,27 +86,39 @@ class Endpoint:
         mode: of the names it gets, as ``ls -l`` shows it.  Connecting takes *write*
             permission on Linux, so ``0o666`` lets everybody knock.  (Only processes of our
             own user are let in: pickle is spoken here.)
+        codec: how values are written: "pickle".
         trust: "namespace": the caller must be in our user namespace too, where the kernel
             can say.  "uid": the same user is enough, a sandboxed one included.
+        threads: how many threads of its own it has at most; without it its calls are run by
+            the server's, which it shares with the other endpoints.
         refuse_descriptors: refuse every call that brings a descriptor.
         max_request, max_reply: bytes; over it is a ``LimitError`` for the caller.  May be
             set at any time.
         max_descriptors: of a request, at most 253; likewise.
+        on_unref: called with no arguments, in a server thread, when nobody can reach the door
+            any more: its names, the descriptors that were handed out and all channels
+            are gone, and no call of it runs.  Never before it was handed out.
+        linger: stay for the next hand-out, and call ``on_unref`` each time.  Without it an
+            endpoint that is unreferenced closes itself, so give it the next name before
+            you take the last one away.
 
     Raises:
         TypeError: the target cannot be called, or only from ``async`` code.
         ValueError: an option is out of its range.
 
-    Modelled on: door_create(3C)
+    Modelled on: door_create(3C), with DOOR_PRIVATE for ``threads``, DOOR_UNREF for
+    ``on_unref`` and DOOR_UNREF_MULTI for ``linger``
     """
 
     def __init__(
         self, target: Callable[..., Any], *, name: str | None = None, mode: int = 0o600,
-        codec: str = "pickle", trust: str = "namespace", refuse_descriptors: bool = False,
-        max_request: int = 2**30, max_reply: int = 2**30, max_descriptors: int = 253,
+        codec: str = "pickle", trust: str = "namespace", threads: int | None = None,
+        refuse_descriptors: bool = False, max_request: int = 2**30, max_reply: int = 2**30,
+        max_descriptors: int = 253, on_unref: Callable[[], object] | None = None, linger: bool = False,
     ) -> None:  # fmt: skip
         self._server: Server | None = None
         self._door: Door | None = None
+        self._pool: Pool | None = None  # the threads that run its calls, once there is a door
         self._closed = False
         self._making = threading.RLock()
         self._generation = _sockets.generation
@@ -106,6 +127,9 @@ class Endpoint:
         self.mode = check_mode(mode)
         self._trust = _checked_choice("trust", trust, ("namespace", "uid"))
         self._codec = _checked_choice("codec", codec, ("pickle",))
+        self._threads = None if threads is None else checked_threads("threads", threads)
+        self._on_unref = _checked_callback("on_unref", on_unref)
+        self._linger = bool(linger)
         self._refuse_descriptors = bool(refuse_descriptors)
         self._max_request = _checked_limit("max_request", max_request)
         self._max_reply = _checked_limit("max_reply", max_reply)
@@ -204,6 +228,25 @@ class Endpoint:
         """Whether it was revoked, or closed."""
         return self._closed or (self._door is not None and self._door.revoked)
 
+    @property
+    def unreferenced(self) -> bool:
+        """
+        Whether it was handed out, and nobody can reach it any more.
+
+        Modelled on: DOOR_IS_UNREF of door_info(3C)
+        """
+        return self._door is not None and self._door.unreferenced
+
+    @property
+    def pool(self) -> Pool | None:
+        """The threads that run its calls, once it has been named or handed out; for ``Proxy``."""
+        return self._pool
+
+    @property
+    def private_pool(self) -> Pool | None:
+        """The same, if they are its own; for ``Server``."""
+        return None if self._threads is None else self._pool
+
     def adopt(self, server: Server) -> bool:
         """
         Let a server's threads run it, and return whether it was of no server; for ``Server``.
@@ -220,7 +263,9 @@ class Endpoint:
 
     def let_go(self) -> None:
         """Be of no server again, nothing having been handed out; for ``Server``."""
-        self._server = self._door = None
+        assert self._server is not None
+        self._server.release_pool(self)
+        self._server = self._door = self._pool = None
 
     def _check_open(self) -> None:
         if self._closed or self._generation != _sockets.here():
@@ -234,32 +279,36 @@ class Endpoint:
             _find_default_server().adopt(self)
         if self._door is None:
             assert self._server is not None
-            return self._keep(self._make_door(self._server))  # may run foreign code: no lock is held
+            # May run foreign code: no lock is held.
+            doc, signature = inspect.getdoc(self.target) or "", _signature(self.target)
+            with self._making:
+                self._check_open()
+                if self._door is None:
+                    self._make_door(self._server, doc, signature)
+            self._server.await_set_up(self)
+        assert self._door is not None
         return self._door
 
-    def _keep(self, door: Door) -> Door:
-        """Keep a door just made, unless another thread was quicker."""
-        with self._making:
-            self._check_open()
-            if self._door is None:
-                self._door = door
-            return self._door
-
-    def _make_door(self, server: Server) -> Door:
-        return Door(
-            server.gate,
+    def _make_door(self, server: Server, doc: str, signature: str) -> None:
+        private = self._threads is not None
+        self._pool = server.private_pool(self.name, self._threads) if self._threads else server.pool
+        self._door = Door(
+            self._pool.gate,
             name=self.name,
             cookie=self,
             codec=Codec.PICKLE,
             trust=self._trust,
             refuse_descriptors=self._refuse_descriptors,
+            private=private,
+            on_unref=self._note_unreferenced,
             max_request=self._max_request,
             max_reply=self._max_reply,
             max_descriptors=self._max_descriptors,
             main=own_dialect().main,
-            doc=inspect.getdoc(self.target) or "",
-            signature=_signature(self.target),
+            doc=doc,
+            signature=signature,
         )
+        _endpoints[self._door.id] = self
 
     # -- handing out and taking away ---------------------------------------------------------
 
@@ -344,6 +393,8 @@ class Endpoint:
 
         Modelled on: door_revoke(3C)
         """
+        if self._generation != _sockets.here():  # before any lock, which may have been held at the fork
+            raise PermissionError(errno.EPERM, f"{self!r}: only the process that made it may revoke it")
         if self._server is not None:
             self._server.unrecord(self)
         with self._making:
@@ -374,6 +425,31 @@ class Endpoint:
         if door is not None:
             door.revoke(refusal)
 
+    # -- unreferenced ------------------------------------------------------------------------
+
+    def _note_unreferenced(self) -> None:
+        """Have a server thread deliver the news; in the keeper's thread."""
+        assert self._pool is not None
+        self._pool.run_soon(self._deliver_unreferenced)
+
+    def _deliver_unreferenced(self) -> None:
+        """Tell, and close if it does not linger, unless somebody has got hold of it again."""
+        if self._closed or not self.unreferenced:
+            return
+        if self._on_unref is not None:
+            assert self._pool is not None
+            self._pool.see_to_a_waiter()
+            try:
+                self._on_unref()
+            except BaseException as error:
+                if self._generation != _sockets.here():
+                    _leave_forked_child(error)
+                log.error("%s: on_unref failed", self.name, exc_info=error)
+            if self._generation != _sockets.here():
+                _leave_forked_child(None)
+        if not self._linger and self._door is not None and self._door.revoke_unreferenced():
+            self.close()
+
     # -- answering ---------------------------------------------------------------------------
 
     def serve(self, invocation: Invocation) -> bool:
@@ -394,8 +470,9 @@ class Endpoint:
             parcel, returned = pack_refusal(refusal, peer), False
         else:
             parcel, returned = self._invoke(invocation, args, kwargs, peer)
+        data, buffers, descriptors = parcel
         try:
-            invocation.reply(parcel.data, parcel.buffers)
+            invocation.reply(data, buffers, descriptors)
         except LimitError as error:
             # A frame of the raw layer's, which no limit holds up.
             log.error("%s: %s", self.name, error, exc_info=error)
@@ -434,6 +511,17 @@ class Endpoint:
             log.debug("%s raised", self.name, exc_info=error)
         else:
             log.error("%s raised what is no Exception", self.name, exc_info=error)
+
+
+#: The endpoints of this process, by the ids of their doors.
+_endpoints: weakref.WeakValueDictionary[bytes, Endpoint] = weakref.WeakValueDictionary()
+
+_sockets.on_fork(_endpoints.clear)
+
+
+def endpoint_with_id(door_id: bytes) -> Endpoint | None:
+    """Return the endpoint of this process whose door has an id, or None; for ``Proxy``."""
+    return _endpoints.get(door_id)
 
 
 def _leave_forked_child(error: BaseException | None) -> NoReturn:
@@ -503,6 +591,26 @@ def _checked_limit(what: str, value: int, most: int = 2**62) -> int:
         raise TypeError(f"{what} is a whole number, not {value!r}")
     if not 0 <= value <= most:
         raise ValueError(f"{what} is from 0 to {most}, not {value}")
+    return value
+
+
+def checked_threads(what: str, value: int) -> int:
+    """
+    Return a number of threads if it is one.
+
+    Raises:
+        TypeError, ValueError: it is none.
+    """
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{what} is a whole number, not {value!r}")
+    if value < 1:
+        raise ValueError(f"{what} is at least 1, not {value}")
+    return value
+
+
+def _checked_callback(what: str, value: Callable[[], object] | None) -> Callable[[], object] | None:
+    if value is not None and not callable(value):
+        raise TypeError(f"{what} is something to call, or None; not {value!r}")
     return value
 
 

@@ -30,7 +30,9 @@ or -1; ``members`` are those of a group, else None.  The envelope itself holds n
 What must not arrive as itself: a ``DoorError``, which at the caller would speak of the
 caller's call and be retried, and what is no ``Exception``, or a server's ``sys.exit()``
 would end its clients.  Both are ``RemoteError``s, raised or as members of a group; as the
-cause of something else they are only read, and stay what they are.
+cause of something else they are only read, and stay what they are.  (A group is often raised
+while one of its members is being handled, which is its context too: what is a member anywhere
+counts as one.)
 
 Everything is bounded (nodes, text, bytes), since the procedure's author did not choose how
 much an error drags along, and nothing here fails, whatever a user's methods do: the caller
@@ -75,6 +77,9 @@ _HEAP_TYPE = 1 << 9
 
 #: Sets an attribute also of an exception whose class forbids it: a frozen dataclass.
 _set = object.__setattr__
+
+#: The field of a group that holds its members.
+_MEMBERS = cast("MemberDescriptorType", BaseExceptionGroup.exceptions)
 
 #: Built-in fields that do not travel: ``obj`` is whatever the attribute was missing on, the
 #: group's are read-only and given to ``__new__``, and the last is a link, which the node has.
@@ -252,6 +257,11 @@ class _Graph:
         self.nesting = [0]
         #: Whether it is raised at the caller, itself or as a member of what is.
         self.raised = [True]
+        # Members first, all of them: one that is a cause or context as well is raised all the same.
+        for place, each in enumerate(self.exceptions):  # it grows while we walk it
+            if self.nesting[place] < MAX_NESTING and not reduces_itself(type(each)):
+                for member in _grouped(each):
+                    self.number(member, self.nesting[place] + 1, raised=True)
 
     def number(self, error: BaseException | None, nesting: int, raised: bool) -> int:
         # The text of an earlier door's traceback is part of this door's text already.
@@ -298,7 +308,17 @@ def _node(graph: _Graph, place: int, error: BaseException, dump: Dump, as_itself
 
 
 def _may_arrive(error: BaseException) -> bool:
-    return isinstance(error, Exception) and not isinstance(error, DoorError)
+    if not isinstance(error, Exception) or isinstance(error, DoorError):
+        return False
+    # The members of any other group have nodes of their own.
+    return not reduces_itself(type(error)) or all(map(_may_arrive, _grouped(error)))
+
+
+def _grouped(error: BaseException) -> tuple[BaseException, ...]:
+    """Return the members of a group, past any ``exceptions`` of a user's class."""
+    if not issubclass(type(error), BaseExceptionGroup):
+        return ()
+    return cast("tuple[BaseException, ...]", _MEMBERS.__get__(error))
 
 
 def _members(graph: _Graph, place: int, error: BaseException) -> list[int] | None:
@@ -308,7 +328,7 @@ def _members(graph: _Graph, place: int, error: BaseException) -> list[int] | Non
     if nesting > MAX_NESTING:
         raise ValueError(f"groups are nested more than {MAX_NESTING} deep")
     raised = graph.raised[place]
-    members = [graph.number(member, nesting, raised) for member in error.exceptions]
+    members = [graph.number(member, nesting, raised) for member in _grouped(error)]
     if -1 in members:
         raise ValueError(f"more than {MAX_NODES} exceptions")
     return members
@@ -339,10 +359,11 @@ def open_envelope(envelope: Any, load: Load, *, as_itself: bool = False) -> Base
         text, nodes = envelope
         builder = _Builder([_Node(*node) for node in nodes], load)
         error = builder.build_all()
+        welcome = isinstance(error, DoorError) if as_itself else _may_be_raised(error)
     except Exception as failure:
         message = f"a malformed exception arrived: {_reason(failure)}"
         raise ProtocolError(message, may_have_run=True) from failure
-    if not (isinstance(error, DoorError) if as_itself else _may_be_raised(error)):
+    if not welcome:
         message = f"an exception arrived that must not: {_type_name(error)}"
         raise ProtocolError(message, may_have_run=True)
     if text:
@@ -351,7 +372,9 @@ def open_envelope(envelope: Any, load: Load, *, as_itself: bool = False) -> Base
 
 
 def _may_be_raised(error: BaseException) -> bool:
-    return _may_arrive(error) or isinstance(error, RemoteError)
+    if isinstance(error, DoorError):
+        return isinstance(error, RemoteError) and error.may_have_run
+    return isinstance(error, Exception) and all(map(_may_be_raised, _grouped(error)))
 
 
 class _Builder:

@@ -200,11 +200,7 @@ class Gate:
         served = self._served.get(ready)
         if served is None or not served.claim.acquire(blocking=False):
             return None
-        try:
-            invocation = self._next_call(served, _sockets.MSG_DONTWAIT)
-        except BaseException:
-            self.drop(served)
-            raise
+        invocation = self._next_call(served, _sockets.MSG_DONTWAIT)
         if invocation is not None:
             self.waited += invocation.waited
         elif not served.channel.closed:
@@ -213,28 +209,32 @@ class Gate:
 
     def _linger(self, served: Served) -> Invocation | None:
         """Wait a moment for the next call of the caller just answered, then park its channel."""
-        invocation = None
-        if self.waiting and served.doomed is None:
-            try:
-                invocation = self._next_call(served, 0)
-            except BaseException:
-                self.drop(served)
-                raise
+        invocation = self._next_call(served, 0) if self.waiting and served.doomed is None else None
         if invocation is None and not served.channel.closed:
             self._park(served)
         return invocation
 
     def _next_call(self, served: Served, flags: int) -> Invocation | None:
         """Read from a claimed channel; close it if it has come to its end."""
+        channel, door = served.channel, served.door
         try:
             while True:
-                limit = served.door.max_request
-                frame = served.channel.read(limit, flags, served.limit)
+                limit = door.max_request
+                frame = channel.read(limit, flags, served.limit)
                 if frame is None:
                     return None
-                if served.door.max_request < limit:  # lowered while we waited
-                    self._measure(frame, served.door.max_request)
-                if self._is_call(served, frame):
+                if door.max_request < limit:  # lowered while we waited
+                    self._measure(frame, door.max_request)
+                if frame.number != channel.number + 1 or frame.kind not in _FROM_CALLER:
+                    self._complain(channel, frame)
+                channel.number = frame.number
+                # A caller that gives up shuts its end down and then asks whether we have read all of
+                # its request.  Because we look for the shutdown after reading and before running,
+                # "not all read" tells it truly that the call never will run.
+                if served.doomed is not None or served.poll.poll(0):
+                    self._turn_away(served, frame)
+                everyday = frame.kind == _REQUEST and frame.refusal is None and not frame.descriptors
+                if everyday or self._is_accepted(served, frame):
                     return Invocation(self, served, frame)
                 flags = _sockets.MSG_DONTWAIT
         except Hangup:
@@ -244,6 +244,9 @@ class Gate:
             self._say_goodbye(served, Refusal(Reason.PROTOCOL, str(error)))
         except OSError:
             self.drop(served)  # the caller was gone when it should have been answered
+        except BaseException:
+            self.drop(served)
+            raise
         return None
 
     @staticmethod
@@ -252,23 +255,13 @@ class Gate:
         if size > limit and frame.refusal is None:
             frame.refusal = Refusal(Reason.TOO_LARGE, limit=limit, value=size)
 
-    def _is_call(self, served: Served, frame: Frame) -> bool:
-        """Answer what needs no procedure; return True for a call that is to be run."""
-        channel = served.channel
-        if frame.number != channel.number + 1 or frame.kind not in _FROM_CALLER:
-            close_all(frame.descriptors, channel.peer.uid)
-            raise ProtocolError(
-                f"frame {chr(frame.kind)!r} with number {frame.number} after call {channel.number}"
-            )
-        channel.number = frame.number
-        # A caller that gives up shuts its end down and then asks whether we have read all of
-        # its request.  Because we look for the shutdown after reading and before running,
-        # "not all read" tells it truly that the call never will run.
-        if served.doomed is not None or served.poll.poll(0):
-            self._turn_away(served, frame)
-        if frame.kind == _REQUEST and frame.refusal is None and not frame.descriptors:
-            return True
-        return self._is_accepted(served, frame)
+    @staticmethod
+    def _complain(channel: Channel, frame: Frame) -> NoReturn:
+        """Refuse a frame that is not the next call of its caller."""
+        close_all(frame.descriptors, channel.peer.uid)
+        raise ProtocolError(
+            f"frame {chr(frame.kind)!r} with number {frame.number} after call {channel.number}"
+        )
 
     def _turn_away(self, served: Served, frame: Frame) -> NoReturn:
         """End a channel whose door was taken away, or whose caller is gone."""
@@ -356,14 +349,15 @@ class Gate:
             del self._served[served.fd]
             with contextlib.suppress(OSError, ValueError):
                 self._epoll.unregister(served.fd)
+        served.door.forget(served)
         served.channel.shutdown()
         served.channel.close()
-        served.door.forget(served)
 
     def wake(self, threads: int = 1) -> None:
         """Let so many of the threads that wait, or will wait, return from ``wait`` with None."""
         if not self._closed and self._generation == _sockets.generation:
-            os.eventfd_write(self._bell, threads)
+            with contextlib.suppress(ValueError):  # -1: a signal handler has closed it just now
+                os.eventfd_write(self._bell, threads)
 
     def close(self) -> None:
         """

@@ -50,7 +50,15 @@ import attrs
 
 from doorpool import _channel, _names, _opening, _sockets, _wire
 from doorpool._channel import Channel, Hangup, process_is_gone
-from doorpool._credentials import Credentials, credentials_of, peer_pidfd, peer_ucred, pickle_bar, unpack_ids
+from doorpool._credentials import (
+    ENDING,
+    Credentials,
+    credentials_of,
+    peer_pidfd,
+    peer_ucred,
+    pickle_bar,
+    unpack_ids,
+)
 from doorpool._errors import (
     AccessError,
     BrokenDoorError,
@@ -227,7 +235,7 @@ class Handle:
 
     def _reset(self) -> None:
         """Begin anew: at first, and in a forked child, where the parent's locks mean nothing."""
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal handler may close what its thread is using
         self._users = 0
         self._idle: deque[Channel] = deque()
         self._knocks = threading.Semaphore(MAX_KNOCKS)
@@ -344,10 +352,10 @@ class Handle:
         if self._generation != _sockets.here():
             self._cross_fork()
         with self._lock:
+            self._users += 1  # before the look: a signal handler may close it in between
+        try:
             if self._closed:
                 raise ClosedError(f"{self.name}: this handle is closed")
-            self._users += 1
-        try:
             yield self._socket
         finally:
             with self._lock:
@@ -360,11 +368,12 @@ class Handle:
         with self._descriptor() as door:
             for _ in range(_DROPPED_KNOCKS):
                 try:
-                    opened = self._knock_and_hear(door, deadline)
+                    return self._settle(self._knock_and_hear(door, deadline))
                 except EOFError:
                     self._check_there(door)
-                    continue
-                return self._settle(opened)
+                except AccessError:
+                    self._check_there(door)  # about a server that died the kernel tells nothing more
+                    raise
         raise BusyError(f"{self.name} dropped the knock; its server may be short of descriptors")
 
     def _knock_and_hear(self, door: socket.socket, deadline: float | None) -> _opening.Opened | Refusal:
@@ -470,6 +479,8 @@ class Handle:
         if self._owner not in (None, 0, server.uid):
             self._refuse(f"its file belongs to uid {self._owner}, and uid {server.uid} answers")
         bar = pickle_bar(server, pidfd, trust=self._trust) if codec is Codec.PICKLE else None
+        if bar is ENDING:
+            raise BrokenDoorError(f"{self.name}: the server is ending", filename=self.path)
         if bar is not None:
             self._refuse(f"its server is pid {server.pid}: {bar}")
 
@@ -606,15 +617,21 @@ class Handle:
     ) -> Frame:
         """Send one frame and wait for its answer; the channel goes back only if both went well."""
         channel.number += 1
+        sent = False
         try:
             self._send(channel, kind, deadline, data, buffers, descriptors)
-            frame = self._receive(channel, deadline)
+            sent = True
+            frame = channel.read(MAX_REPLY, 0, None, deadline)
+            if frame is None or frame.refusal is not None:
+                frame = self._await_reply(channel, frame, deadline)
         except Hangup as hangup:
             channel.close()
             raise self._broken(hangup, fresh) from None
-        except BaseException:
+        except BaseException as error:
             channel.shutdown()  # a plain close would leave a whole request to be run
             channel.close()
+            if sent and isinstance(error, ProtocolError):
+                error.may_have_run = True
             raise
         if frame.number == channel.number and frame.kind == (_REPLY if kind == _REQUEST else _PONG):
             self._give_back(channel)
@@ -672,7 +689,8 @@ class Handle:
                 raise self._late(False)
             nanoseconds = int(left * 1e9) or 1
             patience = min(LOOK_UP, left)
-        channel.set_patience(patience)
+        if patience != channel.patience:
+            channel.set_patience(patience)
         look_up = None
         if len(data) >= _channel.JOIN or buffers:  # what is shorter goes at once
             channel.set_send_patience(patience)
@@ -701,19 +719,14 @@ class Handle:
                 raise self._error(refusal)
         raise Hangup(unread=True)
 
-    def _receive(self, channel: Channel, deadline: float | None) -> Frame:
-        try:
-            while True:
-                frame = channel.read(MAX_REPLY, deadline=deadline)
-                if frame is None:
-                    self._look_up(channel, deadline)
-                elif frame.refusal is None or frame.refusal.reason is not Reason.TOO_LARGE:
-                    return frame
-                else:
-                    raise ProtocolError(f"{self.name}: a reply that claims {frame.refusal.value} bytes")
-        except ProtocolError as error:
-            error.may_have_run = True
-            raise
+    def _await_reply(self, channel: Channel, frame: Frame | None, deadline: float | None) -> Frame:
+        """Wait on, a first look having brought nothing yet, or what is not quite an everyday reply."""
+        while frame is None:
+            self._look_up(channel, deadline)
+            frame = channel.read(MAX_REPLY, 0, None, deadline)
+        if frame.refusal is not None and frame.refusal.reason is Reason.TOO_LARGE:
+            raise ProtocolError(f"{self.name}: a reply that claims {frame.refusal.value} bytes")
+        return frame
 
     def _look_up(self, channel: Channel, deadline: float | None) -> None:
         """Having waited in vain for a reply: raise if the time is over or the server dead."""

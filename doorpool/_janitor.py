@@ -39,13 +39,17 @@ from collections import Counter, deque
 from contextlib import suppress
 
 from doorpool import _sockets
-from doorpool._credentials import is_strange
+from doorpool._credentials import UCRED, is_strange
 
 AT_MOST = 4  #: Janitors at a time.
 MOST_WAITING = 32  #: Descriptors of one uid that wait for them, before it is not heard any more.
 IDLE = 0.2  #: Seconds that one waits for more.
 
 PATIENCE = 1.0  #: Seconds that a close may take before its janitor counts as stuck.
+
+#: Room for credentials: with them an empty message differs from the end of file, and nothing else
+#: is taken in hand.
+_WHO = socket.CMSG_SPACE(UCRED.size)
 
 _SO_LINGER_OFF = b"\0" * 8  # struct linger
 
@@ -168,19 +172,36 @@ def close_all(descriptors: list[int], uid: int | None = NOBODY) -> None:
 
 def close_socket(sock: socket.socket, uid: int | None = NOBODY) -> None:
     """
-    Close a stream socket of ours; idempotent.
+    Close a connected socket of ours; idempotent.
 
     If its other end may still be written to, and is a stranger's, shut it down before: he might
     send something between our look and the close.
     """
     try:
-        if _sockets.unread(sock):
+        if _holds_something(sock):
             number = sock.detach()
             if number >= 0:
                 close_later([number], uid)
     except (OSError, ValueError):
         pass  # it is closed already
     sock.close()
+
+
+def _holds_something(sock: socket.socket) -> bool:
+    """Tell whether messages are in a socket's queue, be it such as have no bytes."""
+    if _sockets.unread(sock):
+        return True
+    if sock.type == socket.SOCK_STREAM:  # which has none of these
+        return False
+    for _ in range(2):  # ECONNRESET is told once, before what is there
+        try:
+            data, ancillary, _, _ = sock.recvmsg(1, _WHO, _sockets.MSG_PEEK | _sockets.MSG_DONTWAIT)
+            return bool(data or ancillary)
+        except BlockingIOError:
+            return False
+        except ConnectionResetError:
+            continue
+    return False
 
 
 def stuck() -> set[int | None]:

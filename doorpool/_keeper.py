@@ -98,7 +98,7 @@ class Keeper:
         self._thread = threading.Thread(target=self._run, name="doorpool-keeper", daemon=True)
         try:
             self._thread.start()
-        except BaseException:
+        except BaseException:  # no thread to be had: whoever needs a keeper tries again
             self._epoll.close()
             _sockets.close_number(self._bell)
             raise

@@ -705,8 +705,8 @@ def _walk(directory: str) -> int:
         ahead, links = _parts(directory), 0
         while ahead:
             step, link = _step(here, ahead.pop())
-            os.close(here)
-            here = step
+            left, here = here, step  # before it is closed: Ctrl-C may surface right behind
+            os.close(left)
             if link is not None:
                 ahead += _parts(link)
                 links += 1

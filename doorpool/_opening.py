@@ -71,12 +71,12 @@ def _describe(ids: Ids) -> str:
     return f"pid {ids[0]}, uid {ids[1]}, gid {ids[2]}"
 
 
-def take_socket(letter: Letter, what: str) -> socket.socket:
+def take_socket(letter: Letter, what: str, kind: int) -> socket.socket:
     """
     Take the one socket out of a letter, if the letter's sender made it.
 
     Raises:
-        ProtocolError: the letter does not carry just one stream socket and credentials.
+        ProtocolError: the letter does not carry just one socket of that kind and credentials.
         AccessError: somebody else made the socket: this was relayed, or forged.
     """
     if letter.truncated or len(letter.descriptors) != 1:
@@ -86,7 +86,7 @@ def take_socket(letter: Letter, what: str) -> socket.socket:
     letter.forged = True  # unless it turns out that it is not
     sock = _adopt(letter, what)
     try:
-        _check_maker(sock, letter, what)
+        _check_maker(sock, letter, what, kind)
     except BaseException:
         sock.detach()  # it stays the letter's
         raise
@@ -106,9 +106,10 @@ def _adopt(letter: Letter, what: str) -> socket.socket:
     raise ProtocolError(f"{what} brought a descriptor that is no local socket")
 
 
-def _check_maker(sock: socket.socket, letter: Letter, what: str) -> None:
-    if not _sockets.is_unix(sock, socket.SOCK_STREAM):
-        raise ProtocolError(f"{what} brought a socket of another kind than AF_UNIX, SOCK_STREAM")
+def _check_maker(sock: socket.socket, letter: Letter, what: str, kind: int) -> None:
+    if not _sockets.is_unix(sock, kind):
+        name = socket.SocketKind(kind).name
+        raise ProtocolError(f"{what} brought a socket of another kind than AF_UNIX, {name}")
     assert letter.ids is not None
     try:
         maker = peer_ucred(sock)
@@ -188,11 +189,18 @@ def hear_answer(ours: socket.socket) -> Opened | Refusal:
         answer = _wire.decode_answer(letter.data)
         if answer.refusal is not None:
             return answer.refusal
-        sock = take_socket(letter, "the answer to a knock")
-        sock.settimeout(None)
-        return Opened(_make_channel(letter, sock, sock), answer.codec)
+        return Opened(_channel_of(letter), answer.codec)
     finally:
         discard(letter)
+
+
+def _channel_of(letter: Letter) -> Channel:
+    sock = take_socket(letter, "the answer to a knock", socket.SOCK_SEQPACKET)
+    if _sockets.unread(sock) and sock.recv(4, MSG_PEEK | MSG_DONTWAIT) == _wire.GREETING_MAGIC:
+        close_socket(sock, _uid(letter))
+        raise ProtocolError("the answer to a knock brought a door in place of a channel")
+    sock.settimeout(None)
+    return _make_channel(letter, sock, sock)
 
 
 def discard(letter: Letter) -> None:
@@ -332,7 +340,7 @@ def forget_knock(port: socket.socket) -> None:
 
 def _visitor(letter: Letter) -> Visitor:
     words = _wire.decode_knock(letter.data)
-    sock = take_socket(letter, "a knock")
+    sock = take_socket(letter, "a knock", socket.SOCK_STREAM)
     try:
         assert letter.ids is not None
         return Visitor(words, letter, sock, credentials_of(letter.ids, peer_groups(sock)))
@@ -345,18 +353,7 @@ def close_port(port: socket.socket) -> None:
     """Close a port, and what waits there unheard; idempotent, waits for nobody."""
     with contextlib.suppress(OSError):
         port.shutdown(socket.SHUT_RDWR)  # so that nothing comes between the look and the close
-    if port.fileno() >= 0 and _has_unheard(port):
-        close_later([port.detach()])
-    port.close()
-
-
-def _has_unheard(port: socket.socket) -> bool:
-    with contextlib.suppress(OSError):
-        for _ in range(2):  # ECONNRESET is told once, before what is there
-            with contextlib.suppress(ConnectionResetError):
-                data, ancillary, _, _ = port.recvmsg(1, _WHO, MSG_PEEK | MSG_DONTWAIT)
-                return bool(data or ancillary)
-    return False
+    close_socket(port)
 
 
 def admit(visitor: Visitor, codec: Codec) -> Channel:

@@ -4,6 +4,10 @@ A proxy: somebody else's procedure, to be called like one's own.
 All views of one open door (``options``) share a ``_Line``: the handle, who was believed
 when it was opened, and how to open the path anew when the server has been restarted.
 
+Opening
+    While a path is being opened, its server may close because another one has taken the name
+    over.  So when the door goes away meanwhile, the path is looked at once more.
+
 Reopening
     A call that certainly did not run, because the server has gone, closed or revoked the
     door, is made once more if the door was opened by path: the path is opened anew, by
@@ -16,6 +20,7 @@ Reopening
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import sys
@@ -29,7 +34,7 @@ from typing import Any, TypeVar
 
 from doorpool import _sockets
 from doorpool._descriptor import Descriptor
-from doorpool._endpoint import Endpoint
+from doorpool._endpoint import Endpoint, endpoint_with_id
 from doorpool._errors import (
     AccessError,
     BrokenDoorError,
@@ -42,6 +47,7 @@ from doorpool._errors import (
 from doorpool._handle import FOREVER, check_seconds, deadline_after
 from doorpool._info import DoorInfo, describe
 from doorpool._marshal import Dialect, own_dialect, pack_arguments, unpack_outcome
+from doorpool._threads import waiting_for
 from doorpool._wire import Frame, Knock
 from doorpool.door import Codec, Handle
 
@@ -84,7 +90,7 @@ class _Line:
     def _reset(self) -> None:
         """Begin anew: at first, and in a forked child, where the parent's threads are not."""
         self._lock = threading.RLock()  # a signal handler may close what its thread is using
-        self._opening = threading.Lock()  # held by the one thread that opens the path anew
+        self._opening = threading.RLock()  # likewise; held by the one thread that opens the path anew
         self._executor: ThreadPoolExecutor | None = None
         self._generation = _sockets.generation  # last: who sees this sees the rest
 
@@ -103,20 +109,37 @@ class _Line:
         return f"<Proxy of {self.info.name!r} at {self.handle.name}{' closed' if self.closed else ''}>"
 
     def _open(self, door: Path | int, open_timeout: float | None) -> Handle:
+        """Open the door; see "Opening" above."""
         own = own_dialect()
         words = Knock(own.python, own.main)
-        return Handle(door, open_timeout=open_timeout, trust=self.trust, codec=Codec.PICKLE, words=words)
+        deadline = deadline_after(check_seconds(open_timeout, "open_timeout"))
+        last = isinstance(door, int)
+        while True:
+            try:
+                return Handle(
+                    door, open_timeout=_left(deadline), trust=self.trust, codec=Codec.PICKLE, words=words
+                )
+            except (RevokedError, BrokenDoorError):
+                if last:
+                    raise
+            last = True
 
     def _take(self, handle: Handle) -> None:
         self.info = describe(handle.greeting, handle.path, handle.server, local=handle.is_local)
         self.dialect = Dialect(handle.greeting.python, handle.greeting.main)
+        home = endpoint_with_id(handle.greeting.id) if handle.is_local else None
+        self._pool = home.pool if home is not None else None  # of this very process, if the door is
         self.handle = handle  # last: who calls by it marshals for it
 
     def call(self, args: tuple[Any, ...], kwargs: dict[str, Any], deadline: float | None) -> Any:
         """Make one call; see "Reopening" above."""
         handle = self.handle
         try:
-            reply = self._exchange(handle, args, kwargs, deadline)
+            if self._pool is None:  # as ``_exchange`` does, in one function less
+                data, buffers, descriptors = pack_arguments(args, kwargs, self.dialect)
+                reply = handle.call_until(deadline, data, buffers, descriptors)
+            else:
+                reply = self._exchange(handle, args, kwargs, deadline)
         except (RevokedError, BrokenDoorError, ClosedError) as first:
             again = functools.partial(self._exchange, args=args, kwargs=kwargs, deadline=deadline)
             reply = self._try_anew(handle, first, deadline, again)
@@ -134,7 +157,10 @@ class _Line:
         self, handle: Handle, args: tuple[Any, ...], kwargs: dict[str, Any], deadline: float | None
     ) -> Frame:
         parcel = pack_arguments(args, kwargs, self.dialect)
-        return handle.call_until(deadline, parcel.data, parcel.buffers)
+        if self._pool is None:
+            return handle.call_until(deadline, *parcel)
+        with waiting_for(self._pool, handle.name):
+            return handle.call_until(deadline, *parcel)
 
     def _try_anew(
         self, gone: Handle, first: DoorError, deadline: float | None, attempt: Callable[[Handle], _T]
@@ -147,9 +173,13 @@ class _Line:
                 raise first
             return attempt(self.handle)  # another thread has reopened it, and closed that one in our hands
         try:
-            return attempt(self._reopen(gone, deadline))
+            handle = self._reopen(gone, deadline)
         except (DoorError, OSError) as second:
-            if getattr(second, "may_have_run", False):
+            raise first from second
+        try:
+            return attempt(handle)
+        except DoorError as second:  # what is none says nothing about the call; the first error would
+            if second.may_have_run:
                 raise
             raise first from second
 
@@ -158,24 +188,27 @@ class _Line:
         left = _left(deadline)
         self._lock_here()
         lock = self._opening
-        if not lock.acquire(timeout=-1 if left is None else left):
-            raise CallTimeoutError(f"{gone.name}: another thread is still opening it anew")
         try:
+            if not lock.acquire(timeout=-1 if left is None else left):
+                raise CallTimeoutError(f"{gone.name}: another thread is still opening it anew")
             if self.closed:
                 raise ClosedError(f"{gone.name}: this proxy is closed")
             if self.handle is gone:
                 self._replace(gone, self._open_again(gone, deadline))
             return self.handle
         finally:
-            lock.release()
+            # Ctrl-C may surface right behind ``acquire``: whether we have the lock, it knows alone.
+            with contextlib.suppress(RuntimeError):
+                lock.release()
 
     def _replace(self, gone: Handle, handle: Handle) -> None:
         """Go on with a handle that was opened anew, unless the proxy was closed meanwhile."""
         with self._lock:
-            if not self.closed:
+            if not self.closed and self.handle is gone:
                 self._take(handle)
-        if self.handle is not handle:
+        if self.handle is not handle:  # closed, or a signal handler has called, and opened one before us
             handle.close()
+        if self.closed:
             raise ClosedError(f"{gone.name}: this proxy is closed")
         gone.close()
 

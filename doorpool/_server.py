@@ -37,14 +37,14 @@ from typing import Any, TypeVar, overload
 import attrs
 
 from doorpool import _endpoint, _sockets
-from doorpool._endpoint import Endpoint, check_mode
+from doorpool._endpoint import Endpoint, check_mode, checked_threads
 from doorpool._errors import ClosedError, Path
 from doorpool._handle import check_seconds
 from doorpool._keeper import keeper
 from doorpool._names import absolute_path
-from doorpool._threads import Pool
+from doorpool._threads import Pool, Pools
 from doorpool._wire import Reason, Refusal
-from doorpool.door import Gate
+from doorpool.door import Invocation
 
 __all__ = ["Server", "Statistics"]
 
@@ -52,6 +52,7 @@ log = logging.getLogger("doorpool")
 
 Procedure = TypeVar("Procedure", bound=Callable[..., Any])
 
+_RETRY = 0.2  # seconds until a thread is asked for again that could not be had
 _JOIN = 1.0  # seconds for threads that have nothing left to do to be gone
 
 #: What ``run`` answers, if nobody else has said what is to happen.
@@ -120,15 +121,12 @@ class Server:
     ) -> None:  # fmt: skip
         self._started = False
         self._generation = _sockets.generation
-        if isinstance(max_threads, bool) or not isinstance(max_threads, int):
-            raise TypeError(f"max_threads is a whole number, not {max_threads!r}")
-        if max_threads < 1:
-            raise ValueError(f"max_threads is at least 1, not {max_threads}")
+        checked_threads("max_threads", max_threads)
         if thread_setup is not None and not callable(thread_setup):
             raise TypeError(f"thread_setup is something to call, not {thread_setup!r}")
         self.name = "doorpool" if name is None else str(name)
         self._close_timeout = _checked_close_timeout(close_timeout)
-        self._pool = Pool(
+        self._pools = Pools(
             self.name, _endpoint.serve, max_threads=max_threads,
             idle_timeout=check_seconds(idle_timeout, "idle_timeout"), thread_setup=thread_setup,
         )  # fmt: skip
@@ -138,16 +136,17 @@ class Server:
         self._to_make: list[_Name] = []
         self._closing = False
         self._overdue = False
-        self._closed = threading.Event()
+        self._closer: int | None = None  # the thread that closes it
+        self._closed = _Latch()
 
     def __repr__(self) -> str:
         state = "closed" if self.closed else "started" if self._started else "not started"
         return f"<Server {self.name!r}: {state}, {len(self._endpoints)} endpoints>"
 
     @property
-    def gate(self) -> Gate:
-        """The gate at which its threads wait."""
-        return self._pool.gate
+    def pool(self) -> Pool:
+        """The threads that its endpoints share; for ``Endpoint``."""
+        return self._pools.shared
 
     @property
     def closed(self) -> bool:
@@ -161,12 +160,8 @@ class Server:
 
     def statistics(self) -> Statistics:
         """Return how the server is doing."""
-        pool = self._pool
-        return Statistics(
-            threads=pool.threads, waiting=pool.gate.waiting, running=pool.running,
-            served=pool.served, errors=pool.errors, channels=pool.gate.channels,
-            doors=sum(not it.closed for it in (*self._endpoints, *self._adopted)), waited=pool.gate.waited,
-        )  # fmt: skip
+        doors = sum(not it.closed for it in (*self._endpoints, *self._adopted))
+        return Statistics(doors=doors, **attrs.asdict(self._pools.load))
 
     # -- endpoints ---------------------------------------------------------------------------
 
@@ -272,6 +267,27 @@ class Server:
         self._endpoints.pop(endpoint, None)
         self._adopted.discard(endpoint)
 
+        self.release_pool(endpoint)
+
+    def private_pool(self, name: str, threads: int) -> Pool:
+        """Make threads for one endpoint alone; for ``Endpoint``."""
+        return self._pools.private(name, threads)
+
+    def release_pool(self, endpoint: Endpoint) -> None:
+        """Let the threads go that an endpoint has for itself, if it has; for ``Endpoint``."""
+        if endpoint.private_pool is not None:
+            self._pools.release(endpoint.private_pool)
+
+    def await_set_up(self, endpoint: Endpoint) -> None:
+        """
+        Wait for the setup of the threads that an endpoint has for itself, if they run; for ``Endpoint``.
+
+        Raises:
+            RuntimeError: it failed.
+        """
+        if self._started and endpoint.private_pool is not None:
+            endpoint.private_pool.wait_set_up()
+
     def adopt(self, endpoint: Endpoint) -> None:
         """Run an endpoint that was made without a server, without keeping it alive."""
         endpoint.adopt(self)
@@ -304,7 +320,7 @@ class Server:
                 self._started = True
                 _started.add(self)
         try:
-            self._pool.wait_set_up()
+            self._pools.wait_set_up()
         except RuntimeError:
             self.close(0)
             raise
@@ -316,7 +332,7 @@ class Server:
             for name in self._to_make:
                 name.endpoint.listen(name.path, name.mode, name.group, name.replace)
                 made.append(name)
-            self._pool.start()
+            self._pools.start()
         except BaseException:
             for name in made:
                 name.endpoint.unlisten(name.path)
@@ -350,14 +366,14 @@ class Server:
 
         Modelled on: door_return(3C)
         """
-        self._pool.check_lendable()
+        self.pool.check_lendable()
         if raise_nofile:
             hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
         main = threading.current_thread() is threading.main_thread()
         with self._closing_on_signals() if signals and main else contextlib.nullcontext():
             self.start()
-            self._pool.lend()
+            self.pool.lend()
             self._closed.wait()
 
     @contextlib.contextmanager
@@ -392,11 +408,16 @@ class Server:
             if self._overdue:
                 os._exit(128 + number)
             if not self._closing:
-                closer = threading.Thread(target=self._close_by_signal, name=f"{self.name}-closing")
-                closer.start()
+                self._close_by_signal()
 
     def _close_by_signal(self) -> None:
-        self.close(self._close_timeout)
+        """Close the server in a thread of its own, as soon as one is to be had; in the keeper's thread."""
+        closer = threading.Thread(target=self.close, args=[self._close_timeout], name=f"{self.name}-closing")
+        try:
+            closer.start()
+        except RuntimeError as error:
+            log.warning("%s: no thread to close it: %s; trying again", self.name, error)
+            keeper().after(_RETRY, self._close_by_signal)
 
     def wait(self, timeout: float | None = None) -> bool:
         """
@@ -425,10 +446,11 @@ class Server:
         timeout = _checked_close_timeout(timeout)
         if self._generation != _sockets.here():
             return  # the parent's
-        with self._lock:
-            first, self._closing = not self._closing, True
+        own = threading.get_ident()
+        with self._lock:  # and in one go, for a signal handler passes the lock
+            first, self._closer, self._closing = self._closer is None, self._closer or own, True
         if not first:
-            if not self._pool.is_ours():
+            if not self._pools.are_ours() and self._closer != own:  # a handler would wait for its own thread
                 self._closed.wait(timeout)
             return
         try:
@@ -440,16 +462,25 @@ class Server:
     def _close(self, timeout: float | None) -> None:
         refusal = Refusal(Reason.CLOSED, "the server is closing")
         endpoints = [*self._endpoints, *self._adopted]
-        for endpoint in endpoints:
-            endpoint.retire(refusal)
-        late = self._pool.close(timeout)
+        try:
+            for endpoint in endpoints:
+                endpoint.retire(refusal)
+            late = self._pools.close(timeout)
+        except BaseException:  # Ctrl-C: whoever closes has no patience any more
+            for endpoint in endpoints:
+                endpoint.retire(refusal)
+            self._cut(self._pools.close(0), "by an exception")
+            raise
+        self._cut(late, f"after {timeout} s")
+        self._pools.join(_JOIN)
+
+    def _cut(self, late: list[Invocation], when: str) -> None:
         self._overdue = bool(late)
         if late:
             names = ", ".join(sorted({invocation.door.name for invocation in late}))
-            log.warning("%s: %d calls cut after %s s: %s", self.name, len(late), timeout, names)
+            log.warning("%s: %d calls cut %s: %s", self.name, len(late), when, names)
         for invocation in late:
             invocation.cut()
-        self._pool.join(_JOIN)
 
     def __reduce__(self) -> Any:
         raise TypeError(f"{self!r} stays in its process; open a Proxy of one of its doors elsewhere")
@@ -458,8 +489,8 @@ class Server:
         if _ending():  # as in Channel; what was started has been closed at exit
             return
         if not getattr(self, "_started", False):
-            if hasattr(self, "_pool"):
-                self._pool.gate.dispose()
+            if hasattr(self, "_pools"):
+                self._pools.dispose()
         elif not self._closing and self._generation == _sockets.generation:
             warnings.warn(f"unclosed {self!r}", ResourceWarning, source=self, stacklevel=2)
             self.close(0)
@@ -469,6 +500,31 @@ def _checked_close_timeout(timeout: float | None) -> float | None:
     if timeout == 0 and not isinstance(timeout, bool):
         return 0.0
     return check_seconds(timeout, "timeout")
+
+
+class _Latch:
+    """
+    An event that comes once.
+
+    Unlike ``threading.Event``, it may be set by a signal handler that interrupts a ``wait``,
+    wherever that is: there is no moment in which the waiting thread holds what ``set`` needs.
+    """
+
+    def __init__(self) -> None:
+        self._is_set = False
+        self._lock = threading.Lock()
+        self._lock.acquire()
+
+    def set(self) -> None:
+        """Let all go who wait, and who will; once."""
+        self._is_set = True
+        self._lock.release()
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait until it is set, at most so many seconds; return whether it is."""
+        if not self._is_set and self._lock.acquire(timeout=-1 if timeout is None else timeout):
+            self._lock.release()
+        return self._is_set
 
 
 def _do_nothing(*_: object) -> None:

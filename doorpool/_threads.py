@@ -11,6 +11,22 @@ that waits meanwhile.
                    |
                    +--> retired, or sent away when the pool closes
 
+Calls that wait for themselves
+    A procedure may call the door that it serves, or one of another pool of its process
+    that calls back.  When every thread of a full pool waits for such a call, no thread is
+    left that could answer any of them, and all would wait for ever.  So each thread that
+    calls a door of this process says which pool it waits for (``waiting_for``), and the
+    one whose call would close the ring is refused.  A pool is *stuck* if each of its
+    threads waits for a stuck pool:
+
+        one thread     a ----> b, served by the same pool            stuck: {pool}
+        two pools      P: a ----> Q: b ----> P                       stuck: {P, Q}
+        two threads    a ----> b, and the other thread is free       nobody is stuck
+
+    A thread whose answer is there, and which has not come to see it yet, seems to wait
+    still; so somebody who finds himself stuck looks for a while before he believes it.
+    Rings through other processes are not seen: there a timeout helps.
+
 This module knows neither sockets nor objects: it waits at a gate, and hands each
 invocation to ``serve``.
 
@@ -19,15 +35,20 @@ Modelled on: door_server_create(3C)
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
+import operator
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+
+import attrs
 
 from doorpool import _sockets
-from doorpool._errors import ClosedError
+from doorpool._errors import BusyError, ClosedError
 from doorpool.door import Gate, Invocation
 
 log = logging.getLogger("doorpool")
@@ -36,6 +57,26 @@ log = logging.getLogger("doorpool")
 KEPT = 2
 
 _LONGEST = 2e6  # seconds; epoll counts milliseconds in an int
+
+#: How long a pool must look stuck before a call is refused for it, seconds.
+STUCK = 0.25
+
+
+@attrs.frozen
+class Load:
+    """What a pool does now, and has done: as of ``Statistics``."""
+
+    threads: int = 0
+    waiting: int = 0
+    running: int = 0
+    served: int = 0
+    errors: int = 0
+    channels: int = 0
+    waited: float = 0.0
+
+    def __add__(self, other: Load) -> Load:
+        return Load(*map(operator.add, attrs.astuple(self), attrs.astuple(other)))
+
 
 _numbers = itertools.count(1)
 _local = threading.local()  # .pool: the pool that the thread serves
@@ -66,10 +107,12 @@ class Pool:
         self._idle_timeout = None if idle_timeout is None else min(idle_timeout, _LONGEST)
         self._thread_setup = thread_setup
         self._generation = _sockets.generation
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal handler may close the pool that its thread serves
         self._changed = threading.Condition(self._lock)
         self._threads: set[threading.Thread] = set()
         self._running: dict[threading.Thread, Invocation] = {}
+        self._jobs: deque[Callable[[], None]] = deque()
+        self._awaited: dict[threading.Thread, Pool] = {}  # guarded by ``_waits``
         self._set_up = 0  # threads whose setup is over, one way or the other
         self._setup_error: BaseException | None = None
         self._closed = False
@@ -84,9 +127,18 @@ class Pool:
         return len(self._threads)
 
     @property
-    def running(self) -> int:
-        """How many procedures run now."""
-        return len(self._running)
+    def load(self) -> Load:
+        """What it does now, and has done."""
+        gate = self.gate
+        return Load(
+            self.threads,
+            gate.waiting,
+            len(self._running),
+            self.served,
+            self.errors,
+            gate.channels,
+            gate.waited,
+        )
 
     # -- starting ----------------------------------------------------------------------------
 
@@ -101,10 +153,14 @@ class Pool:
             for _ in range(min(KEPT, self.max_threads)):
                 self._start_one()
         except BaseException:
-            with self._lock:
-                self._unwanted = len(self._threads)
-            self.gate.wake(self._unwanted)
+            self.send_away()
             raise
+
+    def send_away(self) -> None:
+        """Have all threads leave that there are; the pool can be started again."""
+        with self._lock:
+            self._unwanted = len(self._threads)
+        self.gate.wake(self._unwanted)
 
     def wait_set_up(self) -> None:
         """
@@ -150,18 +206,20 @@ class Pool:
         if done:
             self.gate.dispose()
 
-    def _see_to_a_waiter(self) -> None:
+    def see_to_a_waiter(self) -> None:
         """Have somebody wait for the next call while this thread is busy, if that is possible."""
-        if len(self._threads) >= self.max_threads:
+        if self.gate.waiting or len(self._threads) >= self.max_threads:
             return
         try:
             self._start_one()
             self._short = False
         except RuntimeError as error:
-            # Callers wait until a thread is free; nobody is lost.  Said once per shortage.
-            if not self._short:
-                log.warning("%s: no further thread: %s", self.name, error)
-            self._short = True
+            # Callers wait until a thread is free; nobody is lost.  Said once per shortage, in one
+            # step, and quietly when the interpreter ends, which starts no threads any more.
+            known, self._short = self._short, True
+            if not known:
+                level = logging.INFO if "interpreter shutdown" in str(error) else logging.WARNING
+                log.log(level, "%s: no further thread: %s", self.name, error)
 
     # -- the threads -------------------------------------------------------------------------
 
@@ -198,6 +256,8 @@ class Pool:
                 invocation = self.gate.wait(None if stays else idle_timeout)
                 if invocation is not None:
                     self._run(thread, invocation)
+                elif self._jobs:
+                    self._run_job()
                 elif self._retire(thread, idle_timeout):
                     return
 
@@ -205,7 +265,7 @@ class Pool:
         self._running[thread] = invocation
         try:
             if not self.gate.waiting:
-                self._see_to_a_waiter()
+                self.see_to_a_waiter()
             if not self._answer(invocation):
                 self.errors += 1
             self.served += 1
@@ -214,6 +274,26 @@ class Pool:
             if self._closed:
                 with self._lock:
                     self._changed.notify_all()
+
+    def run_soon(self, job: Callable[[], None]) -> None:
+        """
+        Have a thread of the pool do something between two calls.
+
+        It must be short, or call ``see_to_a_waiter`` first.  Takes no lock, so it may be
+        called wherever one is held; what a closed pool had not come to is not done.
+        """
+        self._jobs.append(job)
+        self.gate.wake()
+
+    def _run_job(self) -> None:
+        try:
+            job = self._jobs.popleft()
+        except IndexError:  # another thread was quicker
+            return
+        try:
+            job()
+        except Exception:
+            log.exception("%s: a server thread failed at something between calls", self.name)
 
     def _answer(self, invocation: Invocation) -> bool:
         """Have an invocation answered, even if answering it fails."""
@@ -254,8 +334,10 @@ class Pool:
         try:
             self._serve_calls(thread, None)
         finally:
-            _local.pool = None
             self._leave(thread)
+            _local.pool = None  # until now nobody who closes waits for this thread
+            if not self._closed and not self._threads:
+                self.see_to_a_waiter()  # an exception ended the loan, and the server goes on
 
     def check_lendable(self) -> None:
         """Raise ``RuntimeError`` if the calling thread serves a pool already."""
@@ -270,6 +352,8 @@ class Pool:
     def _make_room(self) -> None:
         """Have one thread of our own retire in favour of a lent one, when it is free."""
         with self._lock:
+            if self._closed:
+                return  # and the gate may be gone
             self._unwanted = 1
             self.gate.wake()
             self._changed.wait_for(lambda: self._closed or len(self._threads) < self.max_threads, 1.0)
@@ -296,6 +380,11 @@ class Pool:
             self._changed.wait_for(lambda: not self._threads - {own}, timeout)
             return self._others(own)
 
+    def close_from_inside(self) -> None:
+        """Refuse new calls, and leave with the last call that runs; waits for nobody."""
+        self.close(0)
+        self.join(0)
+
     def _others(self, own: threading.Thread) -> list[Invocation]:
         return [invocation for thread, invocation in list(self._running.items()) if thread is not own]
 
@@ -316,3 +405,199 @@ class Pool:
             done = not self._threads
         if done:
             self.gate.dispose()
+
+    @property
+    def finished(self) -> bool:
+        """Whether it is closed and the last thread has gone."""
+        return self._disposable and not self._threads
+
+    # -- calls that wait for themselves --------------------------------------------------------
+
+    def _waits_for(self, pools: set[Pool]) -> bool:
+        """Tell whether all its threads wait for some pools; while it can grow one is always free."""
+        with self._lock:
+            return all(self._awaited.get(thread) in pools for thread in self._threads)
+
+    def _is_stuck(self) -> bool:
+        """Tell whether none of its threads can ever answer; see the module's head."""
+        stuck, found = set(), {self}
+        while found:
+            pool = found.pop()
+            stuck.add(pool)
+            found |= set(pool._awaited.values()) - stuck
+        while True:
+            free = {pool for pool in stuck if not pool._waits_for(stuck)}
+            if not free:
+                return self in stuck
+            stuck -= free
+
+
+class Pools:
+    """
+    The pools of one server: the one that its endpoints share, and the private ones.
+
+    Args: as of ``Pool``; all pools have the same settings but for ``max_threads``.
+    """
+
+    def __init__(
+        self, name: str, serve: Callable[[Invocation], bool], *, max_threads: int,
+        idle_timeout: float | None, thread_setup: Callable[[], object] | None,
+    ) -> None:  # fmt: skip
+        self._make = functools.partial(
+            Pool, serve=serve, idle_timeout=idle_timeout, thread_setup=thread_setup
+        )
+        self.name = name
+        self.shared = self._make(name, max_threads=max_threads)
+        self._all = [self.shared]
+        self._lock = threading.RLock()  # guards the list and the state; pools are started under it
+        self._started = False
+        self._closed = False
+        self._past = Load()  # of the pools that are gone
+
+    @property
+    def load(self) -> Load:
+        """What all of them do now, and have done."""
+        with self._lock:
+            return sum((pool.load for pool in self._all), self._past)
+
+    def private(self, name: str, threads: int) -> Pool:
+        """
+        Make a pool for one endpoint, started if the others are.
+
+        Raises:
+            ClosedError: they are closed.
+            RuntimeError: no thread can be had.
+        """
+        with self._lock:
+            if self._closed:
+                raise ClosedError(f"{self.name} is closed")
+            pool = self._make(f"{self.name}-{name}", max_threads=threads)
+            if self._started:
+                try:
+                    pool.start()
+                except BaseException:
+                    pool.close_from_inside()
+                    raise
+            self._forget_finished()
+            self._all.append(pool)
+            return pool
+
+    def release(self, pool: Pool) -> None:
+        """
+        Let a private pool go when its running calls have been answered.
+
+        Takes no lock, for a finalizer may call it: the pool sees to it itself.
+        """
+        pool.run_soon(functools.partial(self._end, pool))
+
+    def _end(self, pool: Pool) -> None:
+        pool.close_from_inside()
+        with self._lock:
+            self._forget_finished()
+
+    def _forget_finished(self) -> None:
+        for gone in [pool for pool in self._all if pool.finished]:
+            self._past += attrs.evolve(gone.load, threads=0, waiting=0, running=0, channels=0)
+            self._all.remove(gone)
+
+    def start(self) -> None:
+        """
+        Start the first threads of each pool, or none.
+
+        Raises:
+            RuntimeError: no thread can be had.
+        """
+        started: list[Pool] = []
+        with self._lock:
+            try:
+                for pool in self._all:
+                    pool.start()
+                    started.append(pool)
+                self._started = True
+            except BaseException:
+                for pool in started:
+                    pool.send_away()
+                raise
+
+    def wait_set_up(self) -> None:
+        """
+        Wait until the first threads of all have run their setup.
+
+        Raises:
+            RuntimeError: it failed; what left it is the cause.
+        """
+        with self._lock:
+            pools = self._all[:]
+        for pool in pools:
+            pool.wait_set_up()
+
+    def close(self, timeout: float | None) -> list[Invocation]:
+        """Close all, with one time for them together; otherwise as ``Pool.close``."""
+        with self._lock:
+            self._closed = True
+            pools = self._all[:]
+        deadline = None if timeout is None else time.monotonic() + timeout
+        late = []
+        for pool in pools:
+            late += pool.close(None if deadline is None else max(0.0, deadline - time.monotonic()))
+        return late
+
+    def join(self, timeout: float) -> None:
+        """Wait for the threads of all to go; as ``Pool.join``."""
+        deadline = time.monotonic() + timeout
+        for pool in self._all[:]:
+            pool.join(max(0.0, deadline - time.monotonic()))
+
+    def are_ours(self) -> bool:
+        """Tell whether the calling thread serves one of them."""
+        return any(pool.is_ours() for pool in self._all)
+
+    def dispose(self) -> None:
+        """Give back what pools have that never were started."""
+        for pool in self._all:
+            pool.gate.dispose()
+
+
+@contextmanager
+def waiting_for(awaited: Pool, name: str) -> Iterator[None]:
+    """
+    Say, around a call of a door of this process, that this thread waits for its pool.
+
+    Args:
+        awaited: the pool.
+        name: of the door, for the error.
+
+    Raises:
+        BusyError: then all threads of the caller's own pool would wait for ever.
+    """
+    own: Pool | None = getattr(_local, "pool", None)
+    if own is None:
+        yield
+        return
+    thread = threading.current_thread()
+    with _waits:
+        own._awaited[thread] = awaited
+    try:
+        with _waits:
+            if not _waits.wait_for(lambda: not own._is_stuck(), STUCK):
+                raise BusyError(
+                    f"{name}: this call would wait for itself: all {own.threads} threads of {own.name!r} "
+                    f"(max_threads={own.max_threads}) wait for calls that they would have to answer"
+                )
+        yield
+    finally:
+        with _waits:
+            del own._awaited[thread]
+            _waits.notify_all()
+
+
+_waits = threading.Condition()
+
+
+def _forget_parent() -> None:
+    global _waits
+    _waits = threading.Condition()
+    _local.pool = None
+
+
+_sockets.on_fork(_forget_parent)

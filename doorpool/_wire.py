@@ -29,11 +29,12 @@ and the server's credentials attached; a refusal brings no socket):
      6  1  0 accepted, 1 refused
      7  1  codec
 
-*Frame* (both ways on the private pair):
+*Frame* (both ways on the private pair, in one SEQPACKET message or several of at most
+65,536 bytes; the end of a frame is the end of a message):
 
      0  1  kind: Q request, R reply, F failure, P ping, A answer to it, G goodbye
      1  1  version
-     2  2  descriptors that came with the first byte
+     2  2  descriptors that came with the first message
      4  4  buffers
      8  8  call number: counts up from 1 on each channel; a reply bears its request's
     16  8  length of all that follows
@@ -402,16 +403,16 @@ def frame_head(
 
 class Assembly:
     """
-    Puts one frame together from the pieces in which a stream brings it.
+    Puts one frame together from the pieces in which it comes.
 
     Feed it bytes while ``views()`` is None (the header and the table of buffers), then
     fill the views it hands out.  A body over the limit is never allocated: ``refusal`` is
-    set and ``surplus`` says how many bytes of the stream belong to it still.  Any other is
+    set and ``surplus`` says how many bytes to come belong to it still.  Any other is
     allocated as it comes, never more than ``AHEAD`` before it: who only claims a gibibyte,
     in forty bytes, has not made us take one from the system.
 
-    Behind a frame there can be nothing yet but a goodbye, which the stream may join to the
-    last reply; ``rest`` has it.
+    Behind a frame there can be nothing yet but a goodbye, joined to the last reply; ``rest``
+    has it.
     """
 
     __slots__ = ("_head", "_lengths", "_views", "fields", "parts", "refusal", "rest", "surplus")
@@ -441,9 +442,9 @@ class Assembly:
         """Return what is to be filled next, in order; None while the head is incomplete."""
         return self._views
 
-    def feed(self, piece: bytes, limit: int) -> None:
+    def feed(self, piece: bytes | memoryview, limit: int) -> None:
         """
-        Take bytes in the order of the stream.
+        Take bytes in the order in which they come.
 
         Args:
             piece: the bytes.
@@ -512,12 +513,12 @@ class Assembly:
                 views.append(memoryview(parts[-1])[begun:])
             room -= step
 
-    def _keep(self, rest: bytes) -> None:
+    def _keep(self, rest: bytes | memoryview) -> None:
         if rest and rest[0] != Kind.GOODBYE:
             raise ProtocolError("bytes behind the end of a frame")
         self.rest = bytes(rest)
 
-    def _fill(self, piece: bytes) -> None:
+    def _fill(self, piece: bytes | memoryview) -> None:
         views = self._views
         assert views is not None
         while piece:

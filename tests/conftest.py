@@ -110,7 +110,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--long", action="store_true", help="run what is repeated as often as a release deserves")
+    parser.addoption("--long", action="store_true", help="repeat things as often as a release deserves")
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ import os
 import stat
 import threading
 import warnings
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -329,13 +330,15 @@ def test_an_endpoint_alone_is_run_by_the_default_server(door_dir, connect):
 
 
 def test_a_dropped_endpoint_is_collected_with_a_warning():
-    held = [Endpoint(echo)]
+    held = [Endpoint(echo, linger=True)]
+    there = weakref.ref(held[0])
     held[0].open().close()  # handed out, and its holder is gone
-    wait_until(lambda: not held[0]._door._ports, "the keeper has heard so")
+    wait_until(lambda: held[0].unreferenced, "the keeper has heard so")
 
     def drop() -> None:
         held.clear()
-        gc.collect()  # endpoint and door know one another
+        # Endpoint and door know one another, and the keeper may be about to forget the door.
+        wait_until(lambda: gc.collect() >= 0 and there() is None)
 
     with pytest.warns(ResourceWarning, match="unclosed <Endpoint 'echo'"):
         drop()

@@ -482,10 +482,13 @@ def test_arguments_and_results_that_exit_end_no_server(serve, connect):
 
 
 @pytest.mark.ids("E10")
-def test_a_result_that_cannot_be_rebuilt_by_the_caller(serve, connect):
+@pytest.mark.parametrize("how", ["fails", "exits"])
+def test_a_result_that_cannot_be_rebuilt_by_the_caller(serve, connect, how):
+    """Nor does it end the caller."""
+
     class Fails:
         def __reduce__(self) -> Any:
-            return int, ("no number",)
+            return (int, ("no number",)) if how == "fails" else (sys.exit, (7,))
 
     serve(lambda how: Fails() if how else how)
     proxy = connect()

@@ -11,7 +11,7 @@ import os
 import pytest
 from support.rawdoor import PATIENCE
 
-from doorpool._channel import FIRST, JOIN
+from doorpool._channel import JOIN, PACKET
 from doorpool._errors import LimitError
 from doorpool._wire import HEADER, MAX_BUFFERS
 
@@ -19,9 +19,9 @@ PATTERN = bytes(range(251)) * 4_300  # a prime period, so that nothing shifted l
 
 SIZES = [
     *(0, 1, 2, 16_000),
-    *range(FIRST - HEADER.size - 2, FIRST - HEADER.size + 3),  # what the first look holds
-    *range(FIRST - 2, FIRST + 3),
-    *range(JOIN - 2, JOIN + 3),  # what is joined to its header
+    *range(JOIN - 2, JOIN + 3),  # what goes in one packet
+    *range(PACKET - 2, PACKET + 3),
+    *range(2 * PACKET - HEADER.size - 2, 2 * PACKET - HEADER.size + 3),
     200_000, 2**20 - 1, 2**20, 2**20 + 1,
 ]  # fmt: skip
 

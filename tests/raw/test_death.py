@@ -68,7 +68,7 @@ STEPS = {
         "server.accept(); server.channel.recv(1, __import__('socket').MSG_PEEK); die()", False
     ),
     "having read a part of the call": (
-        "server.accept(); rawpeer.receive_exactly(server.channel, 39); die()", False
+        "server.accept(); rawpeer.receive(server.channel); die()", False
     ),
     "having read the call": ("server.accept(); server.receive(); die()", True),
     "having answered a part of the header": (
@@ -91,7 +91,7 @@ STEPS = {
 def test_server_killed_at_each_step(staged, step):
     script, may_have_run = STEPS[step]
     _, handle = staged(script)
-    error, seconds = failing(handle.call, b"data")
+    error, seconds = failing(handle.call, bytes(100_000))  # two packets
     assert isinstance(error, BrokenDoorError), error
     assert error.may_have_run == may_have_run
     assert seconds < PROMPTLY + 1.0  # the process has to start its last step as well
@@ -108,7 +108,7 @@ def test_last_words_of_a_dying_server_arrive(staged):
 
 @pytest.mark.ids("E01")
 def test_server_killed_during_a_long_request(staged):
-    _, handle = staged("server.accept(); rawpeer.receive_exactly(server.channel, 1 << 20); die()")
+    _, handle = staged("server.accept(); rawpeer.receive_packets(server.channel, 1 << 20); die()")
     error, _ = failing(handle.call, bytes(32 << 20))
     assert isinstance(error, BrokenDoorError)
     assert not error.may_have_run
@@ -202,7 +202,7 @@ def test_time_over_while_the_request_is_sipped(staged):
         import select
         server.accept()
         while True:
-            rawpeer.receive_exactly(server.channel, 4096)
+            rawpeer.receive_packets(server.channel, 4096)
             select.select([], [], [], 0.03)
     """)
     error, seconds = failing(handle.call, bytes(64 << 20), timeout=0.3)

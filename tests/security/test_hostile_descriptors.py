@@ -216,6 +216,32 @@ def call_wrongly(path: str, count: int) -> None:
                 assert byhand.read_all(channel)[:1] in (b"", b"G")
 
 
+def send_empty(path: str, count: int) -> None:
+    """Send packets without a byte that bring slow sockets: one is read, those behind it never are."""
+    here.kept = []
+    with byhand.reach(path) as door:
+        for _ in range(count):
+            channel, _ = byhand.dial(door)
+            assert channel is not None
+            with channel:
+                for _ in range(3):
+                    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                        send_all_of(channel, b"", _slow()[0])
+                assert byhand.read_all(channel)[:1] in (b"", b"G")
+
+
+@pytest.mark.ids("F20", "C02")
+def test_empty_packets_with_slow_sockets_hold_nobody_up(actor, raw_server, path, root_only):
+    """They count as the end of a channel, and leave nothing behind."""
+    stranger, canary = actor(M), actor(V)
+    before = raw_server(descriptors)
+    with undisturbed(canary, path) as some_more:
+        stranger(send_empty, path, 10)
+        some_more()
+    stranger(let_go)
+    few_descriptors_more(raw_server, before)
+
+
 def leave_unread(path: str, count: int) -> None:
     """Have calls with slow sockets in the queues of channels, and knocks in that of a port."""
     here.kept, here.channels = [], []

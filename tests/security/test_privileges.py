@@ -445,7 +445,7 @@ def test_a_knock_without_attested_ids_is_nobodys(explicit):
 @pytest.mark.ids("B06")
 def test_an_answer_without_attested_ids_is_nobodys():
     ours, theirs = socket.socketpair()
-    p0, p1 = byhand.pair()
+    p0, p1 = byhand.channel_pair()
     with ours, theirs, p0, p1:
         byhand.send(theirs, byhand.answer_bytes(), [p1.fileno()])
         with pytest.raises((ProtocolError, AccessError)):
@@ -464,11 +464,11 @@ def break_lookup(what: str, number: int) -> None:
     def fail(*_: object) -> Any:
         raise OSError(number, os.strerror(number))
 
-    def without_pidfd(letter: Any, what: str) -> Any:
+    def without_pidfd(letter: Any, *rest: Any) -> Any:
         if letter.pidfd >= 0:
             os.close(letter.pidfd)
         letter.pidfd = -number  # as the kernel puts an error there
-        return here.mended["take_socket"](letter, what)
+        return here.mended["take_socket"](letter, *rest)
 
     if what == "SCM_PIDFD":
         _opening.take_socket = without_pidfd

@@ -14,7 +14,7 @@ import signal
 import socket
 import subprocess
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +108,7 @@ def relay_each(door: str, how: str, bomb: bytes) -> None:
 
 def _relay(door: str, how: str, bomb: bytes) -> None:
     """Forward the victim's knock on the true door, with or without touching a copy of it."""
-    ours, theirs = byhand.pair()
+    ours, theirs = byhand.channel_pair()
     with byhand.reach(door) as true, here.k1 as k1, ours, theirs:
         if how == "answering first":
             byhand.send(k1, byhand.answer_bytes(), [theirs.fileno()], byhand.own_ids())
@@ -209,7 +209,7 @@ def twin_reads() -> bytes:
 
 def twin_reads_and_writes(bomb: bytes) -> bytes:
     """Read and write what the copy allows, without waiting; return what was read."""
-    ours, theirs = byhand.pair()
+    ours, theirs = byhand.channel_pair()
     with ours, theirs:
         with contextlib.suppress(OSError):
             byhand.send(here.k1, byhand.answer_bytes(), [theirs.fileno()], byhand.own_ids())
@@ -321,9 +321,9 @@ def write(number: int, data: bytes) -> None:
         os.close(number)
 
 
-def make_pair() -> tuple[Fd, Fd]:
-    """Make a stream pair for somebody to inherit, as an event loop's self-pipe is."""
-    one, other = byhand.pair()
+def make_pair(make: Callable[[], tuple[socket.socket, socket.socket]] = byhand.pair) -> tuple[Fd, Fd]:
+    """Make a pair for somebody to inherit, as an event loop's self-pipe is."""
+    one, other = make()
     return Fd(one.detach()), Fd(other.detach())
 
 
@@ -344,13 +344,13 @@ def knock_with_pair(door: str | int, k0: int, k1: int, bomb: bytes) -> bytes:
 
 @pytest.fixture(params=["living", "dead"])
 def maker(request: pytest.FixtureRequest, actor, victim) -> Iterator[Actor]:
-    """A process of the victim's uid that has made a pair, which the stranger holds."""
+    """A process of the victim's uid that has made pairs, which the stranger holds."""
     one = actor(victim)
-    one.pair = one(make_pair)
+    one.pair, one.channel_pair = one(make_pair), one(make_pair, byhand.channel_pair)
     if request.param == "dead":
         one.kill()
     yield one
-    for number in one.pair:
+    for number in (*one.pair, *one.channel_pair):
         with contextlib.suppress(OSError):
             os.close(number)
 
@@ -403,7 +403,7 @@ def knock_at_kept_door() -> Any:
 
 def start_answer(data: bytes, *, socket_too: bool) -> Fd:
     """Send the victim some bytes, with a socket of ours or without; lend its k1 to the next writer."""
-    ours, theirs = byhand.pair()
+    ours, theirs = byhand.channel_pair()
     if data or socket_too:
         byhand.send(here.k1, data, [theirs.fileno()] if socket_too else (), byhand.own_ids())
     here.pair = ours, theirs
@@ -447,7 +447,7 @@ def test_an_answer_with_a_pair_made_by_the_victim_opens_nothing(trap, guarded, m
     with guarded(client):
         opening = client.begin(open_client, "objects", door)
         stranger(hear_victim)
-        stranger(answer_with_pair, *map(Fd, maker.pair), marker.bytes)
+        stranger(answer_with_pair, *map(Fd, maker.channel_pair), marker.bytes)
         with pytest.raises(AccessError, match=f"made by pid {maker.pid}, uid {victim}"):
             opening()
 
@@ -480,7 +480,7 @@ def test_the_numbers_alone_tell_a_relayer(serving, trap, actor, guarded, victim,
         stranger(set_trap, number, listens)
         opening = client.begin(open_client, "objects", door)
         stranger(hear_victim)
-        p0, p1 = maker(make_pair)
+        p0, p1 = maker(make_pair, byhand.channel_pair)
         stranger(answer_with_pair, Fd(p0), Fd(p1), marker.bytes)
         os.close(p0)
         os.close(p1)

@@ -252,7 +252,7 @@ def odd_answer(number: int, how: str, bomb: bytes) -> str:
     """Hear one knock at a port, and answer it oddly; return the pid and uid that the knock said."""
     with socket.socket(fileno=number) as port:
         theirs, knock = byhand.hear(port)
-        ours, other = byhand.pair()
+        ours, other = byhand.channel_pair()
         reader, writer = os.pipe()
         fds = {
             "no socket": [],

@@ -96,6 +96,11 @@ def pair(kind: int = socket.SOCK_STREAM) -> tuple[socket.socket, socket.socket]:
     return one, other
 
 
+def channel_pair() -> tuple[socket.socket, socket.socket]:
+    """Make what an answer brings: the two ends of a channel."""
+    return pair(socket.SOCK_SEQPACKET)
+
+
 def own_ids() -> tuple[int, int, int]:
     return os.getpid(), os.geteuid(), os.getegid()
 
@@ -214,7 +219,7 @@ def hear(port: socket.socket, flags: int = 0) -> tuple[socket.socket, Message]:
 
 def admit(theirs: socket.socket, codec: int = PICKLE) -> socket.socket:
     """Answer a knock as one should; return p0."""
-    ours, other = pair()
+    ours, other = channel_pair()
     with other:
         send(theirs, answer_bytes(codec), [other.fileno()], own_ids())
     return ours

@@ -23,6 +23,7 @@ SCM_CREDENTIALS = 2
 
 VERSION = 1
 HEAD = 40  # bytes before the body of a frame
+PACKET = 65_536  # the most bytes of one
 RAW = 0
 
 REQUEST, REPLY, FAILURE, PING, PONG, GOODBYE = b"QRFPAG"
@@ -131,9 +132,9 @@ def send(
     if descriptors:
         item = array.array("i", descriptors).tobytes()
         ancillary.append((socket.SOL_SOCKET, socket.SCM_RIGHTS, item))
-    sent = sock.sendmsg([data], ancillary, socket.MSG_NOSIGNAL)
-    if sent < len(data):
-        sock.sendall(data[sent:], socket.MSG_NOSIGNAL)
+    sock.sendmsg([data[:PACKET]], ancillary, socket.MSG_NOSIGNAL)
+    for start in range(PACKET, len(data), PACKET):
+        sock.send(data[start : start + PACKET], socket.MSG_NOSIGNAL)
 
 
 def receive(sock: socket.socket, size: int = 1 << 16) -> tuple[bytes, list[int]]:
@@ -148,10 +149,10 @@ def receive(sock: socket.socket, size: int = 1 << 16) -> tuple[bytes, list[int]]
     return data, found.tolist()
 
 
-def receive_exactly(sock: socket.socket, size: int) -> bytes:
-    data = b""
+def receive_packets(sock: socket.socket, size: int, data: bytes = b"") -> bytes:
+    """Receive packets until there are so many bytes; a frame ends where a packet ends."""
     while len(data) < size:
-        piece, descriptors = receive(sock, size - len(data))
+        piece, descriptors = receive(sock)
         for descriptor in descriptors:
             os.close(descriptor)
         if not piece:
@@ -213,8 +214,9 @@ class _Peer:
             EOFError: the other side has closed the channel.
         """
         try:
-            head = receive_exactly(self.channel, HEAD)
-            return Received(head, receive_exactly(self.channel, struct.unpack_from("<Q", head, 16)[0]))
+            data = receive_packets(self.channel, HEAD)
+            data = receive_packets(self.channel, HEAD + struct.unpack_from("<Q", data, 16)[0], data)
+            return Received(data[:HEAD], data[HEAD:])
         except ConnectionResetError:
             raise EOFError("reset") from None
 
@@ -344,7 +346,7 @@ class RawServer(_Peer):
 
     def admit(self, words: bytes | None = None, extra: Sequence[int] = ()) -> None:
         """Answer a knock that was heard."""
-        ours, theirs = pair(socket.SOCK_STREAM)
+        ours, theirs = pair(socket.SOCK_SEQPACKET)
         ours.setsockopt(socket.SOL_SOCKET, SO_PASSPIDFD, 0)
         theirs.setsockopt(socket.SOL_SOCKET, SO_PASSPIDFD, 0)
         if self.channel is not self.port:

@@ -52,7 +52,7 @@ OLDER = attrs.evolve(ELSEWHERE, python=(3, 1))
 
 def carried(parcel: _marshal.Parcel) -> tuple[bytes, list[bytearray]]:
     """What a transport hands over: writable copies of the buffers."""
-    return parcel.data, [bytearray(buffer) for buffer in parcel.buffers]
+    return parcel[0], [bytearray(buffer) for buffer in parcel[1]]
 
 
 def across(value: Any, to: _marshal.Dialect = HERE) -> Any:
@@ -156,7 +156,7 @@ def test_value_arrives_as_the_same_type(value: Any) -> None:
 def test_keywords_arrive() -> None:
     parcel = _marshal.pack_arguments((1,), {"x": 2, "y": Data("a")}, HERE)
     assert _marshal.unpack_arguments(*carried(parcel)) == ((1,), {"x": 2, "y": Data("a")})
-    assert _marshal.unpack_arguments(_marshal.pack_arguments((), {"x": 2}, HERE).data) == ((), {"x": 2})
+    assert _marshal.unpack_arguments(_marshal.pack_arguments((), {"x": 2}, HERE)[0]) == ((), {"x": 2})
 
 
 def test_what_pickle_carries_only_with_cloudpickle_arrives() -> None:
@@ -182,7 +182,7 @@ def test_identity_and_rings_within_one_message_are_kept() -> None:
 def test_messages_share_nothing() -> None:
     value = Data("same")
     first = _marshal.pack_result([value], HERE)
-    assert _marshal.pack_result([value], HERE).data == first.data
+    assert _marshal.pack_result([value], HERE)[0] == first[0]
     assert across(value) is not across(value)
 
 
@@ -217,9 +217,9 @@ def test_arrays_travel_beside_the_pickle_and_are_writable() -> None:
     numpy = pytest.importorskip("numpy")
     sent = numpy.arange(10_000.0).reshape(100, 100)
     parcel = _marshal.pack_arguments(([{"a": sent}, sent.T],), {}, HERE)
-    assert len(parcel.data) < 1000
-    assert [buffer.nbytes for buffer in parcel.buffers] == [80_000, 80_000]
-    assert numpy.shares_memory(numpy.frombuffer(parcel.buffers[0]), sent), "no copy was made"
+    assert len(parcel[0]) < 1000
+    assert [buffer.nbytes for buffer in parcel[1]] == [80_000, 80_000]
+    assert numpy.shares_memory(numpy.frombuffer(parcel[1][0]), sent), "no copy was made"
     ((came, turned),), _ = _marshal.unpack_arguments(*carried(parcel))
     assert (came["a"] == sent).all()
     assert (turned == sent.T).all()
@@ -260,7 +260,7 @@ def test_read_only_array_stays_so() -> None:
 
 def test_bytes_stay_inside() -> None:
     parcel = _marshal.pack_arguments((b"x" * 100_000, [bytearray(100_000)]), {}, HERE)
-    assert parcel.buffers == ()
+    assert parcel[1] == ()
 
 
 @pytest.mark.parametrize(
@@ -284,10 +284,10 @@ def test_memoryview_arrives_as_one(view: memoryview) -> None:
 
 
 def test_data_may_be_any_bytes() -> None:
-    data = _marshal.pack_result([1, Data("a")], HERE).data
+    data = _marshal.pack_result([1, Data("a")], HERE)[0]
     for kind in (bytes, bytearray, memoryview, lambda data: memoryview(bytearray(data))):
         assert _marshal.unpack_outcome(kind(data)) == [1, Data("a")]
-    failure = _marshal.pack_exception(KeyError("k"), HERE).data
+    failure = _marshal.pack_exception(KeyError("k"), HERE)[0]
     for kind in (bytes, bytearray, memoryview, lambda data: memoryview(bytearray(data))):
         with pytest.raises(KeyError):
             _marshal.unpack_outcome(kind(failure))
@@ -594,7 +594,7 @@ class Nests:
     """Marshals something else while it is marshalled itself, as a user's class may."""
 
     def __reduce__(self) -> Any:
-        return bytes, (_marshal.pack_result([Data("inner")], HERE).data,)
+        return bytes, (_marshal.pack_result([Data("inner")], HERE)[0],)
 
 
 def test_pickling_may_nest() -> None:
@@ -639,11 +639,11 @@ class SetStateRaises:
 def test_error_of_a_setstate_is_a_marshal_error(kind: type[Exception]) -> None:
     value = SetStateRaises(kind)
     with pytest.raises(MarshalError, match=f"{kind.__name__}: from the setter") as info:
-        _marshal.unpack_arguments(_marshal.pack_arguments((value,), {}, HERE).data)
+        _marshal.unpack_arguments(_marshal.pack_arguments((value,), {}, HERE)[0])
     assert not info.value.may_have_run
     assert type(info.value.__cause__) is kind
     with pytest.raises(MarshalError, match=f"{kind.__name__}: from the setter") as info:
-        _marshal.unpack_outcome(_marshal.pack_result(value, HERE).data)
+        _marshal.unpack_outcome(_marshal.pack_result(value, HERE)[0])
     assert info.value.may_have_run
 
 
@@ -660,9 +660,9 @@ def test_what_cannot_be_imported_is_named_with_the_remedies(gone: str) -> None:
         else:
             del sys.modules["goes_away"]
         with pytest.raises(MarshalError) as first:
-            _marshal.unpack_arguments(arguments.data)
+            _marshal.unpack_arguments(arguments[0])
         with pytest.raises(MarshalError) as second:
-            _marshal.unpack_outcome(memoryview(result.data))
+            _marshal.unpack_outcome(memoryview(result[0]))
     finally:
         sys.modules.pop("goes_away", None)
     assert not first.value.may_have_run
@@ -706,7 +706,7 @@ def test_missing_buffers_are_a_protocol_error() -> None:
     numpy = pytest.importorskip("numpy")
     parcel = _marshal.pack_result([numpy.zeros(10_000)], HERE)
     with pytest.raises(ProtocolError):
-        _marshal.unpack_outcome(parcel.data, [])
+        _marshal.unpack_outcome(parcel[0], [])
 
 
 @settings(max_examples=200)
@@ -722,8 +722,8 @@ def test_garbage_never_raises_anything_else(data: bytes) -> None:
 
 def test_every_run_of_the_unpickler_is_counted() -> None:
     before = _marshal.unpickled
-    _marshal.unpack_outcome(_marshal.pack_result(1, HERE).data)
-    _marshal.unpack_arguments(_marshal.pack_arguments((1,), {}, HERE).data)
+    _marshal.unpack_outcome(_marshal.pack_result(1, HERE)[0])
+    _marshal.unpack_arguments(_marshal.pack_arguments((1,), {}, HERE)[0])
     assert _marshal.unpickled == before + 2
     with pytest.raises(MarshalError):
         _marshal.unpack_outcome(b"\x80\xff")
@@ -841,7 +841,7 @@ if __name__ == "__main__":
         to = _marshal.Dialect(*take(at("server")))
         give(at("me"), (_marshal.own_dialect().python, _marshal.own_dialect().main))
         request = _marshal.pack_arguments((Config(4), function), {}, to)
-        give(at("request"), request.data)
+        give(at("request"), request[0])
         subprocess.run([sys.executable, take(at("server.path")), "serve", folder], check=True)
         result = _marshal.unpack_outcome(take(at("reply")))
         say(type(result) is Config, result.value, Config.twice.__globals__ is globals())
@@ -861,7 +861,7 @@ if __name__ == "__main__":
         (again, _), _ = _marshal.unpack_arguments(take(at("request")))
         assert type(config) is type(again), "a class sent twice is one class"
         give(at("seen"), (config.side, isinstance(config, Config), config.twice()))
-        give(at("reply"), _marshal.pack_result(function(config), to).data)
+        give(at("reply"), _marshal.pack_result(function(config), to)[0])
 """
 
 
@@ -889,8 +889,8 @@ if __name__ == "__main__":
         to = _marshal.own_dialect()
         values = [Config(), Config.Part(), Colour.RED, function, Config.method, Config().method]
         parcel = _marshal.pack_arguments((values,), {}, to)
-        assert b"_main_attribute" in parcel.data and b"_make_skeleton" not in parcel.data
-        give(out, (to.main, parcel.data, _marshal.pack_exception(Failure(code=4), to).data))
+        assert b"_main_attribute" in parcel[0] and b"_make_skeleton" not in parcel[0]
+        give(out, (to.main, parcel[0], _marshal.pack_exception(Failure(code=4), to)[0]))
     else:
         main, arguments, failure = take(out)
         assert main == _marshal.own_dialect().main and any(main)
@@ -920,12 +920,12 @@ def child(main, request, out):
     (config,), _ = _marshal.unpack_arguments(request)
     assert type(config) is Config
     far = _marshal.Dialect(mine.python, b"another script !")
-    give(out, (mine.main == main, _marshal.pack_result(Config(config.value + 1), mine).data,
-               _marshal.pack_result(Config(7), far).data))
+    give(out, (mine.main == main, _marshal.pack_result(Config(config.value + 1), mine)[0],
+               _marshal.pack_result(Config(7), far)[0]))
 if __name__ == "__main__":
     out = sys.argv[1]
     me = _marshal.own_dialect()
-    request = _marshal.pack_arguments((Config(1),), {}, me).data
+    request = _marshal.pack_arguments((Config(1),), {}, me)[0]
     process = multiprocessing.get_context("spawn").Process(target=child, args=(me.main, request, out))
     process.start()
     process.join()
@@ -946,7 +946,7 @@ def test_prompt_and_dash_c_have_no_main(tmp_path: Path) -> None:
         class Config:
             value = 3
         me = _marshal.own_dialect()
-        give(sys.argv[1], _marshal.pack_result(Config(), me).data)
+        give(sys.argv[1], _marshal.pack_result(Config(), me)[0])
         say(any(me.main), me.shares_main())
         """
     )
@@ -965,7 +965,7 @@ def test_name_defined_only_in_the_senders_run_of_the_script(tmp_path: Path) -> N
         role, out = sys.argv[1:]
         if role == "send":
             class Late: pass
-            give(out, _marshal.pack_arguments((Late(),), {}, _marshal.own_dialect()).data)
+            give(out, _marshal.pack_arguments((Late(),), {}, _marshal.own_dialect())[0])
         else:
             try:
                 _marshal.unpack_arguments(take(out))
@@ -992,7 +992,7 @@ def test_module_that_only_the_sender_has_and_its_remedy(tmp_path: Path) -> None:
         if sys.argv[2] == "value":
             cloudpickle.register_pickle_by_value(helpers)
         to = _marshal.Dialect(sys.version_info[:2], b"another script !")
-        give(sys.argv[1], _marshal.pack_arguments((helpers.Thing(),), {}, to).data)
+        give(sys.argv[1], _marshal.pack_arguments((helpers.Thing(),), {}, to)[0])
         """,
     )
     run(script, tmp_path / "out", "reference", path=(lib,))

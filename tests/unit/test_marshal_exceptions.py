@@ -48,13 +48,13 @@ def arrive(error: BaseException, to: _marshal.Dialect = HERE) -> Any:
         raise error
     except BaseException as caught:
         parcel = _marshal.pack_exception(caught, to)
-    assert parcel.data[0] != 0x80
+    assert parcel[0][0] != 0x80
     return opened(parcel)
 
 
 def opened(parcel: _marshal.Parcel) -> Any:
     try:
-        _marshal.unpack_outcome(parcel.data, parcel.buffers)
+        _marshal.unpack_outcome(parcel[0], parcel[1])
     except BaseException as error:
         return error
     pytest.fail("nothing was raised")
@@ -618,7 +618,7 @@ def test_text_of_a_subclass_of_str_is_text() -> None:
 def test_huge_exception_is_bounded() -> None:
     big = ValueError("x" * 50_000_000)
     parcel = _marshal.pack_exception(big, HERE)
-    assert len(parcel.data) < 300_000
+    assert len(parcel[0]) < 300_000
     came = opened(parcel)
     assert type(came) is RemoteError
     assert came.type_name == "ValueError"
@@ -635,7 +635,7 @@ def test_large_exception_still_arrives_as_itself() -> None:
 def test_many_huge_exceptions_are_bounded_together() -> None:
     parts = [ValueError("x" * 3_000_000) for _ in range(20)]
     parcel = _marshal.pack_exception(ExceptionGroup("g", parts), HERE)
-    assert len(parcel.data) < 20_000_000
+    assert len(parcel[0]) < 20_000_000
     kinds = [type(each) for each in opened(parcel).exceptions]
     assert kinds[0] is ValueError
     assert kinds[-1] is RemoteError
@@ -653,7 +653,7 @@ def test_deep_recursion_is_told_briefly() -> None:
 def test_arrays_in_an_exception_travel_inside() -> None:
     numpy = pytest.importorskip("numpy")
     parcel = _marshal.pack_exception(ValueError(numpy.zeros(100_000)), HERE)
-    assert parcel.buffers == ()
+    assert parcel[1] == ()
     came = opened(parcel)
     came.args[0][0] = 1  # writable
     assert came.args[0].shape == (100_000,)
@@ -693,14 +693,14 @@ def test_refusal_shows_the_traceback_of_its_cause() -> None:
 
 
 def test_refusal_that_is_none_is_a_protocol_error() -> None:
-    data = bytearray(_marshal.pack_exception(ValueError("x"), HERE).data)
+    data = bytearray(_marshal.pack_exception(ValueError("x"), HERE)[0])
     data[0] = ord("R")
     with pytest.raises(ProtocolError):
         _marshal.unpack_outcome(data)
 
 
 def test_exception_that_must_not_come_is_a_protocol_error() -> None:
-    data = bytearray(_marshal.pack_refusal(BusyError("x"), HERE).data)
+    data = bytearray(_marshal.pack_refusal(BusyError("x"), HERE)[0])
     data[0] = ord("E")
     with pytest.raises(ProtocolError) as info:
         _marshal.unpack_outcome(data)
@@ -720,13 +720,13 @@ def test_exception_that_must_not_come_is_a_protocol_error() -> None:
     ],
 )
 def test_malformed_envelope_is_a_protocol_error(envelope: object) -> None:
-    data = b"E" + _marshal._dump(envelope, HERE).data
+    data = b"E" + _marshal._dump(envelope, HERE)[0]
     with pytest.raises(ProtocolError):
         _marshal.unpack_outcome(data)
 
 
 def test_every_cut_of_an_exception_is_a_library_error() -> None:
-    data = _marshal.pack_exception(QuotaError("ann", 3), HERE).data
+    data = _marshal.pack_exception(QuotaError("ann", 3), HERE)[0]
     for length in range(len(data)):
         with pytest.raises((ProtocolError, MarshalError, RemoteError)):
             _marshal.unpack_outcome(data[:length])
@@ -751,7 +751,7 @@ def test_exception_as_a_value_is_rebuilt_without_its_init() -> None:
     error = KeywordError(code=9)
     error.__cause__ = ValueError(threading.Lock())  # must not make it unsendable
     parcel = _marshal.pack_result([error, error], HERE)
-    first, second = _marshal.unpack_outcome(parcel.data, parcel.buffers)
+    first, second = _marshal.unpack_outcome(parcel[0], parcel[1])
     assert type(first) is KeywordError
     assert first.code == 9
     assert first is second
@@ -761,7 +761,7 @@ def test_exception_as_a_value_is_rebuilt_without_its_init() -> None:
 def test_exception_that_holds_itself_arrives() -> None:
     error = ValueError("ring")
     error.me = error  # type: ignore[attr-defined]
-    came = _marshal.unpack_outcome(_marshal.pack_result(error, HERE).data)
+    came = _marshal.unpack_outcome(_marshal.pack_result(error, HERE)[0])
     assert came.me is came
     assert arrive(error).me.me.args == ("ring",)
 
@@ -777,8 +777,8 @@ try:
     procedure()
 except BaseException as error:
     parcel = _marshal.pack_exception(error, to)
-assert not parcel.buffers
-open(sys.argv[1], "wb").write(parcel.data)
+assert not parcel[1]
+open(sys.argv[1], "wb").write(parcel[0])
 """
 
 
@@ -790,7 +790,7 @@ def from_another_process(
     search = [str(ROOT), *([str(path)] if path else [])]
     command = [sys.executable, str(script), str(out), repr(to.python), to.main.hex()]
     subprocess.run(command, check=True, env={"PYTHONPATH": ":".join(search)}, timeout=30)
-    return opened(_marshal.Parcel(out.read_bytes()))
+    return opened((out.read_bytes(), (), ()))
 
 
 def test_class_of_the_senders_main_comes_by_value(tmp_path: Path) -> None:
@@ -865,7 +865,7 @@ def test_cause_that_the_receiver_lacks_does_not_spoil_the_exception(tmp_path: Pa
 
 def test_uncaught_it_prints_the_remote_traceback(tmp_path: Path) -> None:
     out = tmp_path / "parcel"
-    out.write_bytes(_marshal.pack_exception(_caught(lambda: 1 / 0), HERE).data)
+    out.write_bytes(_marshal.pack_exception(_caught(lambda: 1 / 0), HERE)[0])
     script = (
         "import sys; from doorpool import _marshal; _marshal.unpack_outcome(open(sys.argv[1], 'rb').read())"
     )

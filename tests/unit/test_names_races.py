@@ -417,11 +417,19 @@ def test_a_part_of_the_path_that_is_swapped_all_the_time(door_dir):
 # -- sudden death
 
 
-@pytest.mark.timeout(180)  # 500 forks of a process in which the whole suite has run, on one busy CPU
+# These fork hundreds of times, so they do it in a process that is small.
+
+
 @pytest.mark.ids("A10", "N3")
-def test_a_server_that_is_killed_and_started_500_times(door_dir):
+def test_a_server_that_is_killed_and_started_500_times(run_python, door_dir):
     path = door_dir / "a.door"
-    for _ in range(500):
+    run_python(_kill_and_start, path, 500)
+    assert os.listdir(door_dir) == ["a.door"]
+    path.unlink()
+
+
+def _kill_and_start(path: Path, times: int) -> None:
+    for _ in range(times):
         pid, ready = _forked_server(path)
         try:
             assert os.read(ready, 1) == b"."
@@ -430,8 +438,6 @@ def test_a_server_that_is_killed_and_started_500_times(door_dir):
             os.close(ready)
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
-    assert os.listdir(door_dir) == ["a.door"]
-    path.unlink()
 
 
 def _forked_server(path: Path) -> tuple[int, int]:
@@ -439,9 +445,9 @@ def _forked_server(path: Path) -> tuple[int, int]:
     pid = os.fork()
     if pid == 0:
         try:
-            publish(path)
-            os.write(ready_child, b".")
-            signal.pause()
+            with publish(path):
+                os.write(ready_child, b".")
+                signal.pause()
         finally:
             os._exit(1)
     os.close(ready_child)
@@ -450,20 +456,24 @@ def _forked_server(path: Path) -> tuple[int, int]:
 
 @pytest.mark.ids("A10")
 @pytest.mark.parametrize("state", ["new", "stale"])
-def test_a_server_killed_at_any_step_leaves_no_trap(door_dir, state):
+def test_a_server_killed_at_any_step_leaves_no_trap(run_python, door_dir, state):
     """
     Killed before each call of a C function in turn; the next server starts, and tidies up.
     """
     path = door_dir / "a.door"
+    assert run_python(_kill_at_each_step, path, state).value > 50
+    path.unlink()
+
+
+def _kill_at_each_step(path: Path, state: str) -> int:
     steps = 0
     while not _finishes_before(steps, path, state):
         with publish(path) as name:
             reach(path).socket.close()
-            assert os.listdir(door_dir) == ["a.door"], f"left behind at step {steps}"
+            assert os.listdir(path.parent) == ["a.door"], f"left behind at step {steps}"
             assert name.remove()
         steps += 1
-    assert steps > 50
-    path.unlink()
+    return steps
 
 
 def _finishes_before(step: int, path: Path, state: str) -> bool:

@@ -1,0 +1,586 @@
+"""
+Closing: servers, endpoints and proxies, at any moment, from any thread, in the middle of anything.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import linecache
+import os
+import random
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytest
+from support import byhand, rawpeer, run_as_uid, wait_until
+from support.rawdoor import Background
+
+from doorpool import BrokenDoorError, ClosedError, Endpoint, Proxy, RevokedError, Server
+from doorpool._keeper import keeper
+
+PATIENCE = 30.0  # seconds until what certainly happens is taken for a hang
+CLOSED = 7  # the reason of a goodbye
+
+
+class Work:
+    """
+    A procedure whose calls end when they are told to, and a journal of those that began.
+    """
+
+    def __init__(self) -> None:
+        self.journal: list[str] = []
+        self.begun = threading.Semaphore(0)
+        self.ends: dict[str, threading.Event] = {
+            "in time": threading.Event(),
+            "too late": threading.Event(),
+            "at once": threading.Event(),
+        }
+        self.ends["at once"].set()
+
+    def __call__(self, call: str) -> str:
+        self.journal.append(call)
+        self.begun.release()
+        assert self.ends[call.split(":")[0]].wait(PATIENCE)
+        return f"did {call}"
+
+    def wait_begun(self, calls: int) -> None:
+        for _ in range(calls):
+            assert self.begun.acquire(timeout=PATIENCE)
+
+
+@pytest.fixture
+def work() -> Iterator[Work]:
+    work = Work()
+    yield work
+    for event in work.ends.values():
+        event.set()
+
+
+def _only_channel(proxy: Proxy) -> Any:
+    """The socket of a proxy's idle channel."""
+    (channel,) = proxy._line.handle._idle
+    return channel.socket
+
+
+def _error_of(call: Callable[[], Any]) -> BaseException:
+    with pytest.raises(BaseException) as caught:
+        call()
+    return caught.value
+
+
+# -- a server, with calls in every state
+
+
+class HalfOpen:
+    """
+    Clients by hand that have come so far and no further, and how the server ends each of them.
+    """
+
+    def __init__(self, path: Path, stack: contextlib.ExitStack) -> None:
+        self._path, self._stack = str(path), stack
+        self.doors = [self._reach() for _ in range(10)]
+        self.requested = [self._dial(door) for door in self.doors[:2]]
+        for channel in self.requested:  # the half of a request
+            channel.sendall(byhand.frame_bytes("Q", 1, bytes(1000))[:500])
+        self.silent = [self._dial(door) for door in self.doors[2:4]]
+        self.answered = [self._keep(byhand.knock(door)) for door in self.doors[4:6]]
+        for sock in self.answered:  # the answer is there, and nobody reads it
+            assert byhand.readable(sock, PATIENCE)
+        self.knocked: list[Any] = []
+
+    def knock(self) -> None:
+        """Knock, while the keeper hears nothing."""
+        self.knocked = [self._keep(byhand.knock(door)) for door in self.doors[6:8]]
+
+    def _keep(self, sock: Any) -> Any:
+        return self._stack.enter_context(sock)
+
+    def _reach(self) -> Any:
+        return self._keep(byhand.reach(self._path))
+
+    def _dial(self, door: Any) -> Any:
+        channel, _ = byhand.dial(door)
+        return self._keep(channel)
+
+    def ends(self) -> None:
+        """Look at what each of them is told."""
+        for sock in [*self.answered, *self.knocked]:
+            message = byhand.receive(sock)
+            if message.fds:
+                self.silent.append(self._keep(socket.socket(fileno=message.fds.pop())))
+            elif message.data:
+                reason, _ = byhand.refusal_in(message.data) or (None, "")
+                assert reason == CLOSED
+        for channel in [*self.requested, *self.silent]:
+            said = byhand.read_all(channel)
+            assert said[:1] == b"G"  # goodbye
+            assert said[rawpeer.HEAD : rawpeer.HEAD + 2] == bytes([CLOSED, False])
+        for door in self.doors:  # greeting and farewell; first of all, once, that a knock was not heard
+            assert byhand.read_all(door) or byhand.read_all(door)
+
+
+@pytest.mark.ids("E11", "R1", "R2", "R3", "L14")
+def test_close_with_calls_in_every_state(door_dir, many):
+    """
+    Fifty of them: in time, too late, queued, idle, half-open; and those who come when it has begun.
+    """
+    for round in range(many(2, 20)):
+        with contextlib.ExitStack() as stack:
+            _close_in_every_state(door_dir, stack, Work(), grace=0.5 + 0.1 * round)
+
+
+def _close_in_every_state(door_dir: Path, stack: contextlib.ExitStack, work: Work, grace: float) -> None:
+    path = door_dir / "a.door"
+    server = Server(max_threads=20)
+    stack.callback(server.close, 0)
+    stack.callback(lambda: [event.set() for event in work.ends.values()])
+    endpoint = server.attach(work, path)
+    server.start()
+
+    def opened() -> Proxy:
+        return stack.enter_context(Proxy(path, reopen=False))
+
+    def calling(what: str) -> list[Background]:
+        return [Background(opened(), f"{what}:{number}") for number in range(10)]
+
+    late, idle, newcomer = opened(), [opened() for _ in range(10)], opened()
+    half_open = HalfOpen(path, stack)
+    in_time, too_late = calling("in time"), calling("too late")
+    work.wait_begun(20)
+    proxies = [opened() for _ in range(10)]
+    channels = [_only_channel(proxy) for proxy in proxies]
+    queued = [Background(proxy, f"at once:{number}") for number, proxy in enumerate(proxies)]
+    wait_until(lambda: all(map(rawpeer.unread_there, channels)), "they wait for a thread")
+    with keeper().lock:
+        half_open.knock()
+        began = time.monotonic()
+        closer = Background(server.close, grace)
+        wait_until(lambda: server.closed)
+
+    for call in queued:  # at once, not at the end of the grace
+        error = call.error()
+        assert isinstance(error, RevokedError)
+        assert not error.may_have_run
+    for proxy in [late, *idle]:
+        error = _error_of(lambda proxy=proxy: proxy("at once:idle"))
+        assert isinstance(error, RevokedError)
+        assert not error.may_have_run
+    assert not path.exists()
+    with pytest.raises(FileNotFoundError):
+        Proxy(path)
+    with pytest.raises(ClosedError):
+        endpoint.open()
+    with pytest.raises(ClosedError):
+        server.attach(work, door_dir / "b.door")
+    with pytest.raises(RevokedError):  # a second descriptor, and a channel
+        Proxy(newcomer)
+    half_open.ends()
+    assert closer.running, "the others still have time"
+    assert all(call.running for call in in_time + too_late)
+    work.ends["in time"].set()
+    assert [call.result() for call in in_time] == [f"did in time:{number}" for number in range(10)]
+    closer.result()
+    took = time.monotonic() - began
+    assert grace <= took < grace + 2
+    for call in too_late:
+        error = call.error()
+        assert isinstance(error, BrokenDoorError)
+        assert error.may_have_run
+    assert sorted(work.journal) == sorted(
+        f"{what}:{number}" for what in ("in time", "too late") for number in range(10)
+    )
+    assert server.statistics().channels == 10, "those that were cut, whose threads still work"
+    work.ends["too late"].set()
+    wait_until(lambda: server.statistics().threads == 0)
+    assert server.statistics().channels == 0
+
+
+def test_ctrl_c_while_closing_cuts_what_is_left(spawn_server, door_dir, connect):
+    """
+    Whoever presses it does not want to wait any longer; the callers are told at once.
+    """
+    child = spawn_server(
+        """
+        import os, threading
+        from doorpool import Server
+
+        server = Server()
+        forever = threading.Event()
+
+        @server.endpoint("a.door")
+        def stubborn():
+            if threading.current_thread() is threading.main_thread():
+                return
+            begun.set()
+            forever.wait()
+
+        begun = threading.Event()
+        server.start()
+        ready()
+        begun.wait()
+        try:
+            server.close(None)
+        except KeyboardInterrupt:
+            forever.wait()  # the process goes on
+        """,
+        cwd=door_dir,
+    )
+    call = Background(connect())
+    wait_until(lambda: not (door_dir / "a.door").exists(), "it is being closed", timeout=PATIENCE)
+    child.signal(signal.SIGINT)
+    error = call.error()
+    assert isinstance(error, BrokenDoorError)
+    assert error.may_have_run
+    assert "1 calls cut by an exception: stubborn" in child.stderr
+    child.kill()
+
+
+# -- an endpoint
+
+
+@pytest.mark.parametrize("end", [Endpoint.revoke, Endpoint.close])
+@pytest.mark.ids("R1", "R2", "R3", "R5", "R9")
+def test_revoke_with_calls_in_every_state(serve, connect, door_dir, work, end):
+    """
+    Running calls finish; those that wait for a thread did not run; the other doors know nothing of it.
+    """
+    server = serve(work, server={"max_threads": 3})
+    (endpoint,) = server.endpoints
+    other = server.attach(str.upper, door_dir / "b.door")
+    descriptor = endpoint.open()
+    running = [Background(connect(reopen=False), f"in time:{number}") for number in range(3)]
+    work.wait_begun(3)
+    idle, away = connect(reopen=False), connect(other)
+    proxies = [connect(reopen=False) for _ in range(5)]
+    channels = [_only_channel(proxy) for proxy in proxies]
+    queued = [Background(proxy, f"at once:{number}") for number, proxy in enumerate(proxies)]
+    wait_until(lambda: all(map(rawpeer.unread_there, channels)))
+    assert not endpoint.revoked
+    assert idle.alive
+    with contextlib.ExitStack() as closers:
+        for _ in range(4):
+            closers.callback(Background(end, endpoint).result)
+        end(endpoint)
+    end(endpoint)
+    assert endpoint.revoked
+    assert not (door_dir / "a.door").exists()
+    assert endpoint.paths == ()
+    for call in queued:
+        error = call.error()
+        assert isinstance(error, RevokedError)
+        assert not error.may_have_run
+        assert "a.door" in str(error)
+    for _ in range(2):
+        with pytest.raises(RevokedError):
+            idle("at once:idle")
+    assert not idle.alive
+    assert idle.info.name == endpoint.name, "what it said of itself stays readable"
+    with pytest.raises(ClosedError):
+        endpoint.open()
+    with pytest.raises(RevokedError), descriptor:
+        Proxy(descriptor)
+    assert all(call.running for call in running)
+    waits = Background(away, "still there")  # behind the running ones, in the same pool
+    work.ends["in time"].set()
+    assert [call.result() for call in running] == [f"did in time:{number}" for number in range(3)]
+    assert waits.result() == "STILL THERE"
+    assert sorted(work.journal) == [f"in time:{number}" for number in range(3)]
+    assert not server.closed
+
+
+@pytest.mark.ids("R4", "Y1")
+def test_revoke_in_a_child_is_refused_whatever_the_parents_threads_were_doing(serve, connect):
+    """
+    Another thread was handing the door out when the process forked; its lock is held for ever in the child.
+    """
+    (endpoint,) = serve(os.getpid).endpoints
+    held, go_on = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with endpoint._making:
+            held.set()
+            assert go_on.wait(PATIENCE)
+
+    holder = Background(hold)
+    assert held.wait(PATIENCE)
+    try:
+        with pytest.raises(PermissionError, match="only the process that made it"):
+            run_as_uid(None, endpoint.revoke, timeout=PATIENCE / 3)
+    finally:
+        go_on.set()
+    holder.result()
+    assert connect()() == os.getpid()
+
+
+@pytest.mark.ids("R8", "A12")
+def test_only_a_name_that_is_still_ours_goes(serve, connect, door_dir):
+    server = serve(lambda: "first", server={})
+    path = door_dir / "a.door"
+    with Server() as successor:
+        successor.attach(lambda: "second", path, replace=True)
+        server.endpoints[0].revoke()
+        assert path.is_socket()
+        assert connect()() == "second"
+        server.close()
+        assert path.is_socket()
+        assert connect()() == "second"
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("ending", ["at its end", "os._exit"])
+@pytest.mark.ids("R7")
+def test_the_end_of_the_process_takes_its_doors_away(spawn_server, door_dir, connect, ending):
+    """
+    One that ends takes its names along and says goodbye; of one that does not, the kernel closes the sockets.
+    """
+    child = spawn_server(
+        """
+        import os, sys
+        from doorpool import Endpoint, Server
+
+        def end():
+            go_on.set()
+
+        import threading
+        go_on = threading.Event()
+        server = Server()
+        server.attach(str.upper, "a.door")
+        server.attach(end, "end.door")
+        server.start()
+        endpoint = Endpoint(str.lower).attach("b.door")
+        ready()
+        go_on.wait()
+        if sys.argv[1] == "os._exit":
+            os._exit(0)
+        """,
+        ending,
+        cwd=door_dir,
+    )
+    proxies = [connect(door_dir / name, reopen=False) for name in ("a.door", "b.door")]
+    assert [proxy("Ab") for proxy in proxies] == ["AB", "ab"]
+    with contextlib.suppress(BrokenDoorError):
+        connect(door_dir / "end.door")()
+    assert child.wait() == 0
+    names = ["a.door", "b.door", "end.door"] if ending == "os._exit" else []
+    assert sorted(os.listdir(door_dir)) == names
+    for proxy in proxies:
+        with pytest.raises(BrokenDoorError if names else RevokedError) as caught:
+            proxy("Cd")
+        assert not caught.value.may_have_run
+        assert not proxy.alive
+    for name in names:
+        (door_dir / name).unlink()
+
+
+# -- during use
+
+
+class Sentinel:
+    """
+    Files opened as soon as descriptors become free, by which somebody who uses a number too long is found.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._files: list[tuple[int, Path]] = []
+
+    def take_numbers(self, count: int = 12) -> None:
+        for _ in range(count):
+            path = self._folder / f"sentinel {len(self._files)}"
+            path.write_text(path.name)
+            self._files.append((os.open(path, os.O_RDWR), path))
+
+    def check(self) -> None:
+        """Find the files as they were made: at their numbers, at their beginning, with their content."""
+        for number, path in self._files:
+            assert os.readlink(f"/proc/self/fd/{number}") == str(path)
+            assert os.lseek(number, 0, os.SEEK_CUR) == 0
+            assert path.read_text() == path.name
+            os.close(number)
+
+
+class InUse:
+    """
+    A server, an endpoint, a proxy, a view and a handle, which 16 threads use.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.server = Server(max_threads=8)
+        self.endpoint = self.server.attach(lambda number: number, folder / "a.door")
+        self.server.start()
+        self.proxy = Proxy(folder / "a.door", reopen=False)
+        self.view = self.proxy.options(timeout=PATIENCE)
+        self.handle = self.view._line.handle
+        self.calls = 0
+        self._under_way = threading.Semaphore(0)
+        self._threads = [Background(self._use, number) for number in range(16)]
+
+    def _use(self, number: int) -> None:
+        rng = random.Random(number)
+        while True:
+            value = rng.random()
+            assert self.view(value) == value
+            self._under_way.release()
+
+    def wait_in_use(self) -> None:
+        for _ in range(20):
+            assert self._under_way.acquire(timeout=PATIENCE)
+
+    def errors(self) -> set[type[BaseException] | None]:
+        return {type(thread.error()) for thread in self._threads}
+
+    def close(self) -> None:
+        self.proxy.close()
+        self.server.close(PATIENCE)
+
+
+WHAT = {
+    "proxy": (lambda it: it.proxy.close, {ClosedError}),
+    "view": (lambda it: it.view.close, {ClosedError}),
+    "handle": (lambda it: it.handle.close, {ClosedError}),
+    "revoke": (lambda it: it.endpoint.revoke, {RevokedError}),
+    "endpoint": (lambda it: it.endpoint.close, {RevokedError}),
+    "server": (lambda it: lambda: it.server.close(PATIENCE), {RevokedError}),
+    "server, at once": (lambda it: lambda: it.server.close(0), {RevokedError, BrokenDoorError}),
+}
+
+
+@pytest.mark.parametrize(("what", "errors"), WHAT.values(), ids=WHAT)
+@pytest.mark.ids("G09", "R5")
+def test_close_during_use(door_dir, tmp_path, many, what, errors):
+    """
+    Each of 16 threads gets its result or the right error, and nobody touches a number that is not his.
+    """
+    for round in range(many(8, 300)):
+        use, sentinel = InUse(door_dir), Sentinel(tmp_path)
+        try:
+            use.wait_in_use()
+            close = what(use)
+            closers = [Background(close) for _ in range(round % 3)]  # several at once, too
+            close()
+            sentinel.take_numbers()
+            for closer in closers:
+                closer.result()
+            seen = use.errors()
+            assert seen
+            assert seen <= errors
+            close()
+        finally:
+            use.close()
+        sentinel.check()
+
+
+# -- by a signal handler, in the middle of what its thread is doing
+
+
+#: Lines at which Python looks for no signals, there being no call that returns and no jump; and a
+#: handler that waits for other threads could not be called there, for they need the lock.
+_NO_PLACE_FOR_SIGNALS = ("with self._count:", "self.waiting += 1", "self.waiting -= 1")
+
+
+class Interrupted:
+    """
+    Calls a handler at the n-th line that a function runs in the library, or in what it waits with.
+
+    As Python calls a signal handler: in the same thread, between two of its instructions.
+    """
+
+    def __init__(self, function: Callable[[], Any], handler: Callable[[], Any], line: int) -> None:
+        self._function, self._handler, self._line = function, handler, line
+        self.lines = 0
+        self.happened = False
+        self.thread = Background(self._run)
+
+    def _run(self) -> Any:
+        sys.settrace(self._trace)
+        try:
+            return self._function()
+        finally:
+            sys.settrace(None)
+
+    def _trace(self, frame: FrameType, event: str, _argument: object) -> Any:
+        code = frame.f_code
+        here = linecache.getline(code.co_filename, frame.f_lineno).strip()
+        if event == "line" and here not in _NO_PLACE_FOR_SIGNALS:
+            self.lines += 1
+            if self.lines == self._line:
+                self.happened = True
+                self._handler()
+        return self._trace if "/doorpool/" in code.co_filename else None
+
+
+def _at_every_line(run: Callable[[int], Interrupted], step: int) -> int:
+    line = 1
+    while run(line).happened:
+        line += step
+    return line
+
+
+@pytest.mark.parametrize("function", ["close", "call", "ping"])
+@pytest.mark.ids("G09")
+def test_a_handler_closes_the_proxy_that_its_thread_is_using(serve, connect, many, function):
+    serve(lambda: "result")
+
+    def use(proxy: Proxy) -> Any:
+        if function == "close":
+            return proxy.close()
+        proxy._line.handle._idle.pop().close()  # so that the call opens a channel
+        return proxy() if function == "call" else proxy.ping()
+
+    def run(line: int) -> Interrupted:
+        with connect(timeout=PATIENCE) as proxy:
+            interrupted = Interrupted(lambda: use(proxy), proxy.close, line)
+            error = interrupted.thread.error()
+            assert error is None or isinstance(error, ClosedError), (line, error)
+            assert proxy.closed is (interrupted.happened or function == "close")
+            assert proxy.fileno() == -1 or not proxy.closed
+            return interrupted
+
+    assert _at_every_line(run, many(2, 1)) > 20
+
+
+@pytest.mark.parametrize("function", ["close", "wait", "run"])
+@pytest.mark.ids("G09")
+def test_a_handler_closes_the_server_that_its_thread_closes_waits_for_or_runs(door_dir, many, function):
+    """
+    A handler of the program's own, as for SIGTERM.
+    """
+
+    def run(line: int) -> Interrupted:
+        server = Server(max_threads=2)
+        server.attach(os.getpid, door_dir / "a.door")
+        server.start()
+        close = functools.partial(server.close, None)  # whoever waits for himself hangs
+        uses = {"close": close, "wait": server.wait, "run": server.run}
+        interrupted = Interrupted(uses[function], close, line)
+        if function == "close":
+            interrupted.thread.result()
+        else:
+            end = Background(_close_when_it_rests, interrupted, server)
+            error = interrupted.thread.error()
+            assert error is None or (function == "run" and isinstance(error, ClosedError)), error
+            end.result()
+        assert server.closed
+        assert not (door_dir / "a.door").exists()
+        wait_until(lambda: server.statistics().threads == 0)
+        return interrupted
+
+    assert _at_every_line(run, many(3, 1)) > 5
+
+
+def _close_when_it_rests(interrupted: Interrupted, server: Server) -> None:
+    """Close the server from another thread if the handler's line lies behind the wait."""
+    lines = -1
+    while lines < interrupted.lines and not interrupted.happened:
+        lines = interrupted.lines
+        time.sleep(0.03)  # too short is harmless: the handler comes a little later
+    if not interrupted.happened:
+        server.close(None)
