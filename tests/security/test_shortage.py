@@ -80,7 +80,7 @@ def cpu_seconds() -> float:
     return time.process_time()
 
 
-def idle_share(server: Actor, seconds: float = 1.5) -> float:
+def idle_share(server: Actor, seconds: float = 1.0) -> float:
     """What part of a CPU a server takes while nobody asks it anything that it can do."""
     before, began = server(cpu_seconds), time.monotonic()
     threading.Event().wait(seconds)
@@ -178,7 +178,7 @@ def test_no_knock_is_lost(server, path, free):
         server(fill, free)
         knockers.knock(timeout=PATIENCE)
         wait_until(lambda: server(logged))
-        share = idle_share(server, 0.5)
+        share = idle_share(server, 0.3)
         assert all(one.running for one in knockers.calls)
         began = time.monotonic()
         server(empty)
