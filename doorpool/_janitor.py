@@ -189,6 +189,10 @@ def close_socket(sock: socket.socket, uid: int | None = NOBODY) -> None:
 
 def _holds_something(sock: socket.socket) -> bool:
     """Tell whether messages are in a socket's queue, be it such as have no bytes."""
+    poll = select.poll()
+    poll.register(sock.fileno(), select.POLLIN)
+    if not poll.poll(0):
+        return False
     if _sockets.unread(sock):
         return True
     if sock.type == socket.SOCK_STREAM:  # which has none of these
