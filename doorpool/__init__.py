@@ -18,11 +18,13 @@ The rooms of the house, from the roof down; each leans only on those below it:
     door         the raw layer, public: bytes, buffers and descriptors
     _handle      the caller's side of it    _door       the server's: names, ports, knocks
     _gate        where server threads wait for calls
+    _guests      who has come, and how many of whom there may be
     _keeper      the one thread that accepts and answers knocks
     _descriptor  Descriptor
     _opening     knock and answer: who is at the other end
     _channel     the private pair on which calls go
     _names       the file system: attach, detach, stale names, long paths
+    _janitor     closing what others have sent, which may take as long as they like
     _sockets     sockets that carry credentials
     _wire        every byte that is sent: frames, knocks, answers, greetings
     _credentials, _errors

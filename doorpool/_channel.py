@@ -38,11 +38,11 @@ from collections.abc import Callable, Sequence
 from doorpool import _sockets
 from doorpool._credentials import Credentials, own_ucred, sends_effective_ids_by_itself
 from doorpool._errors import ProtocolError
+from doorpool._janitor import close_all, close_socket
 from doorpool._sockets import (
     ANCILLARY_ROOM,
     SCM_CREDENTIALS,
     Ancillary,
-    close_all,
     descriptors_in,
     rights,
 )
@@ -169,12 +169,12 @@ class Channel:
 
     def close(self) -> None:
         """Close this end, and what had arrived of an unfinished frame; idempotent."""
-        self.socket.close()
+        close_socket(self.socket, self.peer.uid)
         pidfd, self.pidfd = self.pidfd, -1
         # In a forked child it is closed already, and the number may be somebody else's.
         if pidfd >= 0 and self._generation == _sockets.generation:
             _sockets.close_number(pidfd)
-        close_all(self._fds)
+        close_all(self._fds, self.peer.uid)
 
     # -- sending -----------------------------------------------------------------------
 
@@ -381,10 +381,10 @@ class Channel:
         lost, self._lost = self._lost, False
         if not lost and len(came) != claimed:
             error = ProtocolError(f"a frame claims {claimed} descriptors and brought {len(came)}")
-            close_all(came)
+            close_all(came, self.peer.uid)
             raise error
         if lost or frame.refusal is not None:
-            close_all(came)
+            close_all(came, self.peer.uid)
         if lost and frame.refusal is None:
             frame.refusal = Refusal(Reason.DESCRIPTORS_LOST, value=claimed)
         frame.descriptors = came
@@ -412,6 +412,9 @@ class Channel:
     def _check(self, received: bytes | int, ancillary: Ancillary, came: int, first: bool) -> None:
         """Check whom some bytes are from, and what came with them; each receive ends up here."""
         if not received:
+            for item in ancillary:  # an empty packet may bring descriptors
+                if item[1] == socket.SCM_RIGHTS:
+                    self._fds += descriptors_in(item[2])
             raise ConnectionAbortedError  # end of file, whose "credentials" nobody sent
         if ancillary != self._expected or came & _TRUNCATED:
             self._examine(ancillary, came, first)
@@ -429,10 +432,10 @@ class Channel:
             raise ProtocolError("a packet that is longer than any may be")
         self._lost = self._lost or bool(came & _TRUNCATED)
         if others != self._expected:
-            close_all(self._fds)
+            close_all(self._fds, self.peer.uid)
             raise ProtocolError("bytes on a channel from somebody else than the one who opened it")
         if not first and (self._fds_came(ancillary) or came & _TRUNCATED):
-            close_all(self._fds)
+            close_all(self._fds, self.peer.uid)
             raise ProtocolError("descriptors in the middle of a frame")
 
     @staticmethod

@@ -38,6 +38,8 @@ from functools import lru_cache
 
 import attrs
 
+from doorpool._errors import SHORTAGE
+
 __all__ = ["Credentials"]
 
 # asm-generic/socket.h; not in the socket module of CPython 3.11.
@@ -222,6 +224,11 @@ def credentials_of(ids: Ids, groups: tuple[int, ...] | None) -> Credentials:
     )
 
 
+def is_strange(uid: int | None) -> bool:
+    """Tell whether a uid is neither ours nor root's; None is one of whom nothing is known."""
+    return uid is None or uid not in (os.geteuid(), 0)
+
+
 # -- who may speak pickle ------------------------------------------------------------
 
 
@@ -268,6 +275,9 @@ def pickle_bar(peer: Credentials, pidfd: int, *, trust: str) -> str | None:
         peer: the peer, as believed.
         pidfd: a pidfd of it, or -1.
         trust: "namespace", the rule; "uid" leaves out the comparison of user namespaces.
+
+    Raises:
+        OSError: one of ``SHORTAGE``: nothing could be found out just now.
     """
     own = os.geteuid()
     if peer.uid is None:
@@ -297,6 +307,8 @@ def _namespace_bar(pidfd: int) -> str | None:
     except OSError as error:
         if error.errno in (errno.ENOTTY, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS):
             return None  # a kernel before 6.11 cannot say
+        if error.errno in SHORTAGE:
+            raise
         # A process that ends has left its namespaces before its sockets are closed.
         return ENDING if error.errno == errno.ESRCH else _NOT_TOLD.format(error.strerror)
     try:

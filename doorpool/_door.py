@@ -33,25 +33,24 @@ from typing import Any
 
 import attrs
 
-from doorpool import _names, _opening, _sockets, _wire
-from doorpool._channel import process_is_gone
-from doorpool._credentials import Credentials, pickle_bar
-from doorpool._errors import ClosedError
+from doorpool import _janitor, _names, _opening, _sockets, _wire
+from doorpool._channel import Channel, process_is_gone
+from doorpool._credentials import Credentials, credentials_of, is_strange, peer_ucred, pickle_bar, unpack_ids
+from doorpool._errors import SHORTAGE, ClosedError
 from doorpool._gate import Gate, Served
-from doorpool._keeper import Timer, keeper
+from doorpool._guests import guests
+from doorpool._keeper import keeper
 from doorpool._names import Name
 from doorpool._sockets import MAX_DESCRIPTORS
 from doorpool._wire import Attribute, Codec, Frame, Reason, Refusal
 
 log = logging.getLogger("doorpool")
 
-#: How long a client may leave an answer to its knock unread, seconds.
-GREETING_PATIENCE = 30.0
+#: Idle channels that make room for one opening: it takes four descriptors, each gives two back.
+_ROOM = 2
 
 _REVOKED = Refusal(Reason.REVOKED, "the server has revoked this door")
 _DEAD = Refusal(Reason.CLOSED, "the caller has died")
-
-_SHORTAGE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS)
 
 
 class Door:
@@ -117,7 +116,8 @@ class Door:
         self._keeper = keeper()
         self._names: dict[str, Name] = {}
         self._ports: set[socket.socket] = set()
-        self._visitors: dict[Served, tuple[socket.socket, Timer]] = {}
+        with self._keeper.lock:
+            self._guests = guests()
         self._channels: set[Served] = set()
         self._revoked: Refusal | None = None
         self._handed_out = False
@@ -250,9 +250,14 @@ class Door:
 
     def _stop_listening(self, name: Name) -> None:
         """Accept whoever waits at a name, then close it."""
+        with contextlib.suppress(OSError):
+            name.listener.shutdown(socket.SHUT_RD)  # whoever comes now is refused
         while self._accept(name):
             continue
         self._keeper.unwatch(name.listener.fileno())
+        # Empty, unless descriptors have run out; then the knocks in the queue are the janitors'.
+        if self._keeper.short:
+            _janitor.close_later([name.listener.detach()])
         name.close()
 
     def _check_open(self) -> None:
@@ -264,7 +269,10 @@ class Door:
     # -- the keeper's callbacks, under its lock ----------------------------------------------
 
     def _accept_one(self, name: Name) -> None:
-        self._accept(name)
+        if self._keeper.short:
+            self._keeper.pause(name.listener.fileno())
+        else:
+            self._accept(name)
 
     def _accept(self, name: Name) -> bool:
         """Accept one connection; return whether there may be more."""
@@ -273,24 +281,58 @@ class Door:
         except BlockingIOError:
             return False
         except OSError as error:
-            if error.errno in _SHORTAGE:
-                log.warning("%s: cannot accept: %s; trying again", self.name, error.strerror)
-                self._keeper.pause(name.listener.fileno())
-                return False
-            return error.errno == errno.ECONNABORTED
+            if error.errno == errno.ECONNABORTED:
+                return True
+            self._starve(name.listener, "accept", error)
+            return False
         # step: accepted
         port.setblocking(False)
-        self._add_port(_sockets.own(port))
+        self._take_in(_sockets.own(port))
         return True
+
+    def _take_in(self, port: socket.socket) -> None:
+        """Take a connection in, unless strangers have too many already."""
+        try:
+            uid = credentials_of(unpack_ids(peer_ucred(port)), None).uid
+        except OSError:
+            uid = None  # one of whom nothing is known
+        if not self._guests.has_room(uid):
+            self._keeper.say(
+                logging.WARNING, "%s: dropped a connection of uid %s: others than our own user hold all "
+                "the descriptors that they may", self.name, uid, about=(self.id, uid, "room"),
+            )  # fmt: skip
+            _opening.close_port(port)
+            return
+        self._guests.add_port(port, uid)
+        try:
+            self._add_port(port)
+        except OSError as error:
+            self._keeper.say(
+                logging.WARNING, "%s: dropped a connection: %s", self.name, error.strerror,
+                about=(self.id, "take in"),
+            )  # fmt: skip
+            self._close_port(port)
+
+    def _starve(self, sock: socket.socket, what: str, error: OSError) -> None:
+        """Leave a listener or port alone for a while, since we are short of something."""
+        self._keeper.say(
+            logging.WARNING, "%s: cannot %s: %s; trying again", self.name, what, error.strerror,
+            about=(self.id, what),
+        )  # fmt: skip
+        if not self._keeper.starve(sock.fileno()) or error.errno not in (errno.EMFILE, errno.ENFILE):
+            return
+        with contextlib.suppress(OSError):  # a listener's: whoever connects is not a caller yet
+            if not is_strange(_opening.whose_knock(sock)):
+                self.gate.spare(_ROOM)
 
     def _add_port(self, port: socket.socket) -> None:
         """Take a port in: leave the greeting in its descriptor's queue and watch for knocks."""
         with self._keeper.lock:
             self._greet(port)
             # step: greeted
+            self._keeper.watch(port.fileno(), lambda: self._hear(port))
             self._ports.add(port)
             self._gain_reference()
-            self._keeper.watch(port.fileno(), lambda: self._hear(port))
 
     def _greet(self, port: socket.socket) -> None:
         with contextlib.suppress(OSError):  # a holder that is gone already; the port will say so
@@ -298,48 +340,101 @@ class Door:
 
     def _hear(self, port: socket.socket) -> None:
         """Hear one knock."""
+        if self._keeper.short:
+            self._keeper.pause(port.fileno())
+            return
         try:
-            visitor = _opening.hear_knock(port)
+            if self._is_held_up(port):
+                return
+            knock = _opening.hear_knock(port)
         except (BlockingIOError, ConnectionResetError):
             return
         except OSError as error:
-            log.warning("%s: a knock was lost: %s", self.name, error.strerror)
+            self._starve(port, "hear a knock", error)
             return
-        if visitor is None:
+        if knock is None:
             self._close_port(port)
             self._lose_reference()
-        elif isinstance(visitor, Refusal):
-            log.warning("%s: refused: %s", self.name, visitor.text)
-        else:
-            # step: knock-heard
-            self._let_in(visitor)
+            return
+        # step: knock-heard
+        try:
+            decision = self._decide(knock)
+        except Exception as error:
+            if isinstance(error, OSError) and error.errno in SHORTAGE:
+                knock.put_back()
+                self._starve(port, "open a channel", error)
+                return
+            self._forget_knock(port)
+            knock.close()
+            raise
+        self._forget_knock(port)  # while we hold what it brought: see _opening
+        if isinstance(decision, Refusal):
+            self._say_refused(knock, decision)
+            _opening.refuse(knock, decision)
+        elif isinstance(knock, _opening.Visitor):
+            self._let_in(knock, decision)
+
+    def _forget_knock(self, port: socket.socket) -> None:
+        try:
+            _opening.forget_knock(port)
+        except OSError:  # it would be answered again and again
+            self._close_port(port)
+            self._lose_reference()
+
+    def _is_held_up(self, port: socket.socket) -> bool:
+        """Leave the knocks of strangers alone who have sent what holds a janitor up."""
+        stuck = _janitor.stuck()
+        uid = _opening.whose_knock(port) if stuck else None
+        if uid not in stuck or not is_strange(uid):
+            return False
+        self._keeper.say(
+            logging.WARNING, "%s: uid %s is not heard: closing what it has sent takes too long",
+            self.name, uid, about=(self.id, uid, "stuck"),
+        )  # fmt: skip
+        self._keeper.pause(port.fileno())
+        return True
 
     def _close_port(self, port: socket.socket) -> None:
         self._ports.discard(port)
+        self._guests.forget(port)
         self._keeper.unwatch(port.fileno())
-        port.close()
+        _opening.close_port(port)
 
-    def _let_in(self, visitor: _opening.Visitor) -> None:
-        """Answer a visitor: with a channel, or with the reason why not."""
-        refusal = self._revoked or self.gate.closing or self._why_not(visitor)
+    def _decide(self, knock: _opening.Visitor | _opening.Misfit) -> Channel | Refusal:
+        """
+        Answer a knock with a channel, or say why not.
+
+        Raises:
+            OSError: one of ``SHORTAGE``; nothing was sent.
+        """
+        if isinstance(knock, _opening.Misfit):
+            return knock.refusal
+        refusal = self._revoked or self.gate.closing or self._why_not(knock)
         if refusal is not None:
-            log.warning("%s: refused %s: %s", self.name, visitor.credentials, refusal.text)
-            _opening.refuse(visitor, refusal)
-            return
+            return refusal
         try:
-            channel = _opening.admit(visitor, self.codec)
+            return _opening.admit(knock, self.codec)
         except OSError as error:
-            text = f"the server has no channel to spare ({error.strerror})"
-            _opening.refuse(visitor, Refusal(Reason.BUSY, text))
-            return
+            if error.errno in SHORTAGE:
+                raise
+            return Refusal(Reason.BUSY, f"the server cannot answer ({error.strerror})")
+
+    def _let_in(self, visitor: _opening.Visitor, channel: Channel) -> None:
         # step: answer-sent
         served = Served(channel, self, visitor.words)
         self._channels.add(served)
+        self._guests.add_channel(served)
         if channel.pidfd >= 0:
             self._keeper.watch(channel.pidfd, lambda: self._bury(served))
-        self._await_leaving(served, visitor.socket)
+        self._guests.keep(visitor, served)
         self.gate.add(served)
         # step: joined
+
+    def _say_refused(self, knock: _opening.Visitor | _opening.Misfit, refusal: Refusal) -> None:
+        self._keeper.say(
+            logging.WARNING, "%s: refused %s: %s", self.name, knock.credentials, refusal.text,
+            about=(self.id, knock.credentials and knock.credentials.uid, refusal.reason),
+        )  # fmt: skip
 
     def _why_not(self, visitor: _opening.Visitor) -> Refusal | None:
         bar = None
@@ -348,34 +443,21 @@ class Door:
         if bar is None and self._admit is not None:
             try:
                 bar = self._admit(visitor.credentials)
-            except Exception:
-                log.exception("%s: the rule about who may call has failed", self.name)
+            except Exception as error:
+                text = "%s: the rule about who may call has failed"
+                self._keeper.say(logging.ERROR, text, self.name, about=(self.id, "rule"), error=error)
                 bar = "its rule about who may call has failed"
-        return None if bar is None else Refusal(Reason.DENIED, f"refused by the server: {bar}")
-
-    def _await_leaving(self, served: Served, sock: socket.socket) -> None:
-        """Keep k1 until the client, having its channel, closes the other end."""
-
-        def leave() -> None:
-            self._leave(served)
-
-        self._visitors[served] = sock, self._keeper.after(GREETING_PATIENCE, leave)
-        self._keeper.watch(sock.fileno(), leave)
-
-    def _leave(self, served: Served) -> None:
-        """Close the k1 by which a channel was opened; idempotent."""
-        if served in self._visitors:
-            sock, timer = self._visitors.pop(served)
-            timer.cancel()
-            self._keeper.unwatch(sock.fileno())
-            sock.close()
+        if bar is not None:
+            return Refusal(Reason.DENIED, f"refused by the server: {bar}")
+        busy = self._guests.objection(visitor.credentials.uid)
+        return None if busy is None else Refusal(Reason.BUSY, f"the server has no channel to spare: {busy}")
 
     def _bury(self, served: Served) -> None:
         """End the channel of a caller that has died: now, or when its call has been answered."""
         if not process_is_gone(served.channel.pidfd):
             return  # the hint was for somebody else, who had this number before
         self._keeper.unwatch(served.channel.pidfd)
-        self._leave(served)
+        self._guests.see_off(served)
         # Whoever holds a copy of the socket now reads nothing, and a thread that is sending the
         # reply would wait for him.
         served.channel.shutdown()
@@ -426,12 +508,11 @@ class Door:
 
     def forget(self, served: Served) -> None:
         """Drop a channel that is about to be closed from the door's table."""
-        if served in self._visitors:  # his process may be dead, and a child of it hold k0
-            with self._keeper.lock:
-                self._leave(served)
+        self._guests.see_off(served)  # his process may be dead, and a child of it hold k0
         if served.channel.pidfd >= 0:
             self._keeper.unwatch(served.channel.pidfd)
         self._channels.discard(served)
+        self._guests.forget(served)
         if not (self._channels or self._ports or self._names):  # told in the keeper's own time
             self._keeper.soon(self._lose_reference)
 
@@ -465,8 +546,7 @@ class Door:
                 self._stop_listening(name)
             for port in list(self._ports):
                 self._say_farewell(port)
-            for served in list(self._visitors):
-                self._leave(served)
+            self._guests.dismiss_all(self)
         for served in list(self._channels):
             self.gate.end(served, self._revoked)
 

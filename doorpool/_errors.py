@@ -45,6 +45,9 @@ __all__ = [
 
 Path = str | bytes | os.PathLike[str] | os.PathLike[bytes]
 
+#: The errno that say something about this system now, and nothing about the other side.
+SHORTAGE = frozenset({_errno.EMFILE, _errno.ENFILE, _errno.ENOMEM, _errno.ENOBUFS})
+
 
 class DoorError(Exception):
     """

@@ -48,7 +48,8 @@ from doorpool import _sockets, _wire
 from doorpool._channel import NOT, RECEIVE, Channel, Hangup, flat, process_is_gone
 from doorpool._credentials import Credentials
 from doorpool._errors import ClosedError, DoorError, LimitError, ProtocolError
-from doorpool._sockets import MAX_DESCRIPTORS, close_all
+from doorpool._janitor import close_all
+from doorpool._sockets import MAX_DESCRIPTORS
 from doorpool._wire import Frame, Kind, Knock, Reason, Refusal
 
 if TYPE_CHECKING:
@@ -68,6 +69,7 @@ _GONE = select.POLLRDHUP | select.POLLHUP | select.POLLERR
 
 
 _CLOSING = Refusal(Reason.CLOSED, "the server is closing")
+_SPARED = Refusal(Reason.IDLE, "the server was short of descriptors and has closed this channel")
 
 
 class Served:
@@ -270,14 +272,14 @@ class Gate:
     @staticmethod
     def _complain(channel: Channel, frame: Frame) -> NoReturn:
         """Refuse a frame that is not the next call of its caller."""
-        close_all(frame.descriptors)
+        close_all(frame.descriptors, channel.peer.uid)
         raise ProtocolError(
             f"frame {chr(frame.kind)!r} with number {frame.number} after call {channel.number}"
         )
 
     def _turn_away(self, served: Served, frame: Frame) -> NoReturn:
         """End a channel whose door was taken away, or whose caller is gone."""
-        close_all(frame.descriptors)
+        close_all(frame.descriptors, served.channel.peer.uid)
         if served.doomed is not None:
             self._say_goodbye(served, served.doomed)
         raise Hangup
@@ -287,7 +289,7 @@ class Gate:
         refusal = served.door.objection(frame)
         if refusal is None and frame.kind == _REQUEST:
             return True
-        close_all(frame.descriptors)
+        close_all(frame.descriptors, served.channel.peer.uid)
         if refusal is None:
             served.channel.say(Kind.PONG, frame.number, served.door.limits().encode())
         else:
@@ -337,6 +339,23 @@ class Gate:
         served.doomed = refusal
         if served.claim.acquire(blocking=False):
             self._say_goodbye(served, refusal)
+
+    def spare(self, count: int) -> None:
+        """
+        Close so many idle channels, to get their descriptors back.
+
+        Those that were opened first go first.  A caller who has just written to one is told that
+        his call was not run, and opens another.
+        """
+        for served in list(self._served.values()):
+            if count <= 0:
+                return
+            if served.channel.number and served.claim.acquire(blocking=False):
+                if _sockets.unread(served.channel.socket):
+                    self._park(served)
+                else:
+                    self._say_goodbye(served, _SPARED)
+                    count -= 1
 
     def _say_goodbye(self, served: Served, refusal: Refusal) -> None:
         served.channel.say(Kind.GOODBYE, served.channel.number, refusal.encode())
@@ -559,7 +578,7 @@ class Invocation:
             self._gate.release(served)
         finally:
             if self.descriptors:
-                close_all(self.descriptors)
+                close_all(self.descriptors, served.channel.peer.uid)
 
 
 def flatten(

@@ -71,10 +71,12 @@ from doorpool._errors import (
     RevokedError,
 )
 from doorpool._gate import check_descriptors, flatten
+from doorpool._janitor import close_all, close_socket
 from doorpool._sockets import MAX_DESCRIPTORS
 from doorpool._wire import Attribute, Codec, Frame, Greeting, Kind, Knock, Reason, Refusal
 
 MAX_IDLE = 8  #: Idle channels that a handle keeps, the last used first.
+MAX_KNOCKS = 4  #: Of a handle that are unanswered: their sockets count against our user till then.
 LOOK_UP = 0.5  #: Seconds after which a waiting caller looks whether the server is alive.
 MAX_REPLY = 2**40  #: A reply that claims to be longer is a broken server's.
 _REQUEST, _REPLY = int(Kind.REQUEST), int(Kind.REPLY)
@@ -129,7 +131,8 @@ class Reply:
 
     def close(self) -> None:
         """Close the descriptors that are still in the list."""
-        _sockets.close_all(self.descriptors)
+        while self.descriptors:
+            os.close(self.descriptors.pop())
 
     def __enter__(self) -> Reply:
         return self
@@ -239,6 +242,7 @@ class Handle:
         self._lock = threading.RLock()  # a signal handler may close what its thread is using
         self._users = 0
         self._idle: deque[Channel] = deque()
+        self._knocks = threading.Semaphore(MAX_KNOCKS)
         self._generation = _sockets.generation  # last: who sees this sees the rest
 
     def _cross_fork(self) -> None:
@@ -336,12 +340,17 @@ class Handle:
 
     def _await(self, sock: socket.socket, events: int, deadline: float | None, text: str) -> None:
         """Wait for a socket of an opening, for at most ``LOOK_UP``; raise when time is over."""
-        left = LOOK_UP if deadline is None else min(LOOK_UP, deadline - time.monotonic())
-        if left <= 0:
-            raise CallTimeoutError(f"{self.name} {text}; nothing was called", filename=self.path)
+        left = self._look_up_time(deadline, text)
         poll = select.poll()
         poll.register(sock, events)
         poll.poll(left * 1000)
+
+    def _look_up_time(self, deadline: float | None, text: str) -> float:
+        """Return how long to wait before looking up; raise when time is over."""
+        left = LOOK_UP if deadline is None else min(LOOK_UP, deadline - time.monotonic())
+        if left <= 0:
+            raise CallTimeoutError(f"{self.name} {text}; nothing was called", filename=self.path)
+        return left
 
     # -- opening channels -----------------------------------------------------------------------
 
@@ -367,15 +376,27 @@ class Handle:
         with self._descriptor() as door:
             for _ in range(_DROPPED_KNOCKS):
                 try:
-                    with self._knock(door, deadline) as ours:
-                        opened = self._hear(door, ours, deadline)
-                    return self._settle(opened)
+                    return self._settle(self._knock_and_hear(door, deadline))
                 except EOFError:
                     self._check_there(door)
                 except AccessError:
                     self._check_there(door)  # about a server that died the kernel tells nothing more
                     raise
         raise BusyError(f"{self.name} dropped the knock; its server may be short of descriptors")
+
+    def _knock_and_hear(self, door: socket.socket, deadline: float | None) -> _opening.Opened | Refusal:
+        """Knock and hear the answer, as soon as fewer than ``MAX_KNOCKS`` of ours are unanswered."""
+        knocks = self._knocks
+        while not knocks.acquire(timeout=self._look_up_time(deadline, "does not answer")):
+            self._check_there(door)
+        try:
+            ours = self._knock(door, deadline)
+            try:
+                return self._hear(door, ours, deadline)
+            finally:
+                close_socket(ours)  # there may be an answer in it that we could not take
+        finally:
+            knocks.release()
 
     def _knock(self, door: socket.socket, deadline: float | None) -> socket.socket:
         while True:
@@ -568,7 +589,7 @@ class Handle:
         except DoorError as error:
             error.may_have_run = False  # of the call itself nothing was sent
             raise
-        _sockets.close_all(frame.descriptors)
+        close_all(frame.descriptors)
         self._limits = _wire.decode_limits(frame.data) or self._limits
 
     def ping(self, *, timeout: float | None = None) -> None:
@@ -580,7 +601,7 @@ class Handle:
         if self._closed:
             raise ClosedError(f"{self.name}: this handle is closed")
         frame = self._run(_PING, deadline_after(check_seconds(timeout, "timeout")))
-        _sockets.close_all(frame.descriptors)
+        close_all(frame.descriptors)
 
     @property
     def alive(self) -> bool:
@@ -659,7 +680,7 @@ class Handle:
         if frame.number == channel.number and frame.kind == (_REPLY if kind == _REQUEST else _PONG):
             self._give_back(channel)
             return frame
-        _sockets.close_all(frame.descriptors)
+        close_all(frame.descriptors)
         self._take_failure(channel, frame, fresh)
 
     def _broken(self, hangup: Hangup, fresh: bool) -> Exception:
@@ -734,7 +755,7 @@ class Handle:
         with contextlib.suppress(Hangup):  # there are none
             frame = channel.read(MAX_REPLY, NOT)
         if frame is not None:
-            _sockets.close_all(frame.descriptors)
+            close_all(frame.descriptors)
         if frame is not None and frame.kind == Kind.GOODBYE:
             refusal = _wire.decode_refusal(frame.data)
             if refusal.reason is not Reason.IDLE:
@@ -794,7 +815,7 @@ class Handle:
         except ProtocolError:
             return True
         if frame is not None:
-            _sockets.close_all(frame.descriptors)
+            close_all(frame.descriptors)
         if frame is None or frame.kind not in (Kind.GOODBYE, Kind.FAILURE):
             return True
         return _wire.decode_refusal(frame.data).may_have_run

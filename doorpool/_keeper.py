@@ -19,6 +19,12 @@ A callback is a hint that its descriptor may be ready, not a promise:
 
 So each callback reads without waiting, and "nothing there" is an ordinary answer.
 
+What is to be logged is written by a thread that comes when there is something, for handlers are
+the user's: one may wait for a door of this very process, or for a disk.
+
+When descriptors have run out, whatever needs some is left alone for ``SHORTAGE_PAUSE`` (ready but
+unreadable, it would be reported 500,000 times a second), and for as long again after each try.
+
 After a fork the child has no keeper thread: ``keeper()`` makes a new one.
 """
 
@@ -28,22 +34,27 @@ import contextlib
 import heapq
 import itertools
 import logging
+import math
 import os
 import select
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 
 from doorpool import _sockets
 
 log = logging.getLogger("doorpool")
 
-#: How long a listener or port is left alone when descriptors have run out, seconds.  Ready
-#: but unreadable, it would otherwise be reported 500,000 times a second.
-SHORTAGE_PAUSE = 0.1
+SHORTAGE_PAUSE = 0.1  #: Seconds until what found no descriptor is tried again.
+
+LOG_INTERVAL = 5.0  #: Seconds for which one line about the same thing is enough.
+_MOST_TOPICS = 1_000  # of which the last line is remembered, so that it is not said again
+_MOST_LINES = 1_000  # that wait to be written
 
 Callback = Callable[[], None]
+
+Line = tuple[int, str, tuple[object, ...], BaseException | None]
 
 
 class Timer:
@@ -79,6 +90,11 @@ class Keeper:
         self._timers: list[tuple[float, int, Timer]] = []
         self._order = itertools.count()
         self._soon: deque[Callback] = deque()
+        self._short_since = self._short_at = -math.inf
+        self._topics: dict[Hashable, int] = {}
+        self._lines: deque[Line] = deque()
+        self._scribe = threading.Lock()  # guards the next
+        self._writing = False
         self._thread = threading.Thread(target=self._run, name="doorpool-keeper", daemon=True)
         try:
             self._thread.start()
@@ -92,8 +108,8 @@ class Keeper:
     def watch(self, descriptor: int, callback: Callback, events: int = select.EPOLLIN) -> None:
         """Call back in the keeper's thread whenever a descriptor may be readable."""
         with self.lock:
-            self._callbacks[descriptor] = callback
             self._epoll.register(descriptor, events)
+            self._callbacks[descriptor] = callback
 
     def unwatch(self, descriptor: int) -> None:
         """Forget a descriptor, which must still be open; idempotent."""
@@ -115,8 +131,69 @@ class Keeper:
 
     def _resume(self, descriptor: int, callback: Callback) -> None:
         if self._callbacks.get(descriptor) is callback:
-            with contextlib.suppress(FileExistsError):
+            try:
                 self._epoll.register(descriptor, select.EPOLLIN)
+            except FileExistsError:
+                return
+            except OSError:  # no memory, no watch to be had (ENOSPC)
+                self.after(SHORTAGE_PAUSE, lambda: self._resume(descriptor, callback))
+
+    @property
+    def short(self) -> bool:
+        """Whether something has run out so lately that a try would be in vain."""
+        return time.monotonic() - self._short_at < SHORTAGE_PAUSE / 2
+
+    def starve(self, descriptor: int) -> bool:
+        """
+        Leave a descriptor alone because something has run out.
+
+        Returns:
+            True if that has been so since an earlier try, and is more than a moment's.
+        """
+        now = time.monotonic()
+        with self.lock:
+            if now - self._short_at > 3 * SHORTAGE_PAUSE:
+                self._short_since = now
+            self._short_at = now
+            self.pause(descriptor)
+            return now - self._short_since > SHORTAGE_PAUSE / 2
+
+    def say(
+        self, level: int, text: str, *args: object, about: Hashable = None,
+        error: BaseException | None = None,
+    ) -> None:  # fmt: skip
+        """
+        Have a line logged, soon, by a thread that holds no lock of ours.
+
+        Args:
+            level, text, args: as for ``Logger.log``.
+            about: of lines about the same thing one is written, and later how many there were.
+            error: whose traceback to show.
+        """
+        if about is not None and not self._is_news(about, (level, text, args)):
+            return
+        if len(self._lines) < _MOST_LINES:
+            self._lines.append((level, text, args, error))
+            self._ring()
+
+    def _is_news(self, about: Hashable, line: tuple[int, str, tuple[object, ...]]) -> bool:
+        with self.lock:
+            if about not in self._topics and len(self._topics) >= _MOST_TOPICS:
+                about = None
+            count = self._topics.get(about)
+            self._topics[about] = 0 if count is None else count + 1
+            if count is None:
+                self.after(LOG_INTERVAL, lambda: self._say_how_many(about, line))
+            return count is None
+
+    def _say_how_many(self, about: Hashable, line: tuple[int, str, tuple[object, ...]]) -> None:
+        """Say how many lines were not written, and go on being silent; or forget about it."""
+        count = self._topics.pop(about)
+        if count:
+            level, text, args = line
+            self.say(level, f"{text} (and %d more such in %g s)", *args, count, LOG_INTERVAL)
+            self._topics[about] = 0
+            self.after(LOG_INTERVAL, lambda: self._say_how_many(about, line))
 
     def after(self, seconds: float, callback: Callback) -> Timer:
         """Call back in the keeper's thread after some time, under the lock."""
@@ -153,6 +230,8 @@ class Keeper:
             with self.lock:
                 self._run_soon()
                 self._run_timers()
+            if self._lines:
+                self._have_written()
 
     def _until_next_timer(self) -> float | None:
         with self.lock:
@@ -186,8 +265,31 @@ class Keeper:
         """Run a callback; whatever it raises, all other doors of the process go on."""
         try:
             callback()
-        except Exception:
-            log.exception("doorpool: an error in the keeper; please report it")
+        except Exception as error:
+            text = "doorpool: an error in the keeper; please report it"
+            self.say(logging.ERROR, text, about=("error", type(error)), error=error)
+
+    def _have_written(self) -> None:
+        """Start a thread that writes what is to be logged, unless there is one."""
+        with self._scribe:
+            if self._writing:
+                return
+            self._writing = True
+        try:
+            threading.Thread(target=self._write, name="doorpool-keeper-log", daemon=True).start()
+        except RuntimeError:  # no thread to be had: at the next occasion
+            self._writing = False
+
+    def _write(self) -> None:
+        while True:
+            with self._scribe:
+                if not self._lines:
+                    self._writing = False
+                    return
+            level, text, args, error = self._lines[0]
+            with contextlib.suppress(Exception):  # a handler's; the next line may find a better one
+                log.log(level, text, *args, exc_info=error)
+            self._lines.popleft()
 
 
 _keeper: Keeper | None = None

@@ -25,11 +25,17 @@ and thereby takes it away, no more: calls go over p0-p1, of which nobody else ev
 end.  It also makes ``SO_PEERCRED`` of p1 name the server; of a pair that the client made it
 would name the client.
 
-Nothing here ever waits.
+*A knock is looked at first, and taken from the port when it has been dealt with.*  A receive for
+which the table has no room loses what it was to bring; a peek (``MSG_PEEK``) loses nothing, and
+the knock waits in the queue until there is room.  Taking it brings nothing along any more, and
+closes nothing for good, for what it brought is held until then.
+
+Nothing here ever waits, nor closes what may make us wait (``doorpool._janitor``).
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import socket
@@ -39,24 +45,26 @@ import attrs
 from doorpool import _sockets, _wire
 from doorpool._channel import Channel
 from doorpool._credentials import (
+    UCRED,
     Credentials,
     Ids,
     credentials_of,
+    is_strange,
     peer_groups,
     peer_pidfd,
     peer_ucred,
     same_process,
     unpack_ids,
 )
-from doorpool._errors import AccessError, ProtocolError
-from doorpool._sockets import Letter
+from doorpool._errors import SHORTAGE, AccessError, ProtocolError
+from doorpool._janitor import close_later, close_socket
+from doorpool._sockets import MSG_DONTWAIT, MSG_PEEK, Letter
 from doorpool._wire import Answer, Codec, Knock, Refusal
 
-#: What says something about us and nothing about the other side.
-_SHORTAGE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS)
-
-
-_PEEK = int(socket.MSG_PEEK) | _sockets.MSG_DONTWAIT
+#: Room to look at a knock with: credentials, a pidfd and two descriptors, of which a good one
+#: brings one.  (If there is no pidfd, more find room; if there are more, no pidfd does.)
+_WHO = socket.CMSG_SPACE(UCRED.size)
+_LOOK = _WHO + socket.CMSG_SPACE(4) + socket.CMSG_SPACE(4)
 
 
 def _describe(ids: Ids) -> str:
@@ -75,18 +83,28 @@ def take_socket(letter: Letter, what: str, kind: int) -> socket.socket:
         raise ProtocolError(f"{what} must bring one socket, not {len(letter.descriptors)} descriptors")
     if letter.ids is None or (letter.ids[0] <= 0 and letter.pidfd < 0):
         raise ProtocolError(f"{what} came without the sender's credentials")
-    number = letter.descriptors.pop()  # at no moment two owners: Ctrl-C may come at any
-    try:
-        sock = _sockets.adopt(number)
-    except OSError as error:
-        letter.descriptors.append(number)
-        raise ProtocolError(f"{what} brought a descriptor that is no socket ({error.strerror})") from None
+    letter.forged = True  # unless it turns out that it is not
+    sock = _adopt(letter, what)
     try:
         _check_maker(sock, letter, what, kind)
     except BaseException:
-        sock.close()
+        letter.descriptors.append(sock.detach())  # it stays the letter's
         raise
+    letter.forged = False
     return _sockets.own(sock)
+
+
+def _adopt(letter: Letter, what: str) -> socket.socket:
+    assert letter.ids is not None
+    number = letter.descriptors.pop()  # at no moment two owners: Ctrl-C may come at any
+    try:
+        if not is_strange(letter.ids[1]) or _sockets.domain_of(number) == socket.AF_UNIX:
+            return _sockets.adopt(number)
+    except OSError as error:
+        letter.descriptors.append(number)
+        raise ProtocolError(f"{what} brought a descriptor that is no socket ({error.strerror})") from None
+    letter.descriptors.append(number)
+    raise ProtocolError(f"{what} brought a descriptor that is no local socket")
 
 
 def _check_maker(sock: socket.socket, letter: Letter, what: str, kind: int) -> None:
@@ -99,7 +117,7 @@ def _check_maker(sock: socket.socket, letter: Letter, what: str, kind: int) -> N
         if maker == letter.ucred and _made_by_sender(sock, letter.pidfd):
             return
     except OSError as error:
-        if error.errno in _SHORTAGE:
+        if error.errno in SHORTAGE:
             raise
         raise AccessError(
             f"{what} brought a socket of which nobody says who made it: {error.strerror}"
@@ -167,6 +185,8 @@ def hear_answer(ours: socket.socket) -> Opened | Refusal:
     except ConnectionError:
         raise EOFError("the knock was dropped") from None
     try:
+        if letter.truncated or letter.short:  # there was room for all that a letter can bring
+            raise OSError(errno.EMFILE, "no free descriptor for a channel of the door")
         if not letter.data:
             raise EOFError("the knock was dropped")
         # step: answer-heard
@@ -175,18 +195,29 @@ def hear_answer(ours: socket.socket) -> Opened | Refusal:
             return answer.refusal
         return Opened(_channel_of(letter), answer.codec)
     finally:
-        letter.close()
+        discard(letter)
 
 
 def _channel_of(letter: Letter) -> Channel:
-    if letter.truncated and not letter.descriptors:
-        raise OSError(24, "no free descriptor for a channel of the door")
     sock = take_socket(letter, "the answer to a knock", socket.SOCK_SEQPACKET)
-    if _sockets.unread(sock) and sock.recv(4, _PEEK) == _wire.GREETING_MAGIC:
-        sock.close()
+    if _sockets.unread(sock) and sock.recv(4, MSG_PEEK | MSG_DONTWAIT) == _wire.GREETING_MAGIC:
+        close_socket(sock, _uid(letter))
         raise ProtocolError("the answer to a knock brought a door in place of a channel")
     sock.settimeout(None)
     return _make_channel(letter, sock, sock)
+
+
+def discard(letter: Letter) -> None:
+    """Close all that nobody has taken out of a letter."""
+    pidfd, letter.pidfd = letter.pidfd, -1
+    if pidfd >= 0:
+        os.close(pidfd)
+    if letter.descriptors:
+        close_later(letter.descriptors, _uid(letter))
+
+
+def _uid(letter: Letter) -> int | None:
+    return None if letter.ids is None else credentials_of(letter.ids, None).uid
 
 
 def _make_channel(letter: Letter, sock: socket.socket, witness: socket.socket) -> Channel:
@@ -214,37 +245,101 @@ class Visitor:
     credentials: Credentials
 
     def close(self) -> None:
-        """Turn away without a word; idempotent."""
+        """Let k1 go, and what is left of the letter; idempotent."""
+        leave(self.socket, self.credentials.uid)
+        discard(self.letter)
+
+    def put_back(self) -> None:
+        """Drop what was only a copy: the knock is looked at again later."""
         self.socket.close()
-        self.letter.close()
+        discard(self.letter)
 
 
-def hear_knock(port: socket.socket) -> Visitor | Refusal | None:
+def leave(k1: socket.socket, uid: int | None) -> None:
+    """Close k1, on which the client writes nothing; if he did, what he sent is the janitors'."""
+    if is_strange(uid):
+        with contextlib.suppress(OSError):
+            k1.shutdown(socket.SHUT_RD)  # so that nothing comes between the look and the close
+    close_socket(k1, uid)
+
+
+@attrs.frozen
+class Misfit:
     """
-    Take the next knock from a port.
+    A message on a port that was no good knock; the server refuses it.
+
+    Attributes:
+        letter: what came.
+        refusal: why it was none.
+    """
+
+    letter: Letter
+    refusal: Refusal
+
+    @property
+    def credentials(self) -> Credentials | None:
+        """Who has sent it, as far as the kernel says."""
+        return None if self.letter.ids is None else credentials_of(self.letter.ids, None)
+
+    def close(self) -> None:
+        """Drop what it brought; idempotent."""
+        discard(self.letter)
+
+    put_back = close
+
+
+def hear_knock(port: socket.socket) -> Visitor | Misfit | None:
+    """
+    Look at the next knock at a port; it stays there until ``forget_knock``.
 
     Returns:
-        The visitor; or, for a message that was no good one, the refusal that has been sent
-        back if there was somewhere to send it; or None at the end: no holder is left.
+        The visitor; or a message that was no good knock; or None at the end: no holder is
+        left, or one whose message cannot be taken in.
 
     Raises:
         BlockingIOError: nobody has knocked.
         ConnectionResetError: the other end went with something unread; not yet the end.
+        OSError: one of ``SHORTAGE``; look again later.
     """
-    letter = _sockets.receive_letter(port, _wire.LETTER_SIZE)
+    letter = _sockets.receive_letter(port, _wire.LETTER_SIZE, MSG_PEEK, _LOOK)
     if not letter.data and not letter.ucred:
-        letter.close()
         return None
     try:
+        if len(letter.descriptors) > 1:
+            return _misfit_with_many(port, letter)
+        if letter.truncated or letter.short:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
         return _visitor(letter)
     except (ProtocolError, AccessError) as error:
         reason = _wire.Reason.DENIED if isinstance(error, AccessError) else _wire.Reason.PROTOCOL
-        refusal = Refusal(reason, str(error))
-        _refuse_letter(letter, refusal)
-        return refusal
+        return Misfit(letter, Refusal(reason, str(error)))
     except BaseException:
-        letter.close()
+        discard(letter)
         raise
+
+
+def _misfit_with_many(port: socket.socket, letter: Letter) -> Misfit | None:
+    """Take all the descriptors in hand that a message brings, or else have its port closed with it."""
+    discard(letter)
+    letter = _sockets.receive_letter(port, _wire.LETTER_SIZE, MSG_PEEK)
+    if letter.truncated:
+        discard(letter)
+        return None
+    text = f"a knock must bring one socket, not {len(letter.descriptors)} descriptors"
+    return Misfit(letter, Refusal(_wire.Reason.PROTOCOL, text))
+
+
+def whose_knock(port: socket.socket) -> int | None:
+    """Tell who has sent the next message at a port, without taking any descriptor in hand."""
+    return _uid(_sockets.receive_letter(port, 1, MSG_PEEK, _WHO))
+
+
+def forget_knock(port: socket.socket) -> None:
+    """Take the knock that was looked at from its port; what it brought is in our hands already."""
+    try:
+        port.recv(1, MSG_DONTWAIT)
+    except ConnectionResetError:  # told once, instead of the message
+        port.recv(1, MSG_DONTWAIT)
 
 
 def _visitor(letter: Letter) -> Visitor:
@@ -258,19 +353,11 @@ def _visitor(letter: Letter) -> Visitor:
         raise
 
 
-def _refuse_letter(letter: Letter, refusal: Refusal) -> None:
-    """Send a refusal back over the socket of a letter that was not believed, if it brought one."""
-    try:
-        for descriptor in letter.descriptors[:1]:
-            sock = _sockets.adopt(descriptor)  # or it is no socket, and stays the letter's
-            del letter.descriptors[0]
-            with sock:
-                if _sockets.is_unix(sock, socket.SOCK_STREAM):
-                    _sockets.send_letter(sock, Answer(refusal=refusal).encode())
-    except OSError:
-        return  # whoever it was does not listen
-    finally:
-        letter.close()
+def close_port(port: socket.socket) -> None:
+    """Close a port, and what waits there unheard; idempotent, waits for nobody."""
+    with contextlib.suppress(OSError):
+        port.shutdown(socket.SHUT_RDWR)  # so that nothing comes between the look and the close
+    close_socket(port)
 
 
 def admit(visitor: Visitor, codec: Codec) -> Channel:
@@ -294,11 +381,26 @@ def admit(visitor: Visitor, codec: Codec) -> Channel:
         theirs.close()
 
 
-def refuse(visitor: Visitor, refusal: Refusal) -> None:
-    """Tell a visitor why he may not come in, if he listens, and close his socket."""
+def refuse(knock: Visitor | Misfit, refusal: Refusal) -> None:
+    """Tell somebody why he may not come in, if he listens, and let him go."""
     try:
-        _sockets.send_letter(visitor.socket, Answer(refusal=refusal).encode())
+        if isinstance(knock, Visitor):
+            _sockets.send_letter(knock.socket, Answer(refusal=refusal).encode())
+        elif knock.letter.descriptors and not knock.letter.forged:
+            _refuse_letter(knock.letter.descriptors[0], refusal)
     except OSError:
         return
     finally:
-        visitor.close()
+        knock.close()
+
+
+def _refuse_letter(number: int, refusal: Refusal) -> None:
+    """Send a refusal over a descriptor, the letter's, if it is such a socket as one knocks with."""
+    if _sockets.domain_of(number) != socket.AF_UNIX:
+        return
+    sock = _sockets.adopt(number)
+    try:
+        if _sockets.is_unix(sock, socket.SOCK_STREAM):
+            _sockets.send_letter(sock, Answer(refusal=refusal).encode())
+    finally:
+        sock.detach()

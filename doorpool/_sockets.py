@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import array
 import contextlib
+import ctypes
 import errno
 import fcntl
 import mmap
@@ -33,6 +34,7 @@ from collections.abc import Callable, Iterable, Sequence
 import attrs
 
 from doorpool._credentials import SO_PASSPIDFD, UCRED, Ids, own_ucred, unpack_ids
+from doorpool._errors import SHORTAGE
 
 SO_DOMAIN = 39  # asm-generic/socket.h
 SCM_CREDENTIALS = 2  # linux/socket.h
@@ -50,6 +52,7 @@ ANCILLARY_ROOM = socket.CMSG_SPACE(UCRED.size) + socket.CMSG_SPACE(4) + socket.C
 # Plain numbers: the flags of the socket module are enums, and ``a | b`` of two takes 0.6 µs.
 MSG_DONTWAIT = int(socket.MSG_DONTWAIT)
 MSG_NOSIGNAL = int(socket.MSG_NOSIGNAL)
+MSG_PEEK = int(socket.MSG_PEEK)
 MSG_CMSG_CLOEXEC = int(socket.MSG_CMSG_CLOEXEC)
 MSG_TRUNCATED = int(socket.MSG_CTRUNC)
 MSG_CUT = int(socket.MSG_TRUNC)
@@ -57,6 +60,8 @@ MSG_CUT = int(socket.MSG_TRUNC)
 DONTWAIT = MSG_DONTWAIT | MSG_NOSIGNAL
 
 Ancillary = list[tuple[int, int, bytes]]
+
+_libc = ctypes.CDLL(None, use_errno=True)
 
 #: Counts the forks between the first process and this one.
 generation = 0
@@ -207,11 +212,22 @@ def _pair(kind: int, *, pidfds: bool = True) -> tuple[socket.socket, socket.sock
     return one, other
 
 
+def domain_of(number: int) -> int | None:
+    """Return the address family of a socket; None of what is none.  Waits for nobody who uses it."""
+    domain, size = ctypes.c_int(), ctypes.c_uint(4)
+    where = ctypes.byref(domain), ctypes.byref(size)
+    failed = _libc.getsockopt(number, socket.SOL_SOCKET, SO_DOMAIN, *where)
+    return None if failed else domain.value
+
+
 def adopt(number: int) -> socket.socket:
     """
     Make a socket of a descriptor that has arrived, whatever ``socket.setdefaulttimeout()`` says.
 
     With a time-out CPython waits, and tries again, in spite of ``MSG_DONTWAIT``.
+
+    CPython asks it for its name, which waits for whoever holds a socket that is not local; with
+    a stranger's, look at ``domain_of`` before.
 
     Raises:
         OSError: it is no socket.
@@ -251,7 +267,7 @@ def unread(sock: socket.socket) -> int:
 
 
 def _ask_number(sock: socket.socket, request: int) -> int:
-    return int(struct.unpack("@i", fcntl.ioctl(sock, request, b"\0\0\0\0"))[0])
+    return int.from_bytes(fcntl.ioctl(sock.fileno(), request, b"\0\0\0\0"), sys.byteorder)
 
 
 # -- messages with credentials and descriptors ---------------------------------------
@@ -295,7 +311,9 @@ class Letter:
         ucred: the same, as it came.
         pidfd: of the sender, or -1.
         descriptors: those that came, in order, close-on-exec.
-        truncated: some descriptors did not fit, into our table or into the message.
+        truncated: some descriptors did not fit, into our table or into the room given.
+        short: our table had no room for its pidfd.
+        forged: the socket that it brought is not its sender's, who is not answered over it.
     """
 
     data: bytes
@@ -304,31 +322,32 @@ class Letter:
     pidfd: int = -1
     descriptors: list[int] = attrs.field(factory=list)
     truncated: bool = False
-
-    def close(self) -> None:
-        """Close every descriptor that nobody has taken."""
-        pidfd, self.pidfd = self.pidfd, -1
-        if pidfd >= 0:
-            os.close(pidfd)
-        close_all(self.descriptors)
+    short: bool = False
+    forged: bool = False
 
     def __del__(self, _ending: Callable[[], bool] = sys.is_finalizing) -> None:
-        if not _ending():  # as in Channel
-            self.close()
+        # Nothing is left but where Ctrl-C came before ``_opening.discard``.
+        left = [*self.descriptors, self.pidfd] if self.pidfd >= 0 else self.descriptors
+        if left and not _ending():  # as in Channel
+            for number in left:
+                os.close(number)
 
 
-def receive_letter(sock: socket.socket, size: int, flags: int = 0) -> Letter:
+def receive_letter(sock: socket.socket, size: int, flags: int = 0, room: int = ANCILLARY_ROOM) -> Letter:
     """
     Receive one message, with whatever came along, never waiting.
+
+    Args:
+        flags: ``MSG_PEEK`` leaves it in the queue, with descriptors of its own: what came are
+            duplicates then.
+        room: for what comes along; less only together with ``MSG_PEEK``.
 
     Raises:
         BlockingIOError: there is none.
         OSError: the other side is gone.
     """
-    data, ancillary, flags, _ = sock.recvmsg(
-        size, ANCILLARY_ROOM, flags | socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
-    )
-    letter = Letter(data, truncated=bool(flags & (socket.MSG_CTRUNC | socket.MSG_TRUNC)))
+    data, ancillary, flags, _ = sock.recvmsg(size, room, flags | MSG_DONTWAIT | MSG_CMSG_CLOEXEC)
+    letter = Letter(data, truncated=bool(flags & MSG_TRUNCATED))
     for level, kind, value in ancillary:
         _put_into(letter, level, kind, value)
     if not data:
@@ -343,6 +362,7 @@ def _put_into(letter: Letter, level: int, kind: int, value: bytes) -> None:
         letter.ids, letter.ucred = unpack_ids(value), value
     elif kind == SCM_PIDFD:
         letter.pidfd = struct.unpack("=i", value)[0]
+        letter.short = -letter.pidfd in SHORTAGE  # the kernel puts its errors there
     elif kind == socket.SCM_RIGHTS:
         letter.descriptors += descriptors_in(value)
 
@@ -352,9 +372,3 @@ def descriptors_in(value: bytes) -> list[int]:
     numbers = array.array("i")
     numbers.frombytes(value[: len(value) - len(value) % numbers.itemsize])
     return numbers.tolist()
-
-
-def close_all(descriptors: list[int]) -> None:
-    """Close and forget each of these descriptors."""
-    while descriptors:
-        os.close(descriptors.pop())

@@ -9,7 +9,6 @@ import errno
 import fcntl
 import os
 import resource
-import socket
 import subprocess
 import sys
 import tempfile
@@ -309,30 +308,27 @@ def test_no_room_for_a_channel_at_the_client(serve):
 NEEDED = 4
 
 
+@pytest.mark.ids("F8")
 @pytest.mark.parametrize("free", range(7))
 def test_no_room_for_a_channel_at_the_server(serve, free):
-    """The knock is lost or refused, nothing is kept of it, and the next one is heard."""
+    """The knock waits at the port, nothing is kept of it meanwhile, and it is answered in the end."""
     gate = Gate()
     door = Door(gate)
     with contextlib.closing(rawpeer.RawClient(number := door.open(), opening=False)) as client:
         os.close(number)
         before = open_descriptors()
-        ours, theirs = rawpeer.pair(socket.SOCK_STREAM)
-        with ours, theirs, contextlib.ExitStack() as shortage:
+        with contextlib.ExitStack() as shortage:
             with keeper().lock:  # it hears the knock when all is full
-                rawpeer.send(client.door, rawpeer.knock(), [theirs.fileno()])
-                theirs.close()  # so that the end is seen, if the server drops the knock
+                client.knock()
+                tried = keeper()._short_at
                 shortage.enter_context(only(free))
-            with contextlib.suppress(ConnectionResetError):
-                ours.recvmsg(1, 0, socket.MSG_PEEK)  # the answer has come, or the end
-            shortage.close()
-            with contextlib.suppress(ConnectionResetError):
-                for descriptor in rawpeer.receive(ours)[1]:
-                    os.close(descriptor)
-        client.open()  # knocks are answered one after the other: the first is done with
-        wait_until(lambda: door.channels == (2 if free >= NEEDED else 1))
-        lasting = 2 * door.channels  # each channel and the pidfd of its client
-        wait_until(lambda: open_descriptors() == before + lasting + 1)  # and our end
+            wait_until(lambda: door.channels == 1 or keeper()._short_at > tried, timeout=PATIENCE)
+            assert door.channels == (free >= NEEDED)
+        words, (end,) = client.answer()
+        assert words == rawpeer.answer()
+        os.close(end)
+        client.knock_socket.close()
+        wait_until(lambda: door.channels == 1 and open_descriptors() == before + 2)  # it, and a pidfd
     door.revoke()
     gate.close()
     gate.dispose()

@@ -75,6 +75,7 @@ def caller(serve, parcel, spawn_server):
     child = spawn_server(code, pass_fds=[number, parcel.descriptor])
     os.close(number)
     parcel.let_go()
+    wait_until(lambda: serving.gate._served)  # who has the answer may be before the keeper
     (served,) = serving.gate._served.values()
     wait_until(lambda: _sockets.unread(served.channel.socket))
     return serving, child

@@ -39,7 +39,7 @@ from typing import Any, NoReturn
 import attrs
 
 from support import child as _child
-from support.processes import ChildFailed
+from support.processes import ChildFailed, wait_until
 
 TIMEOUT = 20.0  # seconds for one scene
 _SIZE = 100_000
@@ -276,6 +276,8 @@ def logged() -> list[str]:
     """
     What the library has logged in this process so far.
     """
+    keeper = sys.modules["doorpool._keeper"].keeper()
+    wait_until(lambda: not keeper._lines, "all lines are written")
     return list(here.log)
 
 

@@ -1,0 +1,182 @@
+"""
+Who has come to the doors of this process, and how many of whom there may be.
+
+A server answers a knock with a descriptor.  Until the client reads the answer it is *in flight*,
+and the kernel counts it against the server's user, whom it lets have no more than
+``RLIMIT_NOFILE`` of them: with 514 knocks whose answers were never read, a stranger stopped every
+process of that user from passing a descriptor (``ETOOMANYREFS``).  No timeout helps, for the
+answers lie in the stranger's queue.  So a *guest*, the socket k1 on which an answer went, is kept
+until the kernel says that the answer has been read (``SIOCOUTQ``) and the client has closed his
+end.  A hang-up alone proves nothing: whoever shuts his end down can keep it, answer and all.
+
+Our own user and root are trusted, and bounded only all together.  Strangers, that is all others
+and those of whom the kernel does not say who they are, get a few answers each, and all together
+three quarters of what there is: of the answers in flight, and of this process's descriptors.
+
+All methods are for holders of the keeper's lock, but those that say otherwise.
+"""
+
+from __future__ import annotations
+
+import resource
+import socket
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import attrs
+
+from doorpool import _opening, _sockets
+from doorpool._credentials import is_strange
+from doorpool._keeper import Keeper, Timer, keeper
+from doorpool._opening import Visitor
+
+if TYPE_CHECKING:
+    from doorpool._door import Door
+    from doorpool._gate import Served
+
+#: How long a client may keep its end of a knock once it has the answer, seconds.
+GREETING_PATIENCE = 30.0
+
+#: Seconds until an unread answer of somebody who has hung up is looked at again, the first time.
+#: A client that dies closes its end before it gives up what is in its queue.
+_SECOND_LOOK = 0.05
+
+MOST_UNREAD = 16  #: Answers that a strange uid may leave unread.
+MOST_UNREAD_OF_ALL = 4_096  #: All together, where not a quarter of ``RLIMIT_NOFILE`` is less.
+
+
+def _most_descriptors() -> int:
+    """Return how many descriptors a process of ours may have."""
+    soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return 1 << 30 if soft == resource.RLIM_INFINITY else soft
+
+
+@attrs.define(eq=False)
+class _Guest:
+    socket: socket.socket  # k1
+    uid: int | None
+    served: Served  # the channel that it was answered with
+    timer: Timer | None = None
+    delay: float = _SECOND_LOOK
+
+
+class Guests:
+    """The guests of one process."""
+
+    def __init__(self, keeper: Keeper) -> None:
+        self.generation = _sockets.generation
+        self._keeper = keeper
+        self._guests: dict[Served, _Guest] = {}
+        self._strange_ports: set[socket.socket] = set()
+        self._strange_channels: set[Served] = set()
+
+    def objection(self, uid: int | None) -> str | None:
+        """Say why a user may not come in just now; None if he may."""
+        if not self._strange_ports and not self._strange_channels and len(self._guests) < MOST_UNREAD:
+            return None  # nearly always: nobody is here who would have to be counted
+        limit = min(_most_descriptors() // 4, MOST_UNREAD_OF_ALL)
+        if not is_strange(uid):
+            if len(self._guests) < limit:
+                return None
+            return self._too_many(list(self._guests.values()), limit, "all callers")
+        his = [guest for guest in self._guests.values() if guest.uid == uid]
+        strange = [guest for guest in self._guests.values() if is_strange(guest.uid)]
+        return (
+            self._too_many(his, MOST_UNREAD, f"uid {uid}")
+            or self._too_many(strange, limit * 3 // 4, "callers of other users")
+            or (None if self.has_room(uid) else "callers of other users hold all that they may have open")
+        )
+
+    def _too_many(self, guests: list[_Guest], limit: int, whose: str) -> str | None:
+        if len(guests) < limit or self._see_off(guests) < limit:
+            return None
+        return f"{limit} answers to {whose} have not been read yet"
+
+    def _see_off(self, guests: Iterable[_Guest]) -> int:
+        """Let those go that have read their answers; return how many stay."""
+        return sum(not self._has_left(guest) for guest in guests)
+
+    def has_room(self, uid: int | None) -> bool:
+        """Tell whether one more port or channel of this user fits in."""
+        if not is_strange(uid):
+            return True
+        held = len(self._strange_ports) + 2 * len(self._strange_channels)
+        return held + len(self._guests) < _most_descriptors() * 3 // 4
+
+    # -- ports and channels ----------------------------------------------------------------
+
+    def add_port(self, port: socket.socket, uid: int | None) -> None:
+        """Count a connection in."""
+        if is_strange(uid):
+            self._strange_ports.add(port)
+
+    def add_channel(self, served: Served) -> None:
+        """Count a channel in."""
+        if is_strange(served.channel.peer.uid):
+            self._strange_channels.add(served)
+
+    def forget(self, gone: socket.socket | Served) -> None:
+        """Count a port or a channel out; idempotent, from any thread."""
+        self._strange_ports.discard(gone)
+        self._strange_channels.discard(gone)
+
+    # -- answers ---------------------------------------------------------------------------
+
+    def keep(self, visitor: Visitor, served: Served) -> None:
+        """Keep a visitor's k1 until he has read the answer and closed the other end."""
+        guest = _Guest(visitor.socket, visitor.credentials.uid, served)
+        self._guests[served] = guest
+        guest.timer = self._keeper.after(GREETING_PATIENCE, lambda: self._end_visit(guest))
+        self._keeper.watch(guest.socket.fileno(), lambda: self._hear_hangup(guest))
+
+    def _end_visit(self, guest: _Guest) -> None:
+        """When time is over: let a guest go, unless he has not read his answer."""
+        if not self._has_left(guest):
+            guest.timer = self._keeper.after(GREETING_PATIENCE, lambda: self._end_visit(guest))
+
+    def _hear_hangup(self, guest: _Guest) -> None:
+        """Let a guest go who seems to leave; look again, ever more rarely, if his answer stays unread."""
+        if guest.socket.fileno() < 0 or self._has_left(guest):
+            return
+        if guest.timer is not None:
+            guest.timer.cancel()
+        self._keeper.unwatch(guest.socket.fileno())  # it would be reported for ever
+        guest.timer = self._keeper.after(guest.delay, lambda: self._hear_hangup(guest))
+        guest.delay = min(4 * guest.delay, GREETING_PATIENCE)
+
+    def _has_left(self, guest: _Guest) -> bool:
+        """Let a guest go if he has read the answer."""
+        if _sockets.unsent(guest.socket):
+            return False
+        self._dismiss(guest)
+        return True
+
+    def _dismiss(self, guest: _Guest) -> None:
+        if self._guests.pop(guest.served, None) is not None:
+            if guest.timer is not None:
+                guest.timer.cancel()
+            self._keeper.unwatch(guest.socket.fileno())
+            _opening.leave(guest.socket, guest.uid)
+
+    def see_off(self, served: Served) -> None:
+        """Let the guest of a channel go that ends, if he has read the answer; from any thread."""
+        if served in self._guests:
+            with self._keeper.lock:
+                if served in self._guests:
+                    self._has_left(self._guests[served])
+
+    def dismiss_all(self, door: Door) -> None:
+        """Let the guests of a door go that is taken away."""
+        for guest in [guest for guest in self._guests.values() if guest.served.door is door]:
+            self._dismiss(guest)
+
+
+_guests: Guests | None = None
+
+
+def guests() -> Guests:
+    """Return the guests of this process; for a holder of the keeper's lock."""
+    global _guests
+    if _guests is None or _guests.generation != _sockets.here():
+        _guests = Guests(keeper())
+    return _guests

@@ -1,0 +1,231 @@
+"""
+Closing what others have sent, which may take as long as they like.
+
+A ``close`` can block.  A TCP socket with ``SO_LINGER`` waits in it for its other side; a file of
+somebody's own file system (FUSE) waits for a daemon of his; a queue that is closed closes the
+descriptors in the messages that nobody has read.  Whoever chooses what we are sent chooses how
+long that takes, so it is done neither by the keeper nor by a server's or a user's thread, but by
+a few janitors: daemon threads that come when there is something to close and soon go again.
+
+What cannot block is closed where it is, which is cheap: a local socket with nothing to read, and
+what has no file system behind it (pipes, eventfds, pidfds).  So are the files that our own user
+or root has sent, who could stop us in simpler ways: whoever finds no room for what he was sent
+finds it as soon as he is told.  Nothing else is asked of a descriptor before a janitor has it: even
+``fstat`` may wait for a daemon, and ``setsockopt`` for whoever holds the socket.
+
+A janitor switches lingering *off*, so that the kernel delivers the rest behind our back, and the
+close returns.  (Lingering for 0 seconds would return as well, but cut the connection, which may be
+an honest sender's.)  Files have no such switch, nor has what lies in the queue of a socket.  So a
+janitor can be held up for good; there are at most ``AT_MOST``, and whoever holds one up, or lets
+much pile up before them, is not heard any more meanwhile (``stuck``).
+
+A finalizer may come here, anywhere, so nothing is taken that the same thread may hold already:
+the lock is re-entrant, and threads are started past ``threading``, which has locks of its own.
+
+After a fork the janitors are the parent's.  What had not been begun yet is closed by both.
+"""
+
+from __future__ import annotations
+
+import _thread
+import ctypes
+import os
+import queue
+import select
+import socket
+import threading
+import time
+from collections import Counter, deque
+from contextlib import suppress
+
+from doorpool import _sockets
+from doorpool._credentials import UCRED, is_strange
+
+AT_MOST = 4  #: Janitors at a time.
+MOST_WAITING = 32  #: Descriptors of one uid that wait for them, before it is not heard any more.
+IDLE = 0.2  #: Seconds that one waits for more.
+
+PATIENCE = 1.0  #: Seconds that a close may take before its janitor counts as stuck.
+
+#: Room for credentials: with them an empty message differs from the end of file, and nothing else
+#: is taken in hand.
+_WHO = socket.CMSG_SPACE(UCRED.size)
+
+_SO_LINGER_OFF = b"\0" * 8  # struct linger
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+NOBODY = -1  #: In place of a uid: nobody is held to account.
+
+Closed = tuple[int, int | None]  # a descriptor, and the uid that sent it
+
+
+class _Crew:
+    """The janitors of one process, and what waits for them."""
+
+    def __init__(self, waiting: deque[Closed]) -> None:
+        self.waiting = waiting
+        self._lock = threading.RLock()
+        self._bell: queue.SimpleQueue[None] = queue.SimpleQueue()
+        self._janitors = 0
+        self._busy: dict[int, tuple[int | None, float]] = {}
+
+    def wake(self) -> None:
+        """See to it that somebody takes what waits, unless all janitors are at work."""
+        self._bell.put(None)
+        with self._lock:
+            if self._janitors >= AT_MOST or self._janitors > len(self._busy):
+                return
+            self._janitors += 1
+            try:
+                _thread.start_new_thread(self._work, ())
+            except RuntimeError:  # no thread to be had: what waits is closed when there is one
+                self._janitors -= 1
+
+    def stuck(self) -> set[int | None]:
+        """Return the uids that have held a janitor up for too long, or let too much pile up."""
+        if not self._busy:
+            return set()
+        since = time.monotonic() - PATIENCE
+        uids = {uid for uid, begun in list(self._busy.values()) if begun < since}
+        if len(self.waiting) >= MOST_WAITING:
+            counts = Counter(uid for _, uid in list(self.waiting))
+            uids |= {uid for uid, count in counts.items() if count >= MOST_WAITING}
+        return uids
+
+    def _work(self) -> None:
+        while self._close_next() or self._more():
+            continue
+        with self._lock:
+            self._janitors -= 1
+        if self.waiting:  # it came between the last look and now
+            self.wake()
+
+    def _more(self) -> bool:
+        with suppress(queue.Empty):
+            self._bell.get(timeout=IDLE)
+            return True
+        return False
+
+    def _close_next(self) -> bool:
+        me = _thread.get_ident()
+        try:
+            number, uid = self.waiting.popleft()
+        except IndexError:
+            return False
+        self._busy[me] = uid, time.monotonic()
+        if self.waiting:
+            self.wake()  # this close may be one that does not end
+        try:
+            _close(number)
+        finally:
+            del self._busy[me]
+        return True
+
+
+def _close(number: int) -> None:
+    _libc.setsockopt(number, socket.SOL_SOCKET, socket.SO_LINGER, _SO_LINGER_OFF, len(_SO_LINGER_OFF))
+    with suppress(OSError):  # what a file system says to it helps nobody; the number is free
+        os.close(number)
+
+
+_crew = _Crew(deque())
+
+
+def _forget_parent() -> None:
+    global _crew
+    _crew = _Crew(_crew.waiting)
+
+
+_sockets.on_fork(_forget_parent)
+
+
+# -- for all others ----------------------------------------------------------------------
+
+
+def close_later(descriptors: list[int], uid: int | None = NOBODY) -> None:
+    """
+    Have a janitor close these descriptors, and forget them; never waits.
+
+    Args:
+        descriptors: emptied.
+        uid: who has sent them, None if nobody knows; ``NOBODY`` if it does not matter.
+    """
+    if descriptors:
+        _sockets.here()
+        _crew.waiting.extend((number, uid) for number in descriptors)
+        descriptors.clear()
+        _crew.wake()
+
+
+def close_all(descriptors: list[int], uid: int | None = NOBODY) -> None:
+    """Close and forget descriptors that somebody has sent: here if that is sure not to block."""
+    later = []
+    while descriptors:
+        number = descriptors.pop()
+        if may_block(number, uid):
+            later.append(number)
+        else:
+            os.close(number)
+    close_later(later, uid)
+
+
+def close_socket(sock: socket.socket, uid: int | None = NOBODY) -> None:
+    """
+    Close a connected socket of ours; idempotent.
+
+    If its other end may still be written to, and is a stranger's, shut it down before: he might
+    send something between our look and the close.
+    """
+    try:
+        if _holds_something(sock):
+            number = sock.detach()
+            if number >= 0:
+                close_later([number], uid)
+    except (OSError, ValueError):
+        pass  # it is closed already
+    sock.close()
+
+
+def _holds_something(sock: socket.socket) -> bool:
+    """Tell whether messages are in a socket's queue, be it such as have no bytes."""
+    poll = select.poll()
+    poll.register(sock.fileno(), select.POLLIN)
+    if not poll.poll(0):
+        return False
+    if _sockets.unread(sock):
+        return True
+    if sock.type == socket.SOCK_STREAM:  # which has none of these
+        return False
+    for _ in range(2):  # ECONNRESET is told once, before what is there
+        try:
+            data, ancillary, _, _ = sock.recvmsg(1, _WHO, _sockets.MSG_PEEK | _sockets.MSG_DONTWAIT)
+            return bool(data or ancillary)
+        except BlockingIOError:
+            return False
+        except ConnectionResetError:
+            continue
+    return False
+
+
+def stuck() -> set[int | None]:
+    """Return the uids that hold a janitor up now."""
+    return _crew.stuck()
+
+
+def may_block(number: int, uid: int | None) -> bool:
+    """Tell whether closing a descriptor that a user sent might block; asks nothing that might."""
+    domain = _sockets.domain_of(number)
+    if domain != socket.AF_UNIX:
+        return domain is not None or (is_strange(uid) and _has_a_file_system(number))
+    poll = select.poll()
+    poll.register(number, select.POLLIN)
+    return bool(poll.poll(0))
+
+
+def _has_a_file_system(number: int) -> bool:
+    """Tell whether this may be more than a pipe or the like; those have names like ``pipe:[7]``."""
+    try:
+        return os.readlink(f"/proc/self/fd/{number}").startswith("/")
+    except OSError:
+        return True

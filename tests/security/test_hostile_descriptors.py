@@ -1,0 +1,676 @@
+"""
+Descriptors that hurt: slow to close, never taken, shared and spoilt.
+
+A stranger holds a raw door of the victim's and sends what he likes; a canary calls the same door
+throughout, opening it anew again and again, and notices nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import socket
+import statistics
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+from support import byhand, rawpeer, wait_until
+from support.actors import Actor, Fd, descriptors, here, logged
+from support.rawdoor import PATIENCE, Background
+from support.shortage import LINGER, send_all_of, slow_pair
+from support.victims import call, open_client, open_descriptor, serve
+
+from doorpool import _guests
+from doorpool._errors import BusyError, RevokedError
+from doorpool._guests import MOST_UNREAD
+from doorpool._janitor import AT_MOST, MOST_WAITING
+from doorpool.door import Handle
+
+V, M = 4201, 6602
+
+BUSY = 9  # a reason
+FEW = 4  # knocks of one handle may be unanswered
+
+
+# -- a canary that keeps time ----------------------------------------------------------------------
+
+
+def sing(path: str) -> None:
+    """Open the door and call it, over and over, until ``hush``; every song is timed."""
+    here.songs, here.quiet = [], threading.Event()
+
+    def work() -> None:
+        while not here.quiet.is_set():
+            began = time.monotonic()
+            with Handle(path) as handle:
+                assert handle.call(b"tweet").data == b"tweet"
+                assert handle.call(b"tweet").data == b"tweet"
+            here.songs.append(time.monotonic() - began)
+            here.quiet.wait(0.002)
+
+    here.singer = Background(work)
+
+
+def songs() -> int:
+    """How many songs have ended."""
+    return len(here.songs)
+
+
+def sings() -> bool:
+    return here.singer.running
+
+
+def hush() -> list[float]:
+    """Stop, and tell how long each song took."""
+    here.quiet.set()
+    here.singer.result()
+    return here.songs
+
+
+@contextlib.contextmanager
+def undisturbed(canary: Actor, path: str) -> Iterator[Callable[[], None]]:
+    """
+    Within it, a canary calls; what it is given waits until it has called some more.
+
+    No call takes half as long as closing one slow socket, and at the median it is as quick as ever.
+    """
+
+    def some_more(count: int = 10) -> None:
+        heard = canary(songs)
+        wait_until(lambda: canary(songs) >= heard + count or not canary(sings), timeout=PATIENCE)
+
+    canary(sing, path)
+    some_more(30)
+    before = canary(songs)
+    try:
+        yield some_more
+        some_more()
+    finally:
+        times = canary(hush)
+    assert max(times) < LINGER / 2, "somebody was held up"
+    during = statistics.median(times[before:])
+    assert during < 20 * statistics.median(times[:before]) + 0.01
+
+
+@pytest.fixture
+def raw_server(actor: Callable[..., Actor], path: str) -> Actor:
+    """A raw door of the victim's that everybody may use."""
+    server = actor(V)
+    server(serve, "raw", path, codec="RAW")
+    return server
+
+
+def few_descriptors_more(server: Actor, before: int) -> None:
+    """Wait until a process has no more descriptors than it had, but for a canary's or two."""
+    wait_until(lambda: server(descriptors) <= before + 6, "all are closed", timeout=PATIENCE)
+
+
+# -- what is slow to close (F20) -------------------------------------------------------------------
+
+
+def knock_slowly(path: str, how: str, count: int) -> None:
+    """
+    Knock with sockets whose close waits, and keep none of them.
+
+    Args:
+        how: in place of the socket; beside it; many of them; or in the queue of a good one.
+    """
+    here.kept = getattr(here, "kept", [])
+    with byhand.reach(path) as door:
+        for _ in range(count):
+            ours, theirs = byhand.pair()
+            slow = [one for one, other in (_slow() for _ in range(10 if how == "many" else 1))]
+            with contextlib.suppress(BlockingIOError), theirs:
+                _wait_for_room(door)
+                if how == "in its place":
+                    send_all_of(door, byhand.knock_bytes(), *slow)
+                elif how == "queued behind it":
+                    send_all_of(ours, b"never read", *slow)
+                    byhand.send(door, byhand.knock_bytes(), [theirs.fileno()], byhand.own_ids())
+                else:
+                    send_all_of(door, byhand.knock_bytes(), theirs.dup(), *slow)
+            ours.close()
+
+
+def let_go() -> None:
+    """Close the other sides of the slow sockets, which nobody waits for any more."""
+    for other in here.kept:
+        other.close()
+
+
+def _slow() -> tuple[socket.socket, socket.socket]:
+    one, other = slow_pair()
+    here.kept.append(other)
+    return one, other
+
+
+def _wait_for_room(door: socket.socket) -> None:
+    import select
+
+    poll = select.poll()
+    poll.register(door, select.POLLOUT)
+    assert poll.poll(10_000)
+
+
+@pytest.mark.ids("F20")
+@pytest.mark.parametrize("how", ["in its place", "beside it", "many", "queued behind it"])
+def test_knocks_with_slow_sockets_hold_nobody_up(actor, raw_server, path, how, root_only):
+    stranger, canary = actor(M), actor(V)
+    before = raw_server(descriptors)
+    with undisturbed(canary, path) as some_more:
+        stranger(knock_slowly, path, how, {"many": 20, "queued behind it": 80}.get(how, 200))
+        some_more()
+        # Within another's queue lingering cannot be switched off; then most of them are not heard.
+        assert raw_server(descriptors) < before + MOST_WAITING + AT_MOST + 30
+    stranger(let_go)
+    few_descriptors_more(raw_server, before)
+
+
+def call_slowly(path: str, count: int, *, data: bytes = b"take this") -> None:
+    """Make calls that bring slow sockets, each on a channel of its own; hear what is said to them."""
+    here.kept = []
+    with byhand.reach(path) as door:
+        for _ in range(count):
+            channel, _ = byhand.dial(door)
+            assert channel is not None
+            slow = [_slow()[0] for _ in range(2)]
+            with channel:
+                send_all_of(channel, byhand.frame_bytes("Q", 1, data, descriptors=len(slow)), *slow)
+                byhand.receive(channel).close()
+
+
+def refuse_descriptors() -> None:
+    here.door.refuse_descriptors = True
+
+
+@pytest.mark.ids("F20")
+@pytest.mark.parametrize("answer", ["does not take them", "refuses them", "calls it a wrong frame"])
+def test_calls_with_slow_sockets_hold_nobody_up(actor, raw_server, path, answer, root_only):
+    if answer == "refuses them":
+        raw_server(refuse_descriptors)
+    stranger, canary = actor(M), actor(V)
+    before = raw_server(descriptors)
+    with undisturbed(canary, path) as some_more:
+        stranger(call_slowly if answer != "calls it a wrong frame" else call_wrongly, path, 60)
+        some_more()
+    few_descriptors_more(raw_server, before)
+
+
+def call_wrongly(path: str, count: int) -> None:
+    """Send slow sockets in the middle of a frame, and ones that no header speaks of."""
+    here.kept = []
+    with byhand.reach(path) as door:
+        for number in range(count):
+            channel, _ = byhand.dial(door)
+            assert channel is not None
+            frame = byhand.frame_bytes("Q", 1, b"twelve bytes")
+            with channel:
+                if number % 2:
+                    byhand.send(channel, frame[:-4])
+                    send_all_of(channel, frame[-4:], _slow()[0])
+                else:
+                    send_all_of(channel, frame, _slow()[0], _slow()[0])
+                assert byhand.read_all(channel)[:1] in (b"", b"G")
+
+
+def send_empty(path: str, count: int) -> None:
+    """Send packets without a byte that bring slow sockets: one is read, those behind it never are."""
+    here.kept = []
+    with byhand.reach(path) as door:
+        for _ in range(count):
+            channel, _ = byhand.dial(door)
+            assert channel is not None
+            with channel:
+                for _ in range(3):
+                    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                        send_all_of(channel, b"", _slow()[0])
+                assert byhand.read_all(channel)[:1] in (b"", b"G")
+
+
+@pytest.mark.ids("F20", "C02")
+def test_empty_packets_with_slow_sockets_hold_nobody_up(actor, raw_server, path, root_only):
+    """They count as the end of a channel, and leave nothing behind."""
+    stranger, canary = actor(M), actor(V)
+    before = raw_server(descriptors)
+    with undisturbed(canary, path) as some_more:
+        stranger(send_empty, path, 10)
+        some_more()
+    stranger(let_go)
+    few_descriptors_more(raw_server, before)
+
+
+def leave_unread(path: str, count: int) -> None:
+    """Have calls with slow sockets in the queues of channels, and knocks in that of a port."""
+    here.kept, here.channels = [], []
+    here.reached = byhand.reach(path)
+    for _ in range(count):
+        channel, _ = byhand.dial(here.reached)
+        byhand.send(channel, byhand.frame_bytes("Q", 1, b"wait"))
+        here.channels.append(channel)
+
+
+def add_unread(count: int) -> None:
+    for channel in here.channels:
+        send_all_of(channel, byhand.frame_bytes("Q", 2, b"", descriptors=1), _slow()[0])
+    for _ in range(count):
+        send_all_of(here.reached, byhand.knock_bytes(), _slow()[0], _slow()[0])
+
+
+def serve_waiting(path: str) -> None:
+    """Serve a door whose procedure waits until it is revoked, and one beside it that echoes."""
+    from support.victims import _answer
+
+    from doorpool.door import Codec, Door, Gate
+
+    serve("raw", path, codec="RAW")
+    here.busy_gate = Gate()
+    here.busy = Door(here.busy_gate, name="busy", codec=Codec.RAW)
+    here.busy.listen(path + ".busy", mode=0o666)
+    here.running = []
+
+    def work() -> None:
+        while True:
+            here.running.append(here.busy_gate.wait())
+
+    for _ in range(2):
+        threading.Thread(target=work, daemon=True).start()
+    assert _answer
+
+
+def running() -> int:
+    return len(here.running)
+
+
+def revoke_busy() -> float:
+    """Revoke the door whose queues are full, while the keeper hears nothing; tell how long it took."""
+    from doorpool._keeper import keeper
+
+    began = time.monotonic()
+    here.busy.revoke()
+    keeper().lock.release()
+    taken = time.monotonic() - began
+    for invocation in here.running:
+        invocation.reply(b"done")
+    here.running.clear()
+    return taken
+
+
+def hold_keeper() -> None:
+    from doorpool._keeper import keeper
+
+    keeper().lock.acquire()
+
+
+@pytest.mark.ids("F20", "R4")
+def test_a_revoke_with_slow_sockets_in_its_queues(actor, path, root_only):
+    """What nobody has read goes with the queues: of the port, and of channels whose calls run."""
+    server, stranger, canary = actor(V), actor(M), actor(V)
+    server(serve_waiting, path)
+    before = server(descriptors)
+    stranger(leave_unread, path + ".busy", 10)
+    wait_until(lambda: server(running) == 10, timeout=PATIENCE)
+    server(hold_keeper)
+    stranger(add_unread, 40)
+    assert server(revoke_busy) < LINGER / 2
+    with undisturbed(canary, path) as some_more:
+        some_more(50)
+    few_descriptors_more(server, before)
+
+
+# -- the same at a client --------------------------------------------------------------------------
+
+
+def open_and_fail(number: int) -> tuple[str, float]:
+    """Open a door that answers with slow sockets; tell how it went, and how long it took."""
+    began = time.monotonic()
+    try:
+        Handle(number, server=[M], open_timeout=LINGER * 2)
+    except Exception as error:
+        return type(error).__name__, time.monotonic() - began
+    raise AssertionError("it was believed")
+
+
+def pose_slowly(number: int, how: str) -> None:
+    """Answer one knock at a port with slow sockets: in place of the channel, or beside it."""
+    here.kept = []
+    port = socket.socket(fileno=number)
+
+    def work() -> None:
+        theirs, _ = byhand.hear(port)
+        one, other = byhand.pair()
+        here.kept += [one, other]
+        first = [] if how == "in its place" else [other.dup()]
+        send_all_of(theirs, byhand.answer_bytes(byhand.RAW), *first, *(_slow()[0] for _ in range(3)))
+        theirs.close()
+
+    threading.Thread(target=work, daemon=True).start()
+
+
+@pytest.mark.ids("F20")
+@pytest.mark.parametrize("how", ["in its place", "beside it"])
+def test_answers_with_slow_sockets_hold_no_caller_up(actor, how, root_only):
+    holder, port = byhand.door_pair(byhand.greeting_bytes(byhand.RAW))
+    with holder, port:
+        stranger, client = actor(M), actor(V)
+        stranger(pose_slowly, Fd(port.fileno()), how)
+        name, taken = client(open_and_fail, Fd(holder.fileno()))
+        assert name == "ProtocolError"
+        assert taken < LINGER / 2
+        client(descriptors)
+
+
+# -- what holds a janitor up -----------------------------------------------------------------------
+
+
+def knock_nested(path: str, count: int) -> None:
+    """Knock with sockets whose queues hold slow ones: lingering cannot be switched off from outside."""
+    here.kept = []
+    with byhand.reach(path) as door:
+        for _ in range(count):
+            ours, theirs = byhand.pair()
+            send_all_of(ours, b"within", _slow()[0])
+            ours.close()
+            _wait_for_room(door)
+            send_all_of(door, b"no knock", theirs)
+
+
+def try_door(path: str) -> str:
+    """Open and call; return what came, or the error's name."""
+    try:
+        with Handle(path, server=[V], open_timeout=0.3) as handle:
+            return bytes(handle.call(b"hello", timeout=5).data).decode()
+    except Exception as error:
+        return type(error).__name__
+
+
+@pytest.mark.ids("F20")
+def test_who_holds_a_janitor_up_is_not_heard_meanwhile(actor, raw_server, path, root_only):
+    stranger, mate, canary = actor(M), actor(M), actor(V)
+    assert mate(try_door, path) == "hello"
+    before = raw_server(descriptors)
+    with undisturbed(canary, path) as some_more:
+        stranger(knock_nested, path, 4)
+        wait_until(lambda: mate(try_door, path) == "CallTimeoutError", timeout=LINGER)
+        some_more()
+        wait_until(lambda: mate(try_door, path) == "hello", timeout=3 * LINGER)
+    assert any("not heard" in line for line in raw_server(logged))
+    few_descriptors_more(raw_server, before)
+
+
+# -- answers that nobody reads (F22) ---------------------------------------------------------------
+
+
+def knock_and_wait(path: str, count: int, how: str) -> tuple[int, set[str]]:
+    """
+    Knock often and read no answer, but look at each; return how many brought a channel, and the refusals.
+
+    Args:
+        how: what is done with k0 then: kept, or shut down and kept all the same.
+    """
+    here.kept = []
+    opened, refusals = 0, set()
+    with byhand.reach(path) as door:
+        for _ in range(count):
+            ours = byhand.knock(door)
+            here.kept.append(ours)
+            assert byhand.readable(ours, 10)
+            words = ours.recv(4096, socket.MSG_PEEK)
+            refusal = byhand.refusal_in(words)
+            if refusal is None:
+                opened += 1
+                if how != "kept":
+                    ours.shutdown(getattr(socket, how))
+            else:
+                assert refusal[0] == BUSY
+                refusals.add(refusal[1])
+    return opened, refusals
+
+
+def read_answers() -> None:
+    for ours in here.kept:
+        with contextlib.suppress(OSError):
+            byhand.receive(ours).close()
+
+
+def close_answers() -> None:
+    for ours in here.kept:
+        ours.close()
+
+
+def limit_descriptors(count: int) -> None:
+    resource.setrlimit(resource.RLIMIT_NOFILE, (count, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+
+
+def pass_one() -> None:
+    """Pass a descriptor to oneself: the kernel says no if too many of this user are in flight."""
+    one, other = socket.socketpair()
+    with one, other:
+        byhand.send(one, b"x", [0])
+        byhand.receive(other).close()
+
+
+@pytest.mark.ids("F22")
+@pytest.mark.parametrize("how", ["kept", "SHUT_WR", "SHUT_RD", "SHUT_RDWR"])
+@pytest.mark.parametrize("then", ["read", "closed"])
+def test_a_stranger_leaves_only_a_few_answers_unread(actor, raw_server, path, how, then, root_only):
+    """No shutdown makes an unread answer a read one."""
+    raw_server(limit_descriptors, 256)
+    stranger, mate, other = actor(M), actor(M), actor(V)
+    before = raw_server(descriptors)
+    opened, refusals = stranger(knock_and_wait, path, 60, how)
+    assert opened == MOST_UNREAD
+    assert all(f"{MOST_UNREAD} answers to uid {M}" in text for text in refusals)
+    assert mate(try_door, path) == "BusyError"
+    assert actor(M + 1)(try_door, path) == "hello"
+    other(pass_one)
+    canary = actor(V)
+    canary(open_client, "raw", path)
+    assert canary(call, b"tweet") == b"tweet"
+    stranger(read_answers if then == "read" else close_answers)
+    wait_until(lambda: mate(try_door, path) == "hello", timeout=PATIENCE)
+    stranger(close_answers)
+    few_descriptors_more(raw_server, before)
+
+
+@pytest.mark.ids("F22", "F23")
+def test_many_strangers_leave_room_for_our_own(actor, raw_server, path, root_only):
+    """All together they get three quarters of what may be in flight; an own process passes what it likes."""
+    raw_server(limit_descriptors, 256)
+    total = 256 // 4 * 3 // 4
+    strangers = [actor(M + number) for number in range(5)]
+    opened = [stranger(knock_and_wait, path, MOST_UNREAD, "kept")[0] for stranger in strangers]
+    assert sum(opened) == total
+    canary, other = actor(V), actor(V)
+    with undisturbed(canary, path):
+        other(pass_one)
+    assert strangers[-1](try_door, path) == "BusyError"
+    strangers[0](close_answers)
+    wait_until(lambda: strangers[-1](try_door, path) == "hello", timeout=PATIENCE)
+
+
+@pytest.mark.ids("F22", "F23")
+def test_strangers_do_not_take_all_descriptors(actor, raw_server, path, root_only):
+    """Of connections and channels too three quarters are theirs at most."""
+    raw_server(limit_descriptors, 128)
+    stranger, canary = actor(M), actor(V)
+    assert stranger(connect_often, path, 200) <= 128 * 3 // 4
+    with undisturbed(canary, path):
+        pass
+    assert any("dropped a connection" in line for line in raw_server(logged))
+
+
+def connect_often(path: str, count: int) -> int:
+    """Connect and stay; return how many connections were greeted."""
+    here.kept = [byhand.reach(path) for _ in range(count)]
+    return sum(bool(_greeting_on(sock)) for sock in here.kept)
+
+
+def _greeting_on(sock: socket.socket) -> bytes:
+    try:
+        return byhand.receive(sock).data
+    except ConnectionError:
+        return b""
+
+
+@pytest.mark.ids("F22")
+def test_our_own_are_bounded_all_together(actor, path):
+    """They are trusted, and get an error in words that says what to do about it."""
+    server, client = actor(os.geteuid()), actor(os.geteuid())
+    server(serve, "raw", path, codec="RAW")
+    server(limit_descriptors, 240)
+    opened, refusals = client(knock_and_wait, path, 80, "kept")
+    assert opened == 60
+    (text,) = refusals
+    assert "60 answers to all callers have not been read" in text
+    with pytest.raises(BusyError, match="have not been read"):
+        Handle(path)
+    client(read_answers)
+    with Handle(path) as handle:
+        assert handle.call(b"x").data == b"x"
+
+
+@pytest.mark.ids("F22")
+def test_a_guest_that_dies_is_soon_forgotten(actor, path):
+    """A client killed between knock and answer: nothing of it stays at the server."""
+    server, client = actor(os.geteuid()), actor(os.geteuid())
+    server(serve, "raw", path, codec="RAW")
+    before = server(descriptors)
+    client(knock_and_wait, path, 30, "kept")
+    wait_until(lambda: server(guests) == 30, timeout=PATIENCE)
+    client.kill()
+    wait_until(lambda: server(descriptors) == before and server(guests) == 0, timeout=PATIENCE)
+
+
+@pytest.mark.ids("F22")
+def test_a_guest_that_hung_up_first_is_forgotten_when_he_reads(actor, path):
+    """After the hang-up there is no event any more: the server looks again by itself."""
+    server, client = actor(os.geteuid()), actor(os.geteuid())
+    server(serve, "raw", path, codec="RAW")
+    before = server(descriptors)
+    client(knock_and_wait, path, 5, "SHUT_RDWR")
+    wait_until(lambda: server(guests_looked_after) == 5, timeout=PATIENCE)
+    client(close_answers)
+    wait_until(lambda: server(guests) == 0 and server(descriptors) == before, timeout=PATIENCE)
+
+
+def guests_looked_after() -> int:
+    """How many have hung up and not read their answers."""
+    return sum(guest.delay > _guests._SECOND_LOOK for guest in _guests.guests()._guests.values())
+
+
+def guests() -> int:
+    return len(_guests.guests()._guests)
+
+
+# -- a client's own knocks -------------------------------------------------------------------------
+
+
+@pytest.mark.ids("F22")
+def test_a_client_leaves_few_knocks_unanswered():
+    """A holder of a port who answers nothing cannot fill the client's share of what is in flight."""
+    with rawpeer.RawServer() as server:
+        handle = Handle(server.descriptor, lazy=True)
+        calls = [Background(handle.call, b"x", timeout=PATIENCE) for _ in range(3 * FEW)]
+        heard = []
+        for _ in range(FEW):
+            words, numbers = rawpeer.receive(server.port)
+            assert words == rawpeer.knock()[:6] + words[6:]
+            heard += numbers
+        quiet = Background(rawpeer.receive, server.port)
+        assert quiet._thread.join(0.2) is None
+        assert quiet.running, "a knock too many"
+        os.close(heard.pop())  # dropped: its thread knocks again, or another has its turn
+        heard += quiet.result()[1]
+        server.port.shutdown(socket.SHUT_RDWR)
+        server.close()
+        for number in heard:
+            os.close(number)
+        for one in calls:
+            assert one.error() is not None
+        handle.close()
+
+
+# -- holders of one descriptor (U17) ---------------------------------------------------------------
+
+
+def spoil(number: int, how: str) -> None:
+    """Do to a door's descriptor what any holder can."""
+    door = socket.socket(fileno=number)
+    if how == "shut":
+        door.shutdown(socket.SHUT_RDWR)
+    elif how == "shut writing":
+        door.shutdown(socket.SHUT_WR)
+    elif how == "flip":
+        door.setblocking(True)
+    elif how == "empty":
+        for _ in range(50):
+            byhand.send(door, b"")
+    elif how == "flood":
+        ours, theirs = byhand.pair()
+        with ours, theirs, contextlib.suppress(BlockingIOError):
+            for _ in range(2000):
+                byhand.send(
+                    door, byhand.knock_bytes(), [theirs.fileno()], byhand.own_ids(), socket.MSG_DONTWAIT
+                )
+    here.spoilt = door
+
+
+def holder_state() -> tuple[bool, int]:
+    """Whether the door is there, and how many ports it has."""
+    return here.door.revoked, len(here.door._ports)
+
+
+@pytest.mark.ids("U17")
+@pytest.mark.parametrize("how", ["shut", "shut writing", "flip", "empty", "flood"])
+def test_holders_with_descriptors_of_their_own_share_no_fate(actor, path, how):
+    """Three hold the door; what one does to his descriptor the others do not notice, nor is the door gone."""
+    me = os.geteuid()
+    server = actor(me)
+    server(serve, "raw", path, codec="RAW")
+    holders = [actor(me) for _ in range(3)]
+    numbers = [server(open_descriptor) for _ in holders]
+    for holder, number in zip(holders[1:], numbers[1:], strict=True):
+        holder(open_client, "raw", Fd(number))
+    ports = server(holder_state)[1]
+    with undisturbed(actor(me), path):
+        holders[0](spoil, Fd(numbers[0]), how)
+        for holder in holders[1:]:
+            assert holder(call, b"before and after") == b"before and after"
+            holder(reopen)
+            assert holder(call, b"anew") == b"anew"
+    assert not server(holder_state)[0]
+    if how in ("shut", "shut writing"):
+        wait_until(lambda: server(holder_state)[1] == ports - 1, timeout=PATIENCE)
+    else:
+        assert server(holder_state)[1] == ports
+    for number in numbers:
+        os.close(number)
+
+
+def reopen() -> None:
+    """Have the next call knock again."""
+    while here.client._idle:
+        here.client._idle.pop().close()
+
+
+@pytest.mark.ids("U17")
+def test_who_shares_a_descriptor_shares_its_fate_and_is_told(actor, path):
+    """Copies of one descriptor: shut for one, shut for all; calls in hand go on, later ones are told."""
+    me = os.geteuid()
+    server, holder, mate = actor(me), actor(me), actor(me)
+    server(serve, "raw", path, codec="RAW")
+    number = server(open_descriptor)
+    mate(open_client, "raw", Fd(number))
+    holder(spoil, Fd(number), "shut")
+    assert mate(call, b"on a channel that was open") == b"on a channel that was open"
+    mate(reopen)
+    with pytest.raises(Exception, match="gone") as caught:
+        mate(call, b"with a new one")
+    assert not isinstance(caught.value, RevokedError)
+    assert caught.value.may_have_run is False
+    with Handle(path) as handle:
+        assert handle.call(b"by the name").data == b"by the name"
+    os.close(number)

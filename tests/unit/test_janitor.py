@@ -1,0 +1,283 @@
+"""
+The janitors: what may take long to close is closed by them, and by nobody else.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import tempfile
+import threading
+import time
+
+import pytest
+from support import run_as_uid, wait_until
+from support.rawdoor import Background
+from support.shortage import LINGER, send_all_of, slow_pair
+
+from doorpool import _janitor
+from doorpool._janitor import AT_MOST, close_all, close_later, close_socket, may_block, stuck
+
+STRANGER = 6602  # a uid that is neither ours nor root's
+
+
+def is_open(number: int) -> bool:
+    try:
+        os.fstat(number)
+    except OSError:
+        return False
+    return True
+
+
+def seconds_of(function, *args) -> float:
+    began = time.monotonic()
+    function(*args)
+    return time.monotonic() - began
+
+
+@pytest.fixture(autouse=True)
+def at_rest():
+    """No janitor is there before a test, nor after it."""
+    wait_until(lambda: not _janitor._crew._janitors, timeout=10)
+    yield
+    wait_until(lambda: not _janitor._crew._janitors, "the janitors retire", timeout=10)
+    assert not _janitor._crew.waiting
+
+
+@pytest.fixture
+def slow():
+    """Make TCP sockets whose close takes ``LINGER`` seconds; the other sides are closed in the end."""
+    others = []
+
+    def make() -> socket.socket:
+        one, other = slow_pair()
+        others.append(other)
+        return one
+
+    yield make
+    for other in others:
+        other.close()
+
+
+class Held:
+    """Stands in place of closing: holds whoever comes until it is let go."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.entered: list[int] = []
+        self.let_go = threading.Event()
+        self._close = _janitor._close
+        monkeypatch.setattr(_janitor, "_close", self)
+
+    def __call__(self, number: int) -> None:
+        self.entered.append(number)
+        assert self.let_go.wait(20)
+        self._close(number)
+
+
+@pytest.fixture
+def held(monkeypatch):
+    held = Held(monkeypatch)
+    yield held
+    held.let_go.set()
+
+
+def dup_of_null() -> int:
+    with open("/dev/null") as file:
+        return os.dup(file.fileno())
+
+
+# -- what is closed where
+
+
+@pytest.fixture
+def harmless():
+    """Make what can be closed without waiting; the other ends stay open till the end."""
+    kept = []
+
+    def make() -> dict[str, int]:
+        one, other = socket.socketpair()
+        kept.append(other)
+        reader, writer = os.pipe()
+        return {
+            "eventfd": os.eventfd(0),
+            "pidfd": os.pidfd_open(os.getpid()),
+            "local socket": one.detach(),
+            "reader": reader,
+            "writer": writer,
+        }
+
+    yield make
+    for sock in kept:
+        sock.close()
+
+
+@pytest.mark.ids("F20")
+def test_what_cannot_block_is_closed_at_once(held, harmless):
+    numbers = harmless()
+    assert {what for what, number in numbers.items() if may_block(number, STRANGER)} == set()
+    descriptors = list(numbers.values())
+    close_all(descriptors, STRANGER)
+    assert descriptors == []
+    assert not any(map(is_open, numbers.values()))
+    assert held.entered == []
+
+
+def test_files_are_left_to_a_janitor_if_a_stranger_has_sent_them(held):
+    with tempfile.TemporaryFile() as file:
+        ours, his = os.dup(file.fileno()), os.dup(file.fileno())
+    close_all([ours], os.geteuid())
+    assert not is_open(ours)
+    close_all([his], STRANGER)
+    wait_until(lambda: held.entered == [his])
+    assert is_open(his)
+    held.let_go.set()
+    wait_until(lambda: not is_open(his))
+
+
+@pytest.mark.ids("F20")
+def test_a_lingering_socket_holds_nobody_up(slow):
+    """Closed as it is it takes its time; a janitor switches that off."""
+    as_it_is = slow()
+    copy = as_it_is.detach()
+    assert seconds_of(os.close, copy) > LINGER / 2  # so the test can fail
+    numbers = [slow().detach() for _ in range(20)]
+    assert all(may_block(number, os.geteuid()) for number in numbers)
+    copies = list(numbers)
+    assert seconds_of(close_all, copies) < LINGER / 2
+    wait_until(lambda: not any(map(is_open, numbers)), timeout=LINGER / 2)
+
+
+@pytest.mark.ids("F20")
+def test_an_honest_senders_connection_is_not_cut():
+    """He lingers, and has gone on; what he sent before arrives all the same."""
+    slow, other = slow_pair()
+    with other:
+        close_all([slow.detach()], STRANGER)
+        other.settimeout(10)
+        size = 0
+        while piece := other.recv(1 << 16):
+            size += len(piece)
+        assert size > 4096  # to the end of file, which is no reset
+
+
+@pytest.mark.ids("F20")
+def test_a_socket_of_ours_with_slow_ones_unread_in_it(slow):
+    """The kernel closes what was never read together with the socket: here a janitor waits."""
+    ours, his = socket.socketpair()
+    send_all_of(his, b"unread", slow())
+    number = ours.fileno()
+    assert seconds_of(close_socket, ours, STRANGER) < LINGER / 2
+    assert ours.fileno() == -1
+    wait_until(lambda: not is_open(number))  # it is out of the table before anything is waited for
+    wait_until(lambda: stuck() == {STRANGER}, timeout=LINGER)
+    his.close()
+    wait_until(lambda: stuck() == set(), timeout=10)
+
+
+def test_a_socket_of_ours_with_nothing_in_it_is_closed_at_once(held):
+    one, other = socket.socketpair()
+    with other:
+        for _ in range(2):
+            close_socket(one)
+            assert one.fileno() == -1
+        assert other.recv(1) == b""
+    assert held.entered == []
+
+
+# -- how many there are
+
+
+@pytest.mark.ids("F20")
+def test_there_are_only_a_few_janitors(held, harmless, monkeypatch):
+    monkeypatch.setattr(_janitor, "PATIENCE", 0.05)
+    numbers = [dup_of_null() for _ in range(50)]
+    for number in numbers:
+        close_later([number], STRANGER if number % 2 else None)
+    wait_until(lambda: len(held.entered) == AT_MOST)
+    wait_until(lambda: stuck() == {STRANGER, None})
+    assert _janitor._crew._janitors == AT_MOST
+    assert all(map(is_open, numbers))
+    others = harmless()
+    close_all(list(others.values()), STRANGER)  # who is not held up is not held up
+    assert not any(map(is_open, others.values()))
+    held.let_go.set()
+    wait_until(lambda: not any(map(is_open, numbers)))
+    assert sorted(held.entered) == sorted(numbers)
+    assert stuck() == set()
+
+
+def test_one_that_is_held_up_is_not_waited_for(held):
+    """What comes in one batch with it is closed by the next."""
+    first = dup_of_null()
+    second, release = dup_of_null(), held.let_go
+    closing = _janitor._close
+
+    def close_second(number: int) -> None:
+        if number == first:
+            closing(number)
+        else:
+            held._close(number)
+
+    _janitor._close = close_second  # the fixture's monkeypatch puts the right one back
+    close_later([first, second])
+    wait_until(lambda: not is_open(second))
+    assert is_open(first)
+    release.set()
+    wait_until(lambda: not is_open(first))
+
+
+@pytest.mark.ids("F03")
+def test_without_a_thread_it_waits_for_one(monkeypatch):
+    def refuse(*_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    number = dup_of_null()
+    with monkeypatch.context() as patch:
+        patch.setattr(_janitor._thread, "start_new_thread", refuse)
+        close_later([number])
+        assert is_open(number)
+    another = dup_of_null()
+    close_later([another])
+    wait_until(lambda: not is_open(number) and not is_open(another))
+
+
+def test_nothing_to_close_starts_nobody():
+    close_later([])
+    close_all([])
+    assert _janitor._crew._janitors == 0
+
+
+# -- in a forked child
+
+
+def test_a_child_has_janitors_of_its_own(held):
+    """What had not been begun when it was forked is closed by both."""
+    numbers = [dup_of_null() for _ in range(AT_MOST + 3)]
+    close_later(list(numbers))
+    wait_until(lambda: len(held.entered) == AT_MOST)
+    waiting = [number for number, _ in _janitor._crew.waiting]
+    assert len(waiting) == 3
+
+    def close_in_child() -> tuple[list[bool], int]:
+        signal.alarm(20)
+        _janitor._close = held._close
+        mine = dup_of_null()
+        close_later([mine])
+        wait_until(lambda: not is_open(mine) and not any(map(is_open, waiting)))
+        return [is_open(number) for number in held.entered], _janitor._crew._janitors
+
+    left, janitors = run_as_uid(None, close_in_child)
+    assert left == [True] * AT_MOST  # being closed by the parent: they may be anything by now
+    assert 0 <= janitors <= AT_MOST
+    assert all(map(is_open, numbers))
+    held.let_go.set()
+    wait_until(lambda: not any(map(is_open, numbers)))
+
+
+def test_many_threads_at_once():
+    numbers = [[dup_of_null() for _ in range(25)] for _ in range(8)]
+    closers = [Background(close_later, list(some)) for some in numbers]
+    for closer in closers:
+        closer.result()
+    wait_until(lambda: not any(is_open(number) for some in numbers for number in some))
