@@ -1,14 +1,22 @@
 """
 A channel: one end of the private pair, on which calls go one at a time.
 
-Nobody but the two ends ever held an end of the pair, so blocking on it is right.  Who is
+Nobody but the two ends ever held an end of the pair, so waiting on it is right.  Who is
 at the other end was settled when it was opened; each receive compares the credentials
 that came with the bytes to those of the opening, and anything else ends the channel: it
 never changes who it is.  (An end that was inherited through a fork, passed on, or kept by
 a process that changed its ids speaks with other credentials.)
 
 The two ends use the same code.  A server reads with ``MSG_DONTWAIT`` and comes back
-later for the rest of a frame; a client blocks, and looks up each time its patience ends.
+later for the rest of a frame; a client waits, and looks up each time its patience ends.
+
+Waiting is done in ``poll``, and not inside a send or a receive.  Python begins those again
+when a signal interrupts them, and the kernel then begins their time limits (``SO_RCVTIMEO``,
+``SO_SNDTIMEO``) again too: under a timer signal of 1 kHz a call given 0.3 s waited until the
+signals ended.  The time of a ``poll`` goes on.  But it takes 1 µs more, so the first moments
+(``DOZE``, and a server thread's ``LINGER``) are waited for in the receive itself, where
+nobody has set a time: only signals that go on for ever, each sooner than that, would prolong
+them.
 
 A frame is one packet or several, each of which goes and comes as a whole.  Descriptors come
 with the first one or not at all, as many as the header says.  Packets it is, and no stream,
@@ -33,7 +41,6 @@ from doorpool._errors import ProtocolError
 from doorpool._janitor import close_all, close_socket
 from doorpool._sockets import (
     ANCILLARY_ROOM,
-    MSG_NOSIGNAL,
     SCM_CREDENTIALS,
     Ancillary,
     descriptors_in,
@@ -55,7 +62,15 @@ JOIN = PACKET - _HEAD + 1
 
 _pack, _unpack = HEADER.pack, HEADER.unpack_from
 
-_RECEIVE = _sockets.MSG_CMSG_CLOEXEC
+#: How long a first wait in the receive itself takes, seconds; see above.
+DOZE = 0.01
+
+#: How a ``read`` waits: not at all, in ``poll``, or in the receive itself (see above).
+NOT, POLL, RECEIVE = range(3)
+
+_RECEIVE = _sockets.MSG_CMSG_CLOEXEC | _sockets.MSG_DONTWAIT
+_RECEIVE_WAITING = _sockets.MSG_CMSG_CLOEXEC
+_SEND = _sockets.DONTWAIT
 _TRUNCATED = _sockets.MSG_TRUNCATED | _sockets.MSG_CUT
 
 
@@ -81,7 +96,8 @@ class Channel:
     Attributes:
         peer: who is at the other end, fixed at opening.
         number: of the last call that was begun here.
-        patience: seconds that one blocking receive waits at most; None: for ever.
+        patience: seconds that one ``read`` waits at most; None: for ever.
+        send_patience: seconds that one ``post`` waits for room at most; likewise.
         pidfd: of the process at the other end, -1 if there is none; the channel owns it.
     """
 
@@ -93,6 +109,7 @@ class Channel:
         "_fds",
         "_generation",
         "_lost",
+        "_poll",
         "_reset",
         "_rest",
         "_surplus",
@@ -100,6 +117,7 @@ class Channel:
         "patience",
         "peer",
         "pidfd",
+        "send_patience",
         "socket",
     )
 
@@ -119,6 +137,9 @@ class Channel:
         self._lost = False
         self._reset = False  # the kernel has said that something of ours was never read
         self.patience: float | None = None
+        self.send_patience: float | None = None
+        self._poll = select.poll()
+        self._poll.register(sock, select.POLLIN)
 
     def __del__(self, _ending: Callable[[], bool] = sys.is_finalizing) -> None:
         # A channel lost between two byte codes (Ctrl-C) closes without a warning.  When the
@@ -135,14 +156,9 @@ class Channel:
         """Whether this end was closed."""
         return self.socket.fileno() < 0
 
-    def set_patience(self, seconds: float) -> None:
-        """Bound how long one blocking receive waits before it returns with nothing."""
+    def doze(self, seconds: float) -> None:
+        """Bound how long a ``read`` waits in the receive itself."""
         _sockets.set_patience(self.socket, socket.SO_RCVTIMEO, seconds)
-        self.patience = seconds
-
-    def set_send_patience(self, seconds: float) -> None:
-        """Bound how long one blocking send waits without any progress."""
-        _sockets.set_patience(self.socket, socket.SO_SNDTIMEO, seconds)
 
     def shutdown(self) -> None:
         """Wake whoever blocks on either end; idempotent."""
@@ -171,7 +187,8 @@ class Channel:
         descriptors: Sequence[int] = (),
         nanoseconds: int = 0,
         sent: int = 0,
-        patience: Callable[[], None] | None = None,
+        patience: Callable[[Channel, float | None], None] | None = None,
+        deadline: float | None = None,
     ) -> None:
         """
         Send one frame, waiting for the other side to take it.
@@ -180,9 +197,9 @@ class Channel:
             kind, number, data, buffers, nanoseconds, sent: of the frame; memory as ``flat``
                 makes it.
             descriptors: go with its first byte; they stay the caller's.
-            patience: called when a send has made no progress for the send patience, and
-                between the steps of a long one; it raises to give up.  Without it the
-                first time without progress raises.
+            patience: called with the channel and the deadline when a send has made no
+                progress for the send patience, and between the steps of a long one; it
+                raises to give up.  Without it the first time without progress raises.
 
         Raises:
             OSError: the other side is gone (nobody acts on a part of a frame).
@@ -191,16 +208,20 @@ class Channel:
         if not buffers and not descriptors and len(data) < JOIN and not self._explicit:
             whole = _pack(kind, VERSION, 0, 0, number, len(data), nanoseconds, sent) + data
             try:
-                self.socket.send(whole, MSG_NOSIGNAL)
+                self.socket.send(whole, _SEND)
             except BlockingIOError:
-                self._send_views([memoryview(whole)], (), patience)
+                self._send_views([memoryview(whole)], (), patience, deadline)
             return
         head = frame_head(kind, number, data, buffers, len(descriptors), nanoseconds, sent)
         views = [memoryview(head), memoryview(data), *buffers]
-        self._send_views([view for view in views if view.nbytes], descriptors, patience)
+        self._send_views([view for view in views if view.nbytes], descriptors, patience, deadline)
 
     def _send_views(
-        self, views: list[memoryview], descriptors: Sequence[int], patience: Callable[[], None] | None
+        self,
+        views: list[memoryview],
+        descriptors: Sequence[int],
+        patience: Callable[[Channel, float | None], None] | None,
+        deadline: float | None,
     ) -> None:
         ancillary: Ancillary = []
         if self._explicit:
@@ -208,16 +229,25 @@ class Channel:
         first = [*ancillary, rights(descriptors)] if descriptors else ancillary
         while views:
             try:
-                sent = self.socket.sendmsg(_step(views), first, MSG_NOSIGNAL)
+                sent = self.socket.sendmsg(_step(views), first, _SEND)
             except BlockingIOError:
+                if self._has_room():
+                    continue
                 if patience is None:
                     raise TimeoutError("the other side reads nothing") from None
-                patience()
+                patience(self, deadline)
                 continue
             first = ancillary
             _advance(views, sent)
+            # step: part-sent
             if views and patience is not None:
-                patience()  # who reads a byte now and then would keep us here for ever
+                patience(self, deadline)  # who reads a byte now and then would keep us here for ever
+
+    def _has_room(self) -> bool:
+        """Wait for room to send, for at most the send patience; tell whether there is some."""
+        poll = select.poll()
+        poll.register(self.socket, select.POLLOUT)
+        return bool(poll.poll(None if self.send_patience is None else self.send_patience * 1000))
 
     def say(self, kind: int, number: int, data: bytes = b"") -> None:
         """
@@ -229,7 +259,7 @@ class Channel:
         whole = frame_head(kind, number, data) + data
         ancillary = [(socket.SOL_SOCKET, SCM_CREDENTIALS, own_ucred())] if self._explicit else []
         try:
-            self.socket.sendmsg([whole], ancillary, _sockets.DONTWAIT)
+            self.socket.sendmsg([whole], ancillary, _SEND)
         except OSError:
             return
 
@@ -238,21 +268,22 @@ class Channel:
     def read(
         self,
         limit: int,
-        flags: int = 0,
+        how: int = POLL,
         now: Callable[[], int] | None = None,
         deadline: float | None = None,
     ) -> Frame | None:
         """
         Return the next frame once it is whole; None if there is nothing (more) to read now.
 
-        With ``MSG_DONTWAIT`` "now" is at once, else when the patience ends.  A frame that
-        comes in pieces does not hold a thread for longer than the patience either, however
-        fast or slowly it comes.  What has come of it is kept for the next time.
+        A frame that comes in pieces does not hold a thread for longer than the patience
+        either, however fast or slowly it comes.  What has come of it is kept for the next time.
 
         Args:
             limit: how many bytes of data and buffers are allowed.  A frame over it is
                 returned as soon as its header is here, with ``refusal`` set, and its
                 body is thrown away as it comes.
+            how: ``NOT``: "now" is at once.  ``POLL``: when the patience ends.  ``RECEIVE``:
+                when that of ``doze`` ends, or a part of a frame is here.
             now: says what the limit is by the time that something has come.
             deadline: by ``time.monotonic()``; an unfinished frame is left then.
 
@@ -260,10 +291,13 @@ class Channel:
             Hangup: the other end is closed.
             ProtocolError: what came is no frame, or not from whom it must be.
         """
+        if how == POLL and not self._rest and not self._poll.poll(self.patience and self.patience * 1000):
+            return None
         try:
             if self._begun:
-                return self._read_on(limit, flags, now, self._until(deadline))
-            chunk, ancillary, came, _ = self.socket.recvmsg(PACKET, ANCILLARY_ROOM, flags | _RECEIVE)
+                return self._read_on(limit, now, self._until(deadline))
+            flags = _RECEIVE_WAITING if how == RECEIVE else _RECEIVE
+            chunk, ancillary, came, _ = self.socket.recvmsg(PACKET, ANCILLARY_ROOM, flags)
             if ancillary == self._expected and not came & _TRUNCATED and len(chunk) >= _HEAD:
                 # Nearly every call goes this way: a small frame, whole, from whom it must be.
                 kind, version, fds, buffers, number, body, nanoseconds, sent = _unpack(chunk)
@@ -275,44 +309,65 @@ class Channel:
             limit = limit if now is None else now()
             self._assembly = Assembly()
             self._assembly.feed(chunk, limit)
-            return self._assemble(self._assembly, limit, flags, self._until(deadline))
+            return self._assemble(self._assembly, limit, self._until(deadline))
         except BlockingIOError:
-            return None
+            if how != POLL:
+                return None
+            go_on = self._wait_for_more
         except ProtocolError:
             raise
         except ConnectionResetError:
-            # What the other side had sent is still there.
             self._reset = True
-            return self.read(limit, flags, now, deadline)
+            go_on = self._look_again  # what the other side had sent is still there
         except ConnectionError:
             raise Hangup(unread=self._reset) from None
+        # Here and not above, where the error's traceback holds what is being filled.
+        return go_on(limit, now, deadline)
+
+    def _look_again(
+        self, limit: int, now: Callable[[], int] | None, deadline: float | None
+    ) -> Frame | None:  # fmt: skip
+        return self.read(limit, NOT, now, deadline)
+
+    def _wait_for_more(
+        self, limit: int, now: Callable[[], int] | None, deadline: float | None
+    ) -> Frame | None:  # fmt: skip
+        """Wait for the rest of a frame of which something is here, or that was not there after all."""
+        until = self._until(deadline)
+        while (left := until - time.monotonic()) > 0:
+            self._poll.poll(None if left == math.inf else left * 1000)
+            frame = self.read(limit, NOT, now, deadline)
+            if frame is not None:
+                return frame
+        return None
 
     def _until(self, deadline: float | None) -> float:
         """Return when this look must end, be the frame whole or not."""
         until = math.inf if self.patience is None else time.monotonic() + self.patience
         return until if deadline is None else min(until, deadline)
 
-    def _read_on(self, limit: int, flags: int, now: Callable[[], int] | None, until: float) -> Frame:
+    def _read_on(self, limit: int, now: Callable[[], int] | None, until: float) -> Frame:
         """Go on where the last look ended: in a refused body, in a frame, or behind one."""
         if self._surplus:
-            self._skip(flags, until)
+            self._skip(until)
         if self._assembly is None:
-            chunk, self._rest = self._rest or self._receive(PACKET, flags, first=True), b""
+            chunk, self._rest = self._rest or self._receive(first=True), b""
             limit = limit if now is None else now()
             self._assembly = Assembly()
             self._assembly.feed(chunk, limit)
-        return self._assemble(self._assembly, limit, flags, until)
+        return self._assemble(self._assembly, limit, until)
 
-    def _assemble(self, assembly: Assembly, limit: int, flags: int, until: float) -> Frame:
+    def _assemble(self, assembly: Assembly, limit: int, until: float) -> Frame:
         while not assembly.complete:
             if time.monotonic() >= until:
                 raise BlockingIOError
             views = _step(assembly.views() or [])
             if sum(map(len, views)) == PACKET:
-                assembly.filled(self._receive_into(views, flags))
+                assembly.filled(self._receive_into(views))
             else:  # the next packet may not end where they end
                 views.clear()
-                assembly.feed(memoryview(self._receive(PACKET, flags)), limit)
+                assembly.feed(memoryview(self._receive()), limit)
+            # step: part-read
         self._assembly = None
         self._surplus, self._rest = assembly.surplus, assembly.rest
         self._begun = bool(self._surplus or self._rest)
@@ -335,22 +390,22 @@ class Channel:
         frame.descriptors = came
         return frame
 
-    def _skip(self, flags: int, until: float) -> None:
+    def _skip(self, until: float) -> None:
         """Throw away what is left of a body that was refused."""
         while self._surplus:
             if time.monotonic() >= until:
                 raise BlockingIOError
-            self._surplus -= len(self._receive(PACKET, flags))
+            self._surplus -= len(self._receive())
             if self._surplus < 0:
                 raise ProtocolError("bytes behind the end of a frame")
 
-    def _receive(self, size: int, flags: int, *, first: bool = False) -> bytes:
-        data, ancillary, came, _ = self.socket.recvmsg(size, ANCILLARY_ROOM, flags | _RECEIVE)
+    def _receive(self, *, first: bool = False) -> bytes:
+        data, ancillary, came, _ = self.socket.recvmsg(PACKET, ANCILLARY_ROOM, _RECEIVE)
         self._check(data, ancillary, came, first)
         return data
 
-    def _receive_into(self, views: list[memoryview], flags: int) -> int:
-        size, ancillary, came, _ = self.socket.recvmsg_into(views, ANCILLARY_ROOM, flags | _RECEIVE)
+    def _receive_into(self, views: list[memoryview]) -> int:
+        size, ancillary, came, _ = self.socket.recvmsg_into(views, ANCILLARY_ROOM, _RECEIVE)
         self._check(size, ancillary, came, first=False)
         return size
 

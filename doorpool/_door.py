@@ -31,8 +31,10 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import attrs
+
 from doorpool import _janitor, _names, _opening, _sockets, _wire
-from doorpool._channel import Channel
+from doorpool._channel import Channel, process_is_gone
 from doorpool._credentials import Credentials, credentials_of, is_strange, peer_ucred, pickle_bar, unpack_ids
 from doorpool._errors import SHORTAGE, ClosedError
 from doorpool._gate import Gate, Served
@@ -151,13 +153,16 @@ class Door:
 
     def greeting(self) -> _wire.Greeting:
         """Return what the door says of itself now."""
-        attributes = Attribute.PRIVATE * self.private
-        attributes |= Attribute.REFUSE_DESCRIPTORS * self.refuse_descriptors
         return _wire.Greeting(
             id=self.id, codec=self.codec, name=self.name, python=sys.version_info[:2],
-            main=self._main, max_request=self.max_request, max_descriptors=self.max_descriptors,
-            attributes=attributes, doc=self._doc, signature=self._signature,
+            main=self._main, doc=self._doc, signature=self._signature, **attrs.asdict(self.limits()),
         )  # fmt: skip
+
+    def limits(self) -> _wire.Limits:
+        """Return what the door takes now."""
+        attributes = Attribute.PRIVATE * self.private
+        attributes |= Attribute.REFUSE_DESCRIPTORS * self.refuse_descriptors
+        return _wire.Limits(self.max_request, self.max_descriptors, attributes)
 
     # -- handing out -------------------------------------------------------------------------
 
@@ -280,6 +285,7 @@ class Door:
                 return True
             self._starve(name.listener, "accept", error)
             return False
+        # step: accepted
         port.setblocking(False)
         self._take_in(_sockets.own(port))
         return True
@@ -323,6 +329,7 @@ class Door:
         """Take a port in: leave the greeting in its descriptor's queue and watch for knocks."""
         with self._keeper.lock:
             self._greet(port)
+            # step: greeted
             self._keeper.watch(port.fileno(), lambda: self._hear(port))
             self._ports.add(port)
             self._gain_reference()
@@ -349,6 +356,7 @@ class Door:
             self._close_port(port)
             self._lose_reference()
             return
+        # step: knock-heard
         try:
             decision = self._decide(knock)
         except Exception as error:
@@ -388,7 +396,7 @@ class Door:
 
     def _close_port(self, port: socket.socket) -> None:
         self._ports.discard(port)
-        self._guests.forget(port)
+        self._guests.forget_port(port)
         self._keeper.unwatch(port.fileno())
         _opening.close_port(port)
 
@@ -412,13 +420,15 @@ class Door:
             return Refusal(Reason.BUSY, f"the server cannot answer ({error.strerror})")
 
     def _let_in(self, visitor: _opening.Visitor, channel: Channel) -> None:
+        # step: answer-sent
         served = Served(channel, self, visitor.words)
         self._channels.add(served)
         self._guests.add_channel(served)
         if channel.pidfd >= 0:
             self._keeper.watch(channel.pidfd, lambda: self._bury(served))
+        self._guests.keep(visitor, served)
         self.gate.add(served)
-        self._guests.keep(visitor, self)
+        # step: joined
 
     def _say_refused(self, knock: _opening.Visitor | _opening.Misfit, refusal: Refusal) -> None:
         self._keeper.say(
@@ -444,7 +454,13 @@ class Door:
 
     def _bury(self, served: Served) -> None:
         """End the channel of a caller that has died: now, or when its call has been answered."""
+        if not process_is_gone(served.channel.pidfd):
+            return  # the hint was for somebody else, who had this number before
         self._keeper.unwatch(served.channel.pidfd)
+        self._guests.forget_channel(served)
+        # Whoever holds a copy of the socket now reads nothing, and a thread that is sending the
+        # reply would wait for him.
+        served.channel.shutdown()
         self.gate.end(served, _DEAD)
 
     # -- references, under the keeper's lock --------------------------------------------------
@@ -492,10 +508,10 @@ class Door:
 
     def forget(self, served: Served) -> None:
         """Drop a channel that is about to be closed from the door's table."""
+        self._guests.forget_channel(served)
         if served.channel.pidfd >= 0:
             self._keeper.unwatch(served.channel.pidfd)
         self._channels.discard(served)
-        self._guests.forget(served)
         if not (self._channels or self._ports or self._names):  # told in the keeper's own time
             self._keeper.soon(self._lose_reference)
 
@@ -518,6 +534,7 @@ class Door:
         if self._revoked is not None:
             return
         self._revoked = refusal or _REVOKED
+        # step: revoked
         with self._keeper.lock:
             names = list(self._names.values())
             self._names.clear()
@@ -543,6 +560,7 @@ class Door:
         assert self._revoked is not None
         with contextlib.suppress(OSError):  # no holder is left
             port.send(_wire.farewell(self._revoked), _sockets.DONTWAIT)
+        # step: farewell-said
         self._close_port(port)
 
     close = revoke

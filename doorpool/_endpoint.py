@@ -149,7 +149,7 @@ class Endpoint:
         if _ending():  # as in Channel
             return
         door = getattr(self, "_door", None)
-        if door is not None and not self._closed and self._generation == _sockets.generation:
+        if door is not None and not self._closed and self._generation == _sockets.here():
             warnings.warn(f"unclosed {self!r}", ResourceWarning, source=self, stacklevel=2)
             self.close()
 
@@ -356,6 +356,8 @@ class Endpoint:
         Modelled on: fdetach(3C)
         """
         where = None if path is None else absolute_path(path)
+        if self._generation != _sockets.here():
+            return  # the parent's names
         if self._server is not None and self._server.unrecord(self, where) and where is not None:
             return
         for name in self.paths if where is None else [where]:
@@ -393,7 +395,7 @@ class Endpoint:
 
         Modelled on: door_revoke(3C)
         """
-        if self._generation != _sockets.here():  # before any lock, which may have been held at the fork
+        if self._generation != _sockets.here():  # before any lock, which a lost thread may hold
             raise PermissionError(errno.EPERM, f"{self!r}: only the process that made it may revoke it")
         if self._server is not None:
             self._server.unrecord(self)
@@ -458,6 +460,7 @@ class Endpoint:
 
         Runs in a server thread.
         """
+        # step: call-taken
         line = invocation.line
         peer: Dialect | None = line.memo
         if peer is None:
@@ -486,6 +489,7 @@ class Endpoint:
         """Run the procedure and marshal what becomes of it."""
         token = current.set(Call(invocation, self))
         try:
+            # step: procedure-begins
             value = self.target(*args, **kwargs)
             if self._generation != _sockets.here():
                 _leave_forked_child(None)
@@ -500,6 +504,7 @@ class Endpoint:
         finally:
             current.reset(token)
         try:
+            # step: procedure-ended
             return pack_result(value, peer), True
         except BaseException as error:  # likewise the result's, while it is pickled
             refusal = _marshal_error("the result", error, may_have_run=True)

@@ -2,7 +2,7 @@
 The caller's side of the raw layer: a handle is an open descriptor of a door.
 
 A call takes an idle channel from the handle's stack, or opens one, sends the request and
-blocks in a receive until the reply is there.  Ten threads that call at once use ten
+waits until the reply is there.  Ten threads that call at once use ten
 channels; there is no reader thread and nothing is shared between two calls.
 
 How a call ends, and what is known then
@@ -19,9 +19,8 @@ How a call ends, and what is known then
       from now on decides, and silence means that it may have run.
     - A goodbye frame says so itself.
 
-    A blocking receive returns with nothing twice a second.  Only then is the
-    server's pidfd looked at: a forked child of a dead server may hold its sockets open, so
-    that no hang-up ever comes.
+    Who waits looks up twice a second.  Only then is the server's pidfd looked at: a forked
+    child of a dead server may hold its sockets open, so that no hang-up ever comes.
 
 A channel that was idle may have been closed by the server meanwhile.  If the call on it
 certainly did not run, it is made again on a fresh one.
@@ -34,7 +33,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import functools
 import numbers
 import os
 import select
@@ -48,8 +46,8 @@ from typing import NoReturn
 
 import attrs
 
-from doorpool import _channel, _names, _opening, _sockets, _wire
-from doorpool._channel import Channel, Hangup, process_is_gone
+from doorpool import _names, _opening, _sockets, _wire
+from doorpool._channel import DOZE, NOT, POLL, RECEIVE, Channel, Hangup, process_is_gone
 from doorpool._credentials import (
     ENDING,
     Credentials,
@@ -57,6 +55,7 @@ from doorpool._credentials import (
     peer_pidfd,
     peer_ucred,
     pickle_bar,
+    tells_processes,
     unpack_ids,
 )
 from doorpool._errors import (
@@ -108,6 +107,10 @@ def check_seconds(value: float | None, name: str) -> float | None:
 def deadline_after(seconds: float | None) -> float | None:
     """Return when so many seconds are over, by ``time.monotonic()``; None for never."""
     return None if seconds is None else time.monotonic() + seconds
+
+
+def _limits_in(greeting: Greeting) -> _wire.Limits:
+    return _wire.Limits(greeting.max_request, greeting.max_descriptors, greeting.attributes)
 
 
 @attrs.define
@@ -181,6 +184,7 @@ class Handle:
         self.server: Credentials
         try:
             self.greeting = self._peek(deadline)
+            self._limits = _limits_in(self.greeting)
             self._check_codec(codec)
             self.server = credentials_of(unpack_ids(peer_ucred(self._socket)), None)
             if not lazy:
@@ -295,12 +299,16 @@ class Handle:
 
     def _peek_message(self, deadline: float | None) -> bytes:
         flags = socket.MSG_PEEK | _sockets.MSG_DONTWAIT
+        waited = False
         for attempt in (1, 2):
             while True:
                 try:
                     return self._socket.recv(_wire.GREETING_SIZE, flags)
                 except BlockingIOError:
+                    if waited:  # a fork of a dead server may hold its listener open
+                        self._check_alive(self._socket)
                     self._await(self._socket, select.POLLIN, deadline, "does not answer")
+                    waited = True
                 except ConnectionResetError:
                     # Told once, of a knock that was never read; the queue is still there.
                     if attempt == 2:
@@ -395,6 +403,7 @@ class Handle:
             try:
                 return _opening.knock(door, self._words)
             except BlockingIOError:
+                self._check_alive(door)
                 self._await(door, select.POLLOUT, deadline, "has too many knocks to hear yet")
             except ConnectionError:
                 raise self._gone(door) from None
@@ -412,6 +421,10 @@ class Handle:
                 return _opening.hear_answer(ours)
             except BlockingIOError:
                 self._check_there(door)
+            except AccessError:
+                # Of a server that has answered and died since, nobody can say who it was.
+                self._check_there(door)
+                raise
 
     def _check_there(self, door: socket.socket) -> None:
         """Raise if the server is gone, or has taken the door away."""
@@ -419,9 +432,14 @@ class Handle:
         poll.register(door, 0)
         if poll.poll(0):
             raise self._gone(door)
+        self._check_alive(door)
+
+    def _check_alive(self, door: socket.socket) -> None:
+        """Raise if the server is dead, and no hang-up says so as somebody else holds its sockets."""
         pidfd = peer_pidfd(door)
         try:
-            if process_is_gone(pidfd):
+            # Where there are pidfds, one is missing only of a process that is gone for good.
+            if process_is_gone(pidfd) if pidfd >= 0 else tells_processes():
                 raise BrokenDoorError(f"{self.name}: the server is dead", filename=self.path)
         finally:
             if pidfd >= 0:
@@ -455,7 +473,9 @@ class Handle:
         except BaseException:
             channel.close()
             raise
+        # step: channel-opened
         self.server = channel.peer
+        channel.doze(DOZE)
         return channel
 
     def _believe(self, codec: Codec | None, server: Credentials, pidfd: int) -> None:
@@ -527,30 +547,50 @@ class Handle:
         """Call with a deadline by ``time.monotonic()``; the reply's frame; otherwise as ``call``."""
         if self._closed:
             raise ClosedError(f"{self.name}: this handle is closed")
-        if buffers or descriptors or type(data) is not bytes or len(data) > self.greeting.max_request:
+        if buffers or descriptors or type(data) is not bytes or len(data) > self._limits.max_request:
             try:
                 data, buffers = flatten(self.name, data, buffers)
-                self._check_request(len(data) + sum(map(len, buffers)), descriptors)
             except LimitError:
                 with self._descriptor() as door:
                     self._check_there(door)  # that there is no door any more comes first (L12)
                 raise
+            size = len(data) + sum(map(len, buffers))
+            try:
+                self._check_request(size, descriptors)
+            except LimitError:
+                # By what we know.  The limits may have been raised since then (P1); or there is
+                # no door any more, which comes first (L12).
+                self._learn_limits(deadline)
+                self._check_request(size, descriptors)
         frame = self._run(_REQUEST, deadline, data, buffers, descriptors)
         if frame.refusal is not None:
             raise OSError(errno.EMFILE, "no free descriptors for those that the reply brought")
         return frame
 
     def _check_request(self, size: int, descriptors: Sequence[int]) -> None:
-        limit = self.greeting.max_request
+        limit = self._limits.max_request
         if size > limit:
             raise LimitError(
                 f"{self.name}: a request of {size} bytes is over max_request, {limit}",
                 limit=limit, value=size,
             )  # fmt: skip
         if descriptors:
-            if self.greeting.attributes & Attribute.REFUSE_DESCRIPTORS:
+            if self._limits.attributes & Attribute.REFUSE_DESCRIPTORS:
                 raise LimitError(f"{self.name} takes no descriptors", limit=0, value=len(descriptors))
-            check_descriptors(self.name, descriptors, min(self.greeting.max_descriptors, MAX_DESCRIPTORS))
+            check_descriptors(self.name, descriptors, min(self._limits.max_descriptors, MAX_DESCRIPTORS))
+
+    def _learn_limits(self, deadline: float | None) -> None:
+        """Ask the server for its limits of now; if it takes long to answer, those that we know stand."""
+        soon = time.monotonic() + LOOK_UP  # all its threads may be busy, waiting for us even
+        try:
+            frame = self._run(_PING, soon if deadline is None else min(soon, deadline))
+        except CallTimeoutError:
+            return
+        except DoorError as error:
+            error.may_have_run = False  # of the call itself nothing was sent
+            raise
+        close_all(frame.descriptors)
+        self._limits = _wire.decode_limits(frame.data) or self._limits
 
     def ping(self, *, timeout: float | None = None) -> None:
         """
@@ -600,6 +640,7 @@ class Handle:
     def _give_back(self, channel: Channel) -> None:
         idle = self._idle
         idle.append(channel)
+        # step: given-back
         if self._closed or len(idle) > MAX_IDLE:
             with contextlib.suppress(IndexError):
                 idle.popleft().close()
@@ -619,9 +660,11 @@ class Handle:
         channel.number += 1
         sent = False
         try:
+            # step: request-begun
             self._send(channel, kind, deadline, data, buffers, descriptors)
+            # step: request-sent
             sent = True
-            frame = channel.read(MAX_REPLY, 0, None, deadline)
+            frame = channel.read(MAX_REPLY, RECEIVE if deadline is None else POLL, None, deadline)
             if frame is None or frame.refusal is not None:
                 frame = self._await_reply(channel, frame, deadline)
         except Hangup as hangup:
@@ -633,6 +676,7 @@ class Handle:
             if sent and isinstance(error, ProtocolError):
                 error.may_have_run = True
             raise
+        # step: reply-read
         if frame.number == channel.number and frame.kind == (_REPLY if kind == _REQUEST else _PONG):
             self._give_back(channel)
             return frame
@@ -689,14 +733,13 @@ class Handle:
                 raise self._late(False)
             nanoseconds = int(left * 1e9) or 1
             patience = min(LOOK_UP, left)
-        if patience != channel.patience:
-            channel.set_patience(patience)
-        look_up = None
-        if len(data) >= _channel.JOIN or buffers:  # what is shorter goes at once
-            channel.set_send_patience(patience)
-            look_up = functools.partial(self._look_up_sending, channel, deadline)
+        channel.patience = channel.send_patience = patience
+        # Nearly all goes at once; but a body that was refused may still lie there, half thrown away.
+        look_up = self._look_up_sending
         try:
-            channel.post(kind, channel.number, data, buffers, descriptors, nanoseconds, now, look_up)
+            channel.post(
+                kind, channel.number, data, buffers, descriptors, nanoseconds, now, look_up, deadline
+            )  # fmt: skip
         except ConnectionError as error:
             if isinstance(error, DoorError):
                 raise
@@ -710,7 +753,7 @@ class Handle:
         """The request could not be sent whole, so it does not run; find out why."""
         frame = None
         with contextlib.suppress(Hangup):  # there are none
-            frame = channel.read(MAX_REPLY, _sockets.MSG_DONTWAIT)
+            frame = channel.read(MAX_REPLY, NOT)
         if frame is not None:
             close_all(frame.descriptors)
         if frame is not None and frame.kind == Kind.GOODBYE:
@@ -723,13 +766,14 @@ class Handle:
         """Wait on, a first look having brought nothing yet, or what is not quite an everyday reply."""
         while frame is None:
             self._look_up(channel, deadline)
-            frame = channel.read(MAX_REPLY, 0, None, deadline)
+            frame = channel.read(MAX_REPLY, POLL, None, deadline)
         if frame.refusal is not None and frame.refusal.reason is Reason.TOO_LARGE:
             raise ProtocolError(f"{self.name}: a reply that claims {frame.refusal.value} bytes")
         return frame
 
     def _look_up(self, channel: Channel, deadline: float | None) -> None:
         """Having waited in vain for a reply: raise if the time is over or the server dead."""
+        # step: still-waiting
         left = LOOK_UP if deadline is None else deadline - time.monotonic()
         if left <= 0:
             raise self._late(self._give_up(channel))
@@ -739,7 +783,7 @@ class Handle:
                 may_have_run=self._give_up(channel),
                 filename=self.path,
             )
-        channel.set_patience(min(LOOK_UP, left))
+        channel.patience = min(LOOK_UP, left)
 
     def _look_up_sending(self, channel: Channel, deadline: float | None) -> None:
         """Having sent nothing for a while: raise if the time is over or the server dead."""
@@ -748,7 +792,7 @@ class Handle:
             raise self._late(False)
         if process_is_gone(channel.pidfd):
             raise BrokenDoorError(f"{self.name}: the server died", filename=self.path)
-        channel.set_send_patience(min(LOOK_UP, left))
+        channel.send_patience = min(LOOK_UP, left)
 
     def _late(self, may_have_run: bool) -> CallTimeoutError:
         became = "may have run" if may_have_run else "did not run"
@@ -761,10 +805,11 @@ class Handle:
     def _give_up(self, channel: Channel) -> bool:
         """End a call that was sent whole; return whether it may have run (see above)."""
         channel.shutdown()
+        # step: given-up
         if _sockets.unsent(channel.socket):
             return False
         try:
-            frame = channel.read(MAX_REPLY, _sockets.MSG_DONTWAIT)
+            frame = channel.read(MAX_REPLY, NOT)
         except Hangup as hangup:
             return not hangup.unread
         except ProtocolError:
@@ -809,6 +854,7 @@ class Handle:
             self._closed = True
             if not self._users:
                 self._socket.close()
+        # step: closing
         while True:
             try:
                 self._idle.pop().close()

@@ -57,8 +57,10 @@ import io
 import itertools
 import os
 import pickle
+import signal
 import stat
 import sys
+import traceback
 import types
 import weakref
 from collections import deque
@@ -191,6 +193,8 @@ def pack_arguments(args: tuple[Any, ...], kwargs: dict[str, Any], to: Dialect) -
         return _dump(call, to)
     except Exception as error:
         parts = (("args", args), ("kwargs", kwargs))
+        if _came_by_a_signal(error):
+            raise
         raise _cannot_cross(error, parts, to, may_have_run=False) from error
 
 
@@ -266,6 +270,8 @@ def unpack_outcome(
         try:
             return _unpickle(data, buffers)
         except _FAILURES as error:
+            if _came_by_a_signal(error):
+                raise
             raise _cannot_rebuild("the result", data, error, may_have_run=True) from error
     if kind in (_EXCEPTION, _REFUSAL):
         _raise(_exceptions.open_envelope(_open(data), _unpickle, as_itself=kind == _REFUSAL))
@@ -289,6 +295,13 @@ def _raise(error: BaseException) -> NoReturn:
         if context is not None:
             object.__setattr__(error, "__context__", context)
         del error, context  # or this frame and the exception's traceback hold one another
+
+
+def _came_by_a_signal(error: BaseException) -> bool:
+    """Tell whether a signal handler raised this, which then says nothing about the values."""
+    handlers = [signal.getsignal(number) for number in signal.valid_signals()]
+    codes = {getattr(getattr(handler, "__func__", handler), "__code__", None) for handler in handlers}
+    return any(frame.f_code in codes for frame, _ in traceback.walk_tb(error.__traceback__))
 
 
 def _all_atoms(kwargs: dict[str, Any]) -> bool:

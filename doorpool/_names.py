@@ -78,6 +78,7 @@ import grp
 import os
 import pwd
 import secrets
+import select
 import socket
 import stat
 import struct
@@ -89,7 +90,7 @@ from collections.abc import Callable, Iterator
 import attrs
 
 from doorpool import _sockets
-from doorpool._credentials import credentials_of
+from doorpool._credentials import credentials_of, peer_pidfd, peer_ucred, unpack_ids
 from doorpool._errors import AccessError, BrokenDoorError, CallTimeoutError, DoorError, NotADoorError
 from doorpool._sockets import close_number, door_socket, own_number, set_patience
 
@@ -100,6 +101,7 @@ Identity = tuple[int, int]  # st_dev, st_ino
 #: deadline, so that a larger number would serve only those who want to use up memory.
 BACKLOG = 128
 
+GREETING_TIMEOUT = 0.5  # seconds for somebody to greet in the place of a dead process
 LOCK_TIMEOUT = 2.0  # seconds; what is done under the lock takes well under a millisecond
 
 _ROOM_PREFIX = ".doorpool-"
@@ -162,7 +164,7 @@ class Name:
         return False
 
     def _is_there(self) -> bool:
-        if self.closed or self._generation != _sockets.generation:
+        if self.closed or self._generation != _sockets.here():
             return False
         try:
             status = self._place.look()
@@ -338,7 +340,9 @@ def _why_not_stale(node: int, status: os.stat_result, *, replace: bool) -> str |
 
 def _probe(node: int, status: os.stat_result) -> int:
     """
-    Ask a socket of ours, without waiting, whether anybody listens: 0, or an errno.
+    Ask a socket of ours whether anybody listens: 0, or an errno.
+
+    Waits only for whoever may have taken the place of a process that listened and is dead.
 
     A mode such as 0444 (on illumos, one that lets everybody in) keeps even its owner out.
     A killed server of that mode would leave a trap, so its owner gets the permission for the
@@ -357,7 +361,37 @@ def _probe(node: int, status: os.stat_result) -> int:
 
 def _knock(node: int) -> int:
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK) as sock:
-        return sock.connect_ex(_through(node))
+        number = sock.connect_ex(_through(node))
+        return errno.ECONNREFUSED if number == 0 and _nobody_accepts(sock) else number
+
+
+def _nobody_accepts(sock: socket.socket) -> bool:
+    """
+    Tell whether the process that listened is dead, and no other greets in its place.
+
+    A child of a fork in C, past Python's hooks, holds the listener of its dead parent open.
+    """
+    return _listener_is_dead(sock) and not _is_readable(sock.fileno(), GREETING_TIMEOUT)
+
+
+def _listener_is_dead(sock: socket.socket) -> bool:
+    pidfd = peer_pidfd(sock)
+    if pidfd < 0:  # the process is gone for good, or this kernel cannot say
+        pid = unpack_ids(peer_ucred(sock))[0]
+        if pid <= 0:  # of another namespace
+            return False
+        try:
+            pidfd = os.pidfd_open(pid)
+        except ProcessLookupError:
+            return True
+    with _held(pidfd):
+        return _is_readable(pidfd, 0)
+
+
+def _is_readable(descriptor: int, seconds: float) -> bool:
+    poll = select.poll()
+    poll.register(descriptor, select.POLLIN)
+    return bool(poll.poll(seconds * 1000))
 
 
 # -- the room ------------------------------------------------------------------------
@@ -705,7 +739,8 @@ def _walk(directory: str) -> int:
         ahead, links = _parts(directory), 0
         while ahead:
             step, link = _step(here, ahead.pop())
-            left, here = here, step  # before it is closed: Ctrl-C may surface right behind
+            # In this order: Ctrl-C may come out of the close, and a number closed twice is a stranger's.
+            left, here = here, step
             os.close(left)
             if link is not None:
                 ahead += _parts(link)

@@ -88,22 +88,23 @@ def take_socket(letter: Letter, what: str, kind: int) -> socket.socket:
     try:
         _check_maker(sock, letter, what, kind)
     except BaseException:
-        sock.detach()  # it stays the letter's
+        letter.descriptors.append(sock.detach())
         raise
     letter.forged = False
-    letter.descriptors.clear()
     return _sockets.own(sock)
 
 
 def _adopt(letter: Letter, what: str) -> socket.socket:
     assert letter.ids is not None
-    number = letter.descriptors[0]
+    number = letter.descriptors.pop()  # at no moment two owners: Ctrl-C may come at any
+    why = "local socket"
     try:
         if not is_strange(letter.ids[1]) or _sockets.domain_of(number) == socket.AF_UNIX:
             return _sockets.adopt(number)
     except OSError as error:
-        raise ProtocolError(f"{what} brought a descriptor that is no socket ({error.strerror})") from None
-    raise ProtocolError(f"{what} brought a descriptor that is no local socket")
+        why = f"socket ({error.strerror})"
+    letter.descriptors.append(number)
+    raise ProtocolError(f"{what} brought a descriptor that is no {why}")
 
 
 def _check_maker(sock: socket.socket, letter: Letter, what: str, kind: int) -> None:
@@ -148,6 +149,7 @@ def knock(door: socket.socket, words: Knock) -> socket.socket:
         BlockingIOError: too many knocks wait there already.
         OSError: nobody serves the door any more, or descriptors have run out.
     """
+    # step: dialling
     ours, theirs = _sockets.knock_pair()
     try:
         _sockets.send_letter(door, words.encode(), [theirs.fileno()])
@@ -156,6 +158,7 @@ def knock(door: socket.socket, words: Knock) -> socket.socket:
         raise
     finally:
         theirs.close()
+    # step: knock-sent
     return ours
 
 
@@ -186,6 +189,7 @@ def hear_answer(ours: socket.socket) -> Opened | Refusal:
             raise OSError(errno.EMFILE, "no free descriptor for a channel of the door")
         if not letter.data:
             raise EOFError("the knock was dropped")
+        # step: answer-heard
         answer = _wire.decode_answer(letter.data)
         if answer.refusal is not None:
             return answer.refusal
@@ -205,11 +209,9 @@ def _channel_of(letter: Letter) -> Channel:
 
 def discard(letter: Letter) -> None:
     """Close all that nobody has taken out of a letter."""
-    pidfd, letter.pidfd = letter.pidfd, -1
-    if pidfd >= 0:
-        os.close(pidfd)
     if letter.descriptors:
         close_later(letter.descriptors, _uid(letter))
+    letter.close()
 
 
 def _uid(letter: Letter) -> int | None:
@@ -219,8 +221,8 @@ def _uid(letter: Letter) -> int | None:
 def _make_channel(letter: Letter, sock: socket.socket, witness: socket.socket) -> Channel:
     """Make a channel whose peer is the sender of a letter and the maker of a witness."""
     assert letter.ids is not None
-    pidfd, letter.pidfd = letter.pidfd, -1
     peer = credentials_of(letter.ids, peer_groups(witness))
+    pidfd, letter.pidfd = letter.pidfd, -1
     return Channel(sock, peer, letter.ucred, pidfd)
 
 
@@ -367,6 +369,7 @@ def admit(visitor: Visitor, codec: Codec) -> Channel:
     """
     ours, theirs = _sockets.private_pair()
     try:
+        # step: answering
         _sockets.send_letter(visitor.socket, Answer(codec).encode(), [theirs.fileno()])
         return _make_channel(visitor.letter, ours, visitor.socket)
     except BaseException:

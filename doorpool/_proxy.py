@@ -96,7 +96,9 @@ class _Line:
 
     def _lock_here(self) -> threading.RLock:
         if self._generation != _sockets.here():
-            self._reset()
+            with _crossing:  # once, whichever thread comes first
+                if self._generation != _sockets.generation:
+                    self._reset()
         return self._lock
 
     def __del__(self, _ending: Callable[[], bool] = sys.is_finalizing) -> None:
@@ -243,6 +245,17 @@ class _Line:
         self.handle.close()
         if executor is not None:
             executor.shutdown(wait=False, cancel_futures=True)
+
+
+_crossing = threading.Lock()
+
+
+def _forget_parent() -> None:
+    global _crossing
+    _crossing = threading.Lock()
+
+
+_sockets.on_fork(_forget_parent)
 
 
 class Proxy:

@@ -16,6 +16,11 @@ Signals, in ``run()`` of the main thread
     first signal closes the server; a second one, when the time for closing is over and a
     procedure still holds the main thread, ends the process with ``128 + n``; its names are
     gone by then.
+
+    A forked child inherits both, and they are not for it: what ends the child (a
+    ``Process.terminate()``, say) would do nothing there, and be read by the parent's keeper.
+    So the child puts Python's own handlers back before any signal can reach it, and the
+    parent acts on bytes that it wrote itself: the kernel says who wrote them.
 """
 
 from __future__ import annotations
@@ -295,9 +300,12 @@ class Server:
 
     # -- starting ----------------------------------------------------------------------------
 
-    def _check_open(self) -> None:
+    def _check_here(self) -> None:
         if self._generation != _sockets.here():
             raise ClosedError(f"{self!r} belongs to the process that this one was forked from")
+
+    def _check_open(self) -> None:
+        self._check_here()
         if self._closing:
             raise ClosedError(f"{self!r} cannot be used again")
 
@@ -313,6 +321,7 @@ class Server:
                 is closed.
             OSError: a name cannot be made; those made before are gone again.
         """
+        self._check_here()  # before the lock, which in a child a lost thread may hold
         with self._lock:
             self._check_open()
             if not self._started:
@@ -374,35 +383,38 @@ class Server:
         with self._closing_on_signals() if signals and main else contextlib.nullcontext():
             self.start()
             self.pool.lend()
-            self._closed.wait()
+            self.wait()
 
     @contextlib.contextmanager
     def _closing_on_signals(self) -> Iterator[None]:
         """Have signals close the server, where Python's own handlers are in place."""
         ours = {n: old for n, old in _SIGNALS.items() if signal.getsignal(n) is old}
-        reader, writer = socket.socketpair()
+        reader, writer = _sockets.signal_pair()
         with reader, writer:
-            reader.setblocking(False)
-            writer.setblocking(False)
             keeper().watch(reader.fileno(), lambda: self._hear_signals(reader, set(ours)))
             before = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+            heard = _Heard(ours, before, reader, writer)
+            _heard.append(heard)
             for number in ours:
                 signal.signal(number, _do_nothing)
             try:
                 yield
             finally:
-                for number, handler in ours.items():
-                    signal.signal(number, handler)
-                signal.set_wakeup_fd(before)
-                keeper().unwatch(reader.fileno())
+                if heard in _heard:  # not in a child
+                    heard.put_back()
+                    _heard.remove(heard)
+                    keeper().unwatch(reader.fileno())
 
     def _hear_signals(self, reader: socket.socket, ours: set[signal.Signals]) -> None:
         """Close the server, in a thread of its own; in the keeper's thread."""
         try:
-            numbers = reader.recv(64)
+            letter = _sockets.receive_letter(reader, 64)
         except BlockingIOError:
             return
-        for number in numbers:
+        letter.close()
+        if letter.ids is None or letter.ids[0] != os.getpid():
+            return  # a child's signals, from before it put its handlers back
+        for number in letter.data:
             if number not in ours:
                 continue
             if self._overdue:
@@ -425,8 +437,13 @@ class Server:
 
         Args:
             timeout: seconds; None waits for ever.
+
+        Raises:
+            ClosedError: it is of the process that this one was forked from.
         """
-        return self._closed.wait(check_seconds(timeout, "timeout"))
+        seconds = check_seconds(timeout, "timeout")
+        self._check_here()
+        return self._closed.wait(seconds)
 
     # -- closing -----------------------------------------------------------------------------
 
@@ -491,7 +508,7 @@ class Server:
         if not getattr(self, "_started", False):
             if hasattr(self, "_pools"):
                 self._pools.dispose()
-        elif not self._closing and self._generation == _sockets.generation:
+        elif not self._closing and self._generation == _sockets.here():
             warnings.warn(f"unclosed {self!r}", ResourceWarning, source=self, stacklevel=2)
             self.close(0)
 
@@ -531,6 +548,57 @@ def _do_nothing(*_: object) -> None:
     """Handle a signal that the keeper reads."""
 
 
+@attrs.define(eq=False)
+class _Heard:
+    """The signals that a ``run`` hears: what was there before, and where they come in."""
+
+    handlers: dict[signal.Signals, Any]
+    wakeup: int
+    reader: socket.socket
+    writer: socket.socket
+
+    def put_back(self) -> None:
+        """Have the signals go where they went before."""
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(self.wakeup)
+
+    def leave_to_parent(self) -> None:
+        """Let go of the signals in a forked child."""
+        try:
+            self.put_back()
+        except (ValueError, OSError):
+            # A fork in C by another than the main thread, whose handlers it must not touch.
+            # The number stays taken: signals would be written to whatever had it next.
+            with open(os.devnull, "wb") as nowhere:
+                os.dup2(nowhere.fileno(), self.writer.fileno(), inheritable=False)
+            self.writer.detach()
+        self.writer.close()
+        self.reader.close()
+
+
+_heard: list[_Heard] = []  # of the present run() in the main thread
+_held = threading.local()  # .mask: that of a thread which is just forking
+
+
+def _hold_signals() -> None:
+    """Keep signals from a child until its handlers are its own."""
+    if _heard:
+        _held.mask = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+
+
+def _let_signals_go() -> None:
+    mask, _held.mask = getattr(_held, "mask", None), None
+    if mask is not None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+# The child's hook comes after that of ``_sockets``, which runs ``_forget_parent`` below.
+os.register_at_fork(
+    before=_hold_signals, after_in_parent=_let_signals_go, after_in_child=_let_signals_go
+)  # fmt: skip
+
+
 _started: weakref.WeakSet[Server] = weakref.WeakSet()
 
 
@@ -551,7 +619,7 @@ def _default_server() -> Server:
     """Return the server of endpoints that were made without one, starting it the first time."""
     global _default
     with _making_default:
-        if _default is None or _default.closed or _default._generation != _sockets.generation:
+        if _default is None or _default.closed or _default._generation != _sockets.here():
             _default = Server(name="doorpool-default").start()
         return _default
 
@@ -560,6 +628,8 @@ def _forget_parent() -> None:
     global _default, _making_default
     _default = None
     _making_default = threading.Lock()
+    while _heard:
+        _heard.pop().leave_to_parent()
 
 
 _sockets.on_fork(_forget_parent)

@@ -124,7 +124,8 @@ def _forget_parent() -> None:
     generation += 1
     _mark[0] = 1
     for sock in list(_owned):
-        sock.close()
+        with contextlib.suppress(OSError):  # somebody has closed its number by hand
+            sock.close()
     _owned.clear()
     for descriptor in list(_owned_numbers):
         with contextlib.suppress(OSError):
@@ -168,6 +169,18 @@ def door_pair() -> tuple[socket.socket, socket.socket]:
     holder.setblocking(False)
     port.setblocking(False)
     return holder, own(port)
+
+
+def signal_pair() -> tuple[socket.socket, socket.socket]:
+    """
+    Make the pair by which signals come in (``signal.set_wakeup_fd``): where to read, where to write.
+
+    It asks who wrote, for a forked child may.
+    """
+    reader, writer = _pair(socket.SOCK_STREAM, pidfds=False)
+    reader.setblocking(False)
+    writer.setblocking(False)
+    return reader, writer
 
 
 def knock_pair() -> tuple[socket.socket, socket.socket]:
@@ -311,6 +324,18 @@ class Letter:
     truncated: bool = False
     short: bool = False
     forged: bool = False
+
+    def __del__(self, _ending: Callable[[], bool] = sys.is_finalizing) -> None:
+        if not _ending():  # as in Channel
+            self.close()
+
+    def close(self) -> None:
+        """Close what nobody has taken, here and now; what others have sent ``_opening`` discards."""
+        pidfd, self.pidfd = self.pidfd, -1
+        if pidfd >= 0:
+            os.close(pidfd)
+        while self.descriptors:
+            os.close(self.descriptors.pop())
 
 
 def receive_letter(sock: socket.socket, size: int, flags: int = 0, room: int = ANCILLARY_ROOM) -> Letter:

@@ -198,6 +198,8 @@ class Pool:
             return True
 
     def _leave(self, thread: threading.Thread) -> None:
+        if self._generation != _sockets.here():
+            return  # in a child whose parent's thread this was, and which may have lost the lock's holder
         with self._lock:
             self._threads.discard(thread)
             self._lent.discard(thread)
@@ -342,7 +344,8 @@ class Pool:
     def check_lendable(self) -> None:
         """Raise ``RuntimeError`` if the calling thread serves a pool already."""
         serving: Pool | None = getattr(_local, "pool", None)
-        if serving is not None:
+        # A child that was forked in a procedure serves nobody, whatever its thread did before.
+        if serving is not None and serving._generation == _sockets.here():
             raise RuntimeError(f"{self.name}: this thread serves {serving.name!r} already")
 
     def is_ours(self) -> bool:

@@ -86,6 +86,7 @@ _KNOCK = struct.Struct("<4sHBB16s")
 _ANSWER = struct.Struct("<4sHBBQ")
 _REFUSAL = struct.Struct("<BB6xQQ")
 _FAREWELL = struct.Struct("<4sH")
+_LIMITS = struct.Struct("<QII")
 HEADER = struct.Struct("<BBHIQQQQ")
 _LENGTH = struct.Struct("<I")
 
@@ -177,6 +178,24 @@ class Greeting:
         texts = [(self.name, 1_024), (self.doc, 32_768), (self.signature, 16_384)]
         fields = [_stretch(text.encode("utf-8", "replace"), size) for text, size in texts]
         return head + b"".join(_LENGTH.pack(len(f)) + f for f in fields) + self.main
+
+
+@attrs.frozen
+class Limits:
+    """What a door takes; said in its greeting, and again in each answer to a ping."""
+
+    max_request: int
+    max_descriptors: int
+    attributes: int
+
+    def encode(self) -> bytes:
+        """Write them as the data of an answer to a ping."""
+        return _LIMITS.pack(self.max_request, self.max_descriptors, self.attributes)
+
+
+def decode_limits(data: bytes | bytearray) -> Limits | None:
+    """Read the limits in an answer to a ping; None if it says nothing of them."""
+    return Limits(*_LIMITS.unpack_from(data)) if len(data) >= _LIMITS.size else None
 
 
 def decode_greeting(data: bytes) -> Greeting | None:

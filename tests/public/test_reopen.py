@@ -170,6 +170,7 @@ def test_a_call_of_the_second_server_that_may_have_run_says_so(spawn_server, doo
     assert caught.value.may_have_run is True
 
 
+@pytest.mark.ids("A21")
 def test_another_users_server_is_not_believed_when_reopening(root_only, spawn_server, door_dir, connect):
     os.chmod(door_dir, 0o1777)
     first = spawn_server(SERVER, cwd=door_dir)
@@ -187,6 +188,74 @@ def test_another_users_server_is_not_believed_when_reopening(root_only, spawn_se
     os.unlink(door_dir / "a.door")
     third = spawn_server(SERVER, cwd=door_dir)
     assert proxy() == (third.pid, 1)
+
+
+RAW_SERVER = """
+    import threading
+    from doorpool.door import Codec, Door, Gate
+
+    gate = Gate()
+    door = Door(gate, name="answer", codec=Codec.RAW)
+    door.listen("a.door", mode=0o666)
+    heard = []
+
+    def serve():
+        while True:
+            invocation = gate.wait()
+            heard.append(bytes(invocation.data))
+            invocation.reply()
+
+    threading.Thread(target=serve, daemon=True).start()
+    ready()
+    try:
+        threading.Event().wait()
+    finally:
+        door.revoke()
+"""
+
+
+@pytest.mark.ids("A21")
+def test_another_codec_is_not_spoken_when_reopening(spawn_server, door_dir, connect):
+    """The same user, the same path; the door that was opened spoke pickle, and that is what is said."""
+    first = spawn_server(SERVER, cwd=door_dir)
+    proxy = connect()
+    assert proxy() == (first.pid, 1)
+    first.kill()
+    second = spawn_server(RAW_SERVER, cwd=door_dir)
+    for _ in range(2):
+        with pytest.raises(DoorError) as caught:
+            proxy()
+        assert caught.value.may_have_run is False
+        assert "is a raw door and not a pickle one" in str(caught.value.__cause__)
+    second.kill()
+    third = spawn_server(SERVER, cwd=door_dir)
+    assert proxy() == (third.pid, 1)
+
+
+@pytest.mark.ids("A21")
+def test_a_path_that_is_served_by_one_after_the_other(root_only, spawn_server, door_dir, connect):
+    """Root's raw door, a user's pickle door, a stranger's, root's pickle door: only the last is the first."""
+    os.chmod(door_dir, 0o1777)
+    first = spawn_server(SERVER, cwd=door_dir)
+    proxy = connect()
+    assert proxy() == (first.pid, 1)
+    first.kill()
+    turns = [
+        ({"code": RAW_SERVER}, "raw door"),
+        ({"code": SERVER, "uid": 4201}, "uid 4201"),
+        ({"code": RAW_SERVER, "uid": 6602}, "6602"),
+    ]
+    for options, word in turns:
+        os.unlink(door_dir / "a.door")
+        other = spawn_server(options.pop("code"), cwd=door_dir, **options)
+        with pytest.raises(DoorError) as caught:
+            proxy()
+        assert caught.value.may_have_run is False
+        assert word in str(caught.value.__cause__)
+        other.kill()
+    os.unlink(door_dir / "a.door")
+    last = spawn_server(SERVER, cwd=door_dir)
+    assert proxy() == (last.pid, 1)
 
 
 def test_one_thread_reopens_for_all(door_dir, connect):

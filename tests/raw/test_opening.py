@@ -7,11 +7,12 @@ from __future__ import annotations
 import array
 import fcntl
 import os
+import select
 import socket
 import tempfile
 
 import pytest
-from support import rawpeer
+from support import rawpeer, wait_until
 from support.rawdoor import PATIENCE, Background, Canary
 
 from doorpool._errors import BrokenDoorError, CallTimeoutError, NotADoorError, ProtocolError
@@ -371,3 +372,21 @@ def test_knock_by_somebody_who_leaves_at_once(canary):
         assert client.call(b"x").body == b"x"
     os.close(number)
     bird.still_sings()
+
+
+@pytest.mark.ids("E03")
+def test_what_was_kept_of_an_opening_goes_with_the_channel(serve):
+    """Somebody may hold the other end, such as a child of a caller that has died in between."""
+    serving = serve()
+    number = serving.door.open()
+    with rawpeer.RawClient(number, opening=False) as client:
+        os.close(number)
+        client.knock()
+        _, descriptors = client.answer()
+        with socket.socket(fileno=descriptors[0]) as channel:
+            client.channel = channel
+            assert client.call(b"data").body == b"data"
+        poll = select.poll()
+        poll.register(client.knock_socket, 0)
+        assert poll.poll(PATIENCE * 1000)
+        wait_until(lambda: serving.door.channels == 0)

@@ -28,8 +28,7 @@ from types import TracebackType
 from typing import Any
 
 from doorpool import DoorError, Endpoint, Proxy, Server, current_call
-from doorpool._channel import Channel
-from doorpool._sockets import MSG_DONTWAIT
+from doorpool._channel import NOT, POLL, Channel
 
 RESULT = "a result"
 DID_NOT_RUN = "it did not run"
@@ -195,19 +194,19 @@ def read_by_a_fine_clock() -> Any:
     """
     Return a ``Channel.read`` that ends a wait when the time is over, to some microseconds.
 
-    The kernel ends the wait of a plain receive at the next tick of its clock, every few
-    milliseconds, so that few timeouts would fall into the moment at which a server takes a call.
+    ``poll`` counts whole milliseconds, so that few timeouts would fall into the moment at which a
+    server takes a call.
     """
     plain_read = Channel.read
 
     def read(
-        self: Channel, limit: int, flags: int = 0, now: Any = None, deadline: float | None = None
+        self: Channel, limit: int, how: int = POLL, now: Any = None, deadline: float | None = None
     ) -> Any:
-        if deadline is not None and not flags:
+        if deadline is not None and how == POLL:
             left = min(0.5, max(0.0, deadline - time.monotonic()))
             select.select([self.socket], [], [], left)
-            flags = MSG_DONTWAIT
-        return plain_read(self, limit, flags, now, deadline)
+            how = NOT
+        return plain_read(self, limit, how, now, deadline)
 
     return read
 
