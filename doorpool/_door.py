@@ -396,7 +396,7 @@ class Door:
 
     def _close_port(self, port: socket.socket) -> None:
         self._ports.discard(port)
-        self._guests.forget(port)
+        self._guests.forget_port(port)
         self._keeper.unwatch(port.fileno())
         _opening.close_port(port)
 
@@ -457,7 +457,7 @@ class Door:
         if not process_is_gone(served.channel.pidfd):
             return  # the hint was for somebody else, who had this number before
         self._keeper.unwatch(served.channel.pidfd)
-        self._guests.see_off(served)
+        self._guests.forget_channel(served)
         # Whoever holds a copy of the socket now reads nothing, and a thread that is sending the
         # reply would wait for him.
         served.channel.shutdown()
@@ -508,11 +508,10 @@ class Door:
 
     def forget(self, served: Served) -> None:
         """Drop a channel that is about to be closed from the door's table."""
-        self._guests.see_off(served)  # his process may be dead, and a child of it hold k0
+        self._guests.forget_channel(served)
         if served.channel.pidfd >= 0:
             self._keeper.unwatch(served.channel.pidfd)
         self._channels.discard(served)
-        self._guests.forget(served)
         if not (self._channels or self._ports or self._names):  # told in the keeper's own time
             self._keeper.soon(self._lose_reference)
 

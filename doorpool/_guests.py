@@ -18,6 +18,7 @@ All methods are for holders of the keeper's lock, but those that say otherwise.
 
 from __future__ import annotations
 
+import contextlib
 import resource
 import socket
 from collections.abc import Iterable
@@ -55,7 +56,7 @@ def _most_descriptors() -> int:
 class _Guest:
     socket: socket.socket  # k1
     uid: int | None
-    served: Served  # the channel that it was answered with
+    served: Served
     timer: Timer | None = None
     delay: float = _SECOND_LOOK
 
@@ -115,10 +116,28 @@ class Guests:
         if is_strange(served.channel.peer.uid):
             self._strange_channels.add(served)
 
-    def forget(self, gone: socket.socket | Served) -> None:
-        """Count a port or a channel out; idempotent, from any thread."""
-        self._strange_ports.discard(gone)
-        self._strange_channels.discard(gone)
+    def forget_port(self, port: socket.socket) -> None:
+        """Count a connection out; idempotent."""
+        self._strange_ports.discard(port)
+
+    def forget_channel(self, served: Served) -> None:
+        """Count a channel out, and let the guest go that has it; idempotent, from any thread."""
+        self._strange_channels.discard(served)
+        if served in self._guests:
+            with self._keeper.lock:
+                self._end_channel(served)
+
+    def _end_channel(self, served: Served) -> None:
+        """
+        Having closed a channel, close k1, which a child of a dead client may hold for ever.
+
+        But a stranger's unread answer is in flight as long as anybody holds it.
+        """
+        guest = self._guests.get(served)
+        if guest is not None and is_strange(guest.uid):
+            self._hear_hangup(guest)
+        elif guest is not None:
+            self._dismiss(guest)
 
     # -- answers ---------------------------------------------------------------------------
 
@@ -127,7 +146,8 @@ class Guests:
         guest = _Guest(visitor.socket, visitor.credentials.uid, served)
         self._guests[served] = guest
         guest.timer = self._keeper.after(GREETING_PATIENCE, lambda: self._end_visit(guest))
-        self._keeper.watch(guest.socket.fileno(), lambda: self._hear_hangup(guest))
+        with contextlib.suppress(OSError):  # no memory for it; there is the timer
+            self._keeper.watch(guest.socket.fileno(), lambda: self._hear_hangup(guest))
 
     def _end_visit(self, guest: _Guest) -> None:
         """When time is over: let a guest go, unless he has not read his answer."""
@@ -157,13 +177,6 @@ class Guests:
                 guest.timer.cancel()
             self._keeper.unwatch(guest.socket.fileno())
             _opening.leave(guest.socket, guest.uid)
-
-    def see_off(self, served: Served) -> None:
-        """Let the guest of a channel go that ends, if he has read the answer; from any thread."""
-        if served in self._guests:
-            with self._keeper.lock:
-                if served in self._guests:
-                    self._has_left(self._guests[served])
 
     def dismiss_all(self, door: Door) -> None:
         """Let the guests of a door go that is taken away."""

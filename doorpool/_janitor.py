@@ -153,8 +153,8 @@ def close_later(descriptors: list[int], uid: int | None = NOBODY) -> None:
     """
     if descriptors:
         _sockets.here()
-        _crew.waiting.extend((number, uid) for number in descriptors)
-        descriptors.clear()
+        while descriptors:  # at no moment two owners: Ctrl-C may come at any
+            _crew.waiting.append((descriptors.pop(), uid))
         _crew.wake()
 
 

@@ -88,7 +88,7 @@ def take_socket(letter: Letter, what: str, kind: int) -> socket.socket:
     try:
         _check_maker(sock, letter, what, kind)
     except BaseException:
-        letter.descriptors.append(sock.detach())  # it stays the letter's
+        letter.descriptors.append(sock.detach())
         raise
     letter.forged = False
     return _sockets.own(sock)
@@ -97,14 +97,14 @@ def take_socket(letter: Letter, what: str, kind: int) -> socket.socket:
 def _adopt(letter: Letter, what: str) -> socket.socket:
     assert letter.ids is not None
     number = letter.descriptors.pop()  # at no moment two owners: Ctrl-C may come at any
+    why = "local socket"
     try:
         if not is_strange(letter.ids[1]) or _sockets.domain_of(number) == socket.AF_UNIX:
             return _sockets.adopt(number)
     except OSError as error:
-        letter.descriptors.append(number)
-        raise ProtocolError(f"{what} brought a descriptor that is no socket ({error.strerror})") from None
+        why = f"socket ({error.strerror})"
     letter.descriptors.append(number)
-    raise ProtocolError(f"{what} brought a descriptor that is no local socket")
+    raise ProtocolError(f"{what} brought a descriptor that is no {why}")
 
 
 def _check_maker(sock: socket.socket, letter: Letter, what: str, kind: int) -> None:
@@ -209,11 +209,9 @@ def _channel_of(letter: Letter) -> Channel:
 
 def discard(letter: Letter) -> None:
     """Close all that nobody has taken out of a letter."""
-    pidfd, letter.pidfd = letter.pidfd, -1
-    if pidfd >= 0:
-        os.close(pidfd)
     if letter.descriptors:
         close_later(letter.descriptors, _uid(letter))
+    letter.close()
 
 
 def _uid(letter: Letter) -> int | None:

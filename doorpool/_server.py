@@ -41,7 +41,7 @@ from typing import Any, TypeVar, overload
 
 import attrs
 
-from doorpool import _endpoint, _opening, _sockets
+from doorpool import _endpoint, _sockets
 from doorpool._endpoint import Endpoint, check_mode, checked_threads
 from doorpool._errors import ClosedError, Path
 from doorpool._handle import check_seconds
@@ -411,7 +411,7 @@ class Server:
             letter = _sockets.receive_letter(reader, 64)
         except BlockingIOError:
             return
-        _opening.discard(letter)
+        letter.close()
         if letter.ids is None or letter.ids[0] != os.getpid():
             return  # a child's signals, from before it put its handlers back
         for number in letter.data:

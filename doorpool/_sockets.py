@@ -326,11 +326,16 @@ class Letter:
     forged: bool = False
 
     def __del__(self, _ending: Callable[[], bool] = sys.is_finalizing) -> None:
-        # Nothing is left but where Ctrl-C came before ``_opening.discard``.
-        left = [*self.descriptors, self.pidfd] if self.pidfd >= 0 else self.descriptors
-        if left and not _ending():  # as in Channel
-            for number in left:
-                os.close(number)
+        if not _ending():  # as in Channel
+            self.close()
+
+    def close(self) -> None:
+        """Close what nobody has taken, here and now; what others have sent ``_opening`` discards."""
+        pidfd, self.pidfd = self.pidfd, -1
+        if pidfd >= 0:
+            os.close(pidfd)
+        while self.descriptors:
+            os.close(self.descriptors.pop())
 
 
 def receive_letter(sock: socket.socket, size: int, flags: int = 0, room: int = ANCILLARY_ROOM) -> Letter:

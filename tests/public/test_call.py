@@ -361,3 +361,32 @@ def test_threads_of_a_procedure_may_ask_at_once_whether_it_was_cancelled(serve, 
 
     serve(ask)
     assert connect()() == [False] * 4
+
+
+@pytest.mark.ids("X17")
+def test_a_stopped_caller_waits_on(serve, spawn_python, door_dir):
+    """By a debugger, say; nobody takes him for dead, and the answer waits for him."""
+    calls, go_on = [], threading.Event()
+
+    def procedure() -> str:
+        calls.append(current_call())
+        assert go_on.wait(20)
+        return "here"
+
+    server = serve(procedure)
+
+    def call(path: str) -> str:
+        from doorpool import Proxy
+
+        with Proxy(path) as proxy:
+            return proxy()
+
+    child = spawn_python(call, str(door_dir / "a.door"))
+    wait_until(lambda: calls, timeout=20)
+    child.stop()
+    assert not calls[0].cancelled
+    go_on.set()
+    wait_until(lambda: server.statistics().served == 1)
+    assert server.statistics().channels == 1
+    child.cont()
+    assert child.finish().value == "here"

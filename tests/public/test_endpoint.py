@@ -364,6 +364,7 @@ def test_a_dropped_endpoint_lives_while_it_has_a_name_or_a_holder(door_dir, conn
 # -- taking away
 
 
+@pytest.mark.ids("R6")
 @pytest.mark.parametrize("take", [Endpoint.revoke, Endpoint.close])
 def test_revoke_and_close_refuse_new_calls_and_let_running_ones_finish(serve, connect, door_dir, take):
     running, go_on = threading.Event(), threading.Event()

@@ -386,7 +386,7 @@ def test_a_timeout_covers_the_call(serve, connect):
 # -- calling
 
 
-@pytest.mark.ids("L1", "L4")
+@pytest.mark.ids("L1", "L4", "X13")
 def test_arguments_and_results(server, connect):
     proxy = connect()
     assert proxy() is None

@@ -222,7 +222,7 @@ def test_alive_is_the_truth_about_the_server(staged):
     assert handle.server.pid == os.getpid()  # whoever made the descriptor, as nobody was called
 
 
-@pytest.mark.ids("L14", "X9")
+@pytest.mark.ids("L14", "X9", "E13")
 def test_real_server_killed_while_it_runs_a_call(spawn_server, door_dir):
     server = spawn_server(
         """

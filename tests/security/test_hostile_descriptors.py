@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import resource
+import signal
 import socket
 import statistics
 import threading
@@ -473,6 +474,33 @@ def test_a_stranger_leaves_only_a_few_answers_unread(actor, raw_server, path, ho
     wait_until(lambda: mate(try_door, path) == "hello", timeout=PATIENCE)
     stranger(close_answers)
     few_descriptors_more(raw_server, before)
+
+
+def leave_heir() -> int:
+    """Leave all that this process holds to a forked child, which lives for a while; return its pid."""
+    pid = os.fork()
+    if pid == 0:
+        signal.alarm(int(PATIENCE))
+        while True:
+            signal.pause()
+    return pid
+
+
+@pytest.mark.ids("F22")
+def test_answers_that_were_left_to_a_child_count_on(actor, raw_server, path, root_only):
+    """Who dies with unread answers and leaves them to a child begins with no new share."""
+    stranger, mate = actor(M), actor(M)
+    assert stranger(knock_and_wait, path, MOST_UNREAD, "kept")[0] == MOST_UNREAD
+    heir = stranger(leave_heir)
+    stranger.kill()
+    wait_until(lambda: raw_server(channels) == 0, timeout=PATIENCE)  # those go with their caller
+    assert mate(try_door, path) == "BusyError"
+    os.kill(heir, signal.SIGKILL)
+    wait_until(lambda: mate(try_door, path) == "hello", timeout=PATIENCE)
+
+
+def channels() -> int:
+    return here.door.channels
 
 
 @pytest.mark.ids("F22", "F23")
