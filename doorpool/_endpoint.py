@@ -238,16 +238,11 @@ class Endpoint:
         return self._door is not None and self._door.unreferenced
 
     @property
-    def pool(self) -> Pool | None:
-        """The threads that run its calls, once it has been named or handed out; for ``Proxy``."""
-        return self._pool
-
-    @property
-    def private_pool(self) -> Pool | None:
-        """The same, if they are its own; for ``Server``."""
+    def _private_pool(self) -> Pool | None:
+        """The threads that run its calls, if they are its own; for ``Server``."""
         return None if self._threads is None else self._pool
 
-    def adopt(self, server: Server) -> bool:
+    def _adopt(self, server: Server) -> bool:
         """
         Let a server's threads run it, and return whether it was of no server; for ``Server``.
 
@@ -261,10 +256,10 @@ class Endpoint:
         free, self._server = self._server is None, server
         return free
 
-    def let_go(self) -> None:
+    def _let_go(self) -> None:
         """Be of no server again, nothing having been handed out; for ``Server``."""
         assert self._server is not None
-        self._server.release_pool(self)
+        self._server._release_pool(self)
         self._server = self._door = self._pool = None
 
     def _check_open(self) -> None:
@@ -276,7 +271,7 @@ class Endpoint:
         self._check_open()
         if self._server is None:
             assert _find_default_server is not None
-            _find_default_server().adopt(self)
+            _find_default_server()._adopt(self)
         if self._door is None:
             assert self._server is not None
             # May run foreign code: no lock is held.
@@ -285,13 +280,15 @@ class Endpoint:
                 self._check_open()
                 if self._door is None:
                     self._make_door(self._server, doc, signature)
-            self._server.await_set_up(self)
+            self._server._await_set_up(self)
         assert self._door is not None
         return self._door
 
     def _make_door(self, server: Server, doc: str, signature: str) -> None:
         private = self._threads is not None
-        self._pool = server.private_pool(self.name, self._threads) if self._threads else server.pool
+        self._pool = (
+            server._make_private_pool(self.name, self._threads) if self._threads else server._shared_pool
+        )
         self._door = Door(
             self._pool.gate,
             name=self.name,
@@ -338,11 +335,11 @@ class Endpoint:
         mode = self.mode if mode is None else check_mode(mode)
         where = absolute_path(path)
         self._check_open()
-        if self._server is None or not self._server.record(self, where, mode, group, replace):
-            self.listen(where, mode, group, replace)
+        if self._server is None or not self._server._record(self, where, mode, group, replace):
+            self._listen(where, mode, group, replace)
         return self
 
-    def listen(self, path: str, mode: int, group: str | int | None, replace: bool) -> None:
+    def _listen(self, path: str, mode: int, group: str | int | None, replace: bool) -> None:
         """Make a name now; for ``Server``."""
         self._ready_door().listen(path, mode=mode, group=group, replace=replace)
 
@@ -358,12 +355,12 @@ class Endpoint:
         where = None if path is None else absolute_path(path)
         if self._generation != _sockets.here():
             return  # the parent's names
-        if self._server is not None and self._server.unrecord(self, where) and where is not None:
+        if self._server is not None and self._server._unrecord(self, where) and where is not None:
             return
         for name in self.paths if where is None else [where]:
-            self.unlisten(name)
+            self._unlisten(name)
 
-    def unlisten(self, path: str) -> None:
+    def _unlisten(self, path: str) -> None:
         """Take away a name that was made; for ``Server``."""
         if self._door is None or path not in self._door.paths:
             raise ValueError(f"{self!r} has no name {path!r}")
@@ -398,7 +395,7 @@ class Endpoint:
         if self._generation != _sockets.here():  # before any lock, which a lost thread may hold
             raise PermissionError(errno.EPERM, f"{self!r}: only the process that made it may revoke it")
         if self._server is not None:
-            self._server.unrecord(self)
+            self._server._unrecord(self)
         with self._making:
             door = self._door
             self._closed = self._closed or door is None
@@ -417,9 +414,9 @@ class Endpoint:
         if door is not None:
             door.revoke()
         if self._server is not None:
-            self._server.forget(self)
+            self._server._forget(self)
 
-    def retire(self, refusal: Refusal) -> None:
+    def _retire(self, refusal: Refusal) -> None:
         """Close because the server closes; callers are told this reason."""
         self._closed = True
         with self._making:
@@ -454,7 +451,7 @@ class Endpoint:
 
     # -- answering ---------------------------------------------------------------------------
 
-    def serve(self, invocation: Invocation) -> bool:
+    def _serve(self, invocation: Invocation) -> bool:
         """
         Answer one invocation, whatever happens; return whether the procedure returned.
 
@@ -551,7 +548,7 @@ def _leave_forked_child(error: BaseException | None) -> NoReturn:
 def serve(invocation: Invocation) -> bool:
     """Have the endpoint of an invocation answer it."""
     endpoint: Endpoint = invocation.door.cookie
-    return endpoint.serve(invocation)
+    return endpoint._serve(invocation)
 
 
 def _marshal_error(what: str, error: BaseException, *, may_have_run: bool) -> DoorError:

@@ -130,7 +130,7 @@ class _Line:
         self.info = describe(handle.greeting, handle.path, handle.server, local=handle.is_local)
         self.dialect = Dialect(handle.greeting.python, handle.greeting.main)
         home = endpoint_with_id(handle.greeting.id) if handle.is_local else None
-        self._pool = home.pool if home is not None else None  # of this very process, if the door is
+        self._pool = home._pool if home is not None else None  # of this very process, if the door is
         self.handle = handle  # last: who calls by it marshals for it
 
     def call(self, args: tuple[Any, ...], kwargs: dict[str, Any], deadline: float | None) -> Any:

@@ -149,7 +149,7 @@ class Server:
         return f"<Server {self.name!r}: {state}, {len(self._endpoints)} endpoints>"
 
     @property
-    def pool(self) -> Pool:
+    def _shared_pool(self) -> Pool:
         """The threads that its endpoints share; for ``Endpoint``."""
         return self._pools.shared
 
@@ -233,18 +233,18 @@ class Server:
         endpoint = target if isinstance(target, Endpoint) else Endpoint(target, **options)
         with self._lock:
             self._check_open()  # now that ``close`` cannot begin
-            was_free = endpoint.adopt(self)
+            was_free = endpoint._adopt(self)
             try:
                 if where is not None:
                     endpoint.attach(where, mode=mode, group=group, replace=replace)
             except BaseException:
                 if was_free:
-                    endpoint.let_go()
+                    endpoint._let_go()
                 raise
             self._endpoints[endpoint] = None
         return endpoint
 
-    def record(
+    def _record(
         self, endpoint: Endpoint, path: str, mode: int, group: str | int | None, replace: bool
     ) -> bool:  # fmt: skip
         """Take note of a name that ``start`` shall make; False if it has made them; for ``Endpoint``."""
@@ -253,7 +253,7 @@ class Server:
                 self._to_make.append(_Name(endpoint, path, mode, group, replace))
             return not self._started
 
-    def unrecord(self, endpoint: Endpoint, path: str | None = None) -> bool:
+    def _unrecord(self, endpoint: Endpoint, path: str | None = None) -> bool:
         """Drop a name that is yet to be made, or all; return whether there was one; for ``Endpoint``."""
 
         def is_meant(name: _Name) -> bool:
@@ -266,36 +266,36 @@ class Server:
             self._to_make = [name for name in self._to_make if not is_meant(name)]
         return True
 
-    def forget(self, endpoint: Endpoint) -> None:
+    def _forget(self, endpoint: Endpoint) -> None:
         """Let go of a closed endpoint; for ``Endpoint``."""
-        self.unrecord(endpoint)
+        self._unrecord(endpoint)
         self._endpoints.pop(endpoint, None)
         self._adopted.discard(endpoint)
 
-        self.release_pool(endpoint)
+        self._release_pool(endpoint)
 
-    def private_pool(self, name: str, threads: int) -> Pool:
+    def _make_private_pool(self, name: str, threads: int) -> Pool:
         """Make threads for one endpoint alone; for ``Endpoint``."""
         return self._pools.private(name, threads)
 
-    def release_pool(self, endpoint: Endpoint) -> None:
+    def _release_pool(self, endpoint: Endpoint) -> None:
         """Let the threads go that an endpoint has for itself, if it has; for ``Endpoint``."""
-        if endpoint.private_pool is not None:
-            self._pools.release(endpoint.private_pool)
+        if endpoint._private_pool is not None:
+            self._pools.release(endpoint._private_pool)
 
-    def await_set_up(self, endpoint: Endpoint) -> None:
+    def _await_set_up(self, endpoint: Endpoint) -> None:
         """
         Wait for the setup of the threads that an endpoint has for itself, if they run; for ``Endpoint``.
 
         Raises:
             RuntimeError: it failed.
         """
-        if self._started and endpoint.private_pool is not None:
-            endpoint.private_pool.wait_set_up()
+        if self._started and endpoint._private_pool is not None:
+            endpoint._private_pool.wait_set_up()
 
-    def adopt(self, endpoint: Endpoint) -> None:
+    def _adopt(self, endpoint: Endpoint) -> None:
         """Run an endpoint that was made without a server, without keeping it alive."""
-        endpoint.adopt(self)
+        endpoint._adopt(self)
         self._adopted.add(endpoint)
 
     # -- starting ----------------------------------------------------------------------------
@@ -339,12 +339,12 @@ class Server:
         made: list[_Name] = []
         try:
             for name in self._to_make:
-                name.endpoint.listen(name.path, name.mode, name.group, name.replace)
+                name.endpoint._listen(name.path, name.mode, name.group, name.replace)
                 made.append(name)
             self._pools.start()
         except BaseException:
             for name in made:
-                name.endpoint.unlisten(name.path)
+                name.endpoint._unlisten(name.path)
             raise
         self._to_make.clear()
 
@@ -375,14 +375,14 @@ class Server:
 
         Modelled on: door_return(3C)
         """
-        self.pool.check_lendable()
+        self._shared_pool.check_lendable()
         if raise_nofile:
             hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
         main = threading.current_thread() is threading.main_thread()
         with self._closing_on_signals() if signals and main else contextlib.nullcontext():
             self.start()
-            self.pool.lend()
+            self._shared_pool.lend()
             self.wait()
 
     @contextlib.contextmanager
@@ -481,11 +481,11 @@ class Server:
         endpoints = [*self._endpoints, *self._adopted]
         try:
             for endpoint in endpoints:
-                endpoint.retire(refusal)
+                endpoint._retire(refusal)
             late = self._pools.close(timeout)
         except BaseException:  # Ctrl-C: whoever closes has no patience any more
             for endpoint in endpoints:
-                endpoint.retire(refusal)
+                endpoint._retire(refusal)
             self._cut(self._pools.close(0), "by an exception")
             raise
         self._cut(late, f"after {timeout} s")

@@ -50,7 +50,7 @@ def settle(endpoint: Endpoint) -> None:
         keeper().soon(heard.set)
         assert heard.wait(PATIENCE)
     done = threading.Event()
-    endpoint.pool.run_soon(done.set)
+    endpoint._pool.run_soon(done.set)
     assert done.wait(PATIENCE)
 
 
@@ -487,10 +487,10 @@ def test_an_idle_channel_goes_with_its_process_though_a_child_holds_its_socket(
     try:
         endpoint.detach()
         settle(endpoint)
-        assert endpoint.pool.gate.channels == 1
+        assert endpoint._pool.gate.channels == 1
         child.kill()
         news.wait()
-        wait_until(lambda: endpoint.pool.gate.channels == 0)
+        wait_until(lambda: endpoint._pool.gate.channels == 0)
     finally:
         os.kill(grandchild, 9)
 
