@@ -14,7 +14,7 @@ from doorpool import Proxy
 
 SERVER = """
     import os, threading, time
-    from doorpool import Server
+    from doorpool import Server, current_call
 
     server = Server()
     calls = {}
@@ -34,7 +34,9 @@ SERVER = """
 
     @server.endpoint("sleep.door")
     def sleep(seconds):
-        time.sleep(seconds)
+        until = time.monotonic() + seconds
+        while (left := until - time.monotonic()) > 0 and not current_call().cancelled:
+            time.sleep(min(left, 0.02))
         return seconds
 
     @server.endpoint("data.door")
