@@ -29,6 +29,7 @@ import functools
 import inspect
 import logging
 import os
+import signal
 import sys
 import threading
 import traceback
@@ -47,6 +48,7 @@ from doorpool._info import DoorInfo, describe
 from doorpool._marshal import (
     Dialect,
     Parcel,
+    came_by_a_signal,
     own_dialect,
     pack_exception,
     pack_refusal,
@@ -54,6 +56,7 @@ from doorpool._marshal import (
     unpack_arguments,
 )
 from doorpool._names import absolute_path
+from doorpool._threads import Interrupt
 from doorpool._wire import Reason, Refusal
 from doorpool.door import Codec, Door, Invocation
 
@@ -459,6 +462,7 @@ class Endpoint:
         """
         # step: call-taken
         line = invocation.line
+        interrupt: BaseException | None = None
         peer: Dialect | None = line.memo
         if peer is None:
             peer = line.memo = Dialect(invocation.words.python, invocation.words.main)
@@ -468,8 +472,9 @@ class Endpoint:
             refusal = _marshal_error("the arguments", error, may_have_run=False)
             log.warning("%s: %s: %s", self.name, invocation.credentials, refusal)
             parcel, returned = pack_refusal(refusal, peer), False
+            interrupt = _interrupt(error)
         else:
-            parcel, returned = self._invoke(invocation, args, kwargs, peer)
+            parcel, returned, interrupt = self._invoke(invocation, args, kwargs, peer)
         data, buffers, descriptors = parcel
         try:
             invocation.reply(data, buffers, descriptors)
@@ -477,13 +482,20 @@ class Endpoint:
             # A frame of the raw layer's, which no limit holds up.
             log.error("%s: %s", self.name, error, exc_info=error)
             invocation.fail(Reason.REPLY_TOO_LARGE, str(error), limit=error.limit, value=error.value)
-            return False
+            returned = False
+        if interrupt is not None:
+            raise Interrupt(interrupt)
         return returned
 
     def _invoke(
         self, invocation: Invocation, args: tuple[Any, ...], kwargs: dict[str, Any], peer: Dialect
-    ) -> tuple[Parcel, bool]:
-        """Run the procedure and marshal what becomes of it."""
+    ) -> tuple[Parcel, bool, BaseException | None]:
+        """
+        Run the procedure and marshal what becomes of it.
+
+        Returns:
+            What to answer, whether it returned, and what is to leave ``run`` besides.
+        """
         token = current.set(Call(invocation, self))
         try:
             # step: procedure-begins
@@ -497,16 +509,16 @@ class Endpoint:
             if error.__traceback__ is not None:
                 BaseException.with_traceback(error, error.__traceback__.tb_next)
             self._log(error)
-            return pack_exception(error, peer), False
+            return pack_exception(error, peer), False, _interrupt(error)
         finally:
             current.reset(token)
         try:
             # step: procedure-ended
-            return pack_result(value, peer), True
+            return pack_result(value, peer), True, None
         except BaseException as error:  # likewise the result's, while it is pickled
             refusal = _marshal_error("the result", error, may_have_run=True)
             log.error("%s: %s", self.name, refusal, exc_info=error)
-            return pack_refusal(refusal, peer), False
+            return pack_refusal(refusal, peer), False, _interrupt(error)
 
     def _log(self, error: BaseException) -> None:
         if isinstance(error, Exception):
@@ -524,6 +536,21 @@ _sockets.on_fork(_endpoints.clear)
 def endpoint_with_id(door_id: bytes) -> Endpoint | None:
     """Return the endpoint of this process whose door has an id, or None; for ``Proxy``."""
     return _endpoints.get(door_id)
+
+
+def _interrupt(error: BaseException) -> BaseException | None:
+    """
+    Return an error that a signal handler of the program has raised in a procedure, else None.
+
+    The handler means the main thread, which has been lent, and not this call; its caller is told
+    nevertheless.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return None
+    ctrl_c = isinstance(error, KeyboardInterrupt) and (
+        signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    )
+    return error if ctrl_c or came_by_a_signal(error) else None
 
 
 def _leave_forked_child(error: BaseException | None) -> NoReturn:

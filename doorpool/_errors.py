@@ -125,7 +125,12 @@ class CallTimeoutError(DoorError, TimeoutError):
 
 
 class BusyError(DoorError):
-    """No channel, thread or descriptor was to be had; the call did not run."""
+    """
+    The server had no channel, thread or descriptor to spare; the call did not run.
+
+    Or it would have waited for itself.  (Where the caller itself has run out of descriptors, that is an
+    ``OSError``, ``EMFILE``, as of ``open``.)
+    """
 
 
 class LimitError(DoorError, ValueError):

@@ -193,7 +193,7 @@ def pack_arguments(args: tuple[Any, ...], kwargs: dict[str, Any], to: Dialect) -
         return _dump(call, to)
     except Exception as error:
         parts = (("args", args), ("kwargs", kwargs))
-        if _came_by_a_signal(error):
+        if came_by_a_signal(error):
             raise
         raise _cannot_cross(error, parts, to, may_have_run=False) from error
 
@@ -270,7 +270,7 @@ def unpack_outcome(
         try:
             return _unpickle(data, buffers)
         except _FAILURES as error:
-            if _came_by_a_signal(error):
+            if came_by_a_signal(error):
                 raise
             raise _cannot_rebuild("the result", data, error, may_have_run=True) from error
     if kind in (_EXCEPTION, _REFUSAL):
@@ -297,7 +297,7 @@ def _raise(error: BaseException) -> NoReturn:
         del error, context  # or this frame and the exception's traceback hold one another
 
 
-def _came_by_a_signal(error: BaseException) -> bool:
+def came_by_a_signal(error: BaseException) -> bool:
     """Tell whether a signal handler raised this, which then says nothing about the values."""
     handlers = [signal.getsignal(number) for number in signal.valid_signals()]
     codes = {getattr(getattr(handler, "__func__", handler), "__code__", None) for handler in handlers}

@@ -365,7 +365,9 @@ class Server:
         Args:
             signals: in the main thread, let SIGINT and SIGTERM close the server, unless
                 the program has handlers of its own.  A second one, when ``close_timeout`` is
-                over, ends the process.
+                over, ends the process: a procedure that the main thread runs may hold it.
+                What a handler of the program raises, and Ctrl-C with ``signals=False``, leaves
+                ``run``; if it surfaced in a procedure, its caller gets a ``RemoteError``.
             raise_nofile: first raise the soft limit of open files to the hard one.
 
         Raises:

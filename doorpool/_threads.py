@@ -82,13 +82,26 @@ _numbers = itertools.count(1)
 _local = threading.local()  # .pool: the pool that the thread serves
 
 
+class Interrupt(BaseException):
+    """
+    What a signal handler raised in a procedure that a lent thread ran, on its way out of ``lend``.
+
+    Attributes:
+        error: that.
+    """
+
+    def __init__(self, error: BaseException) -> None:
+        super().__init__(error)
+        self.error = error
+
+
 class Pool:
     """
     Server threads that wait at one gate.
 
     Args:
         name: begins the names of its threads.
-        serve: answers an invocation; raises nothing.
+        serve: answers an invocation; raises nothing but ``Interrupt``, in the main thread.
         max_threads: how many threads at most, lent ones included.
         idle_timeout: seconds after which a thread that nobody needs retires; None: never.
         thread_setup: runs first in each thread; one in which it fails serves nobody.
@@ -325,6 +338,7 @@ class Pool:
 
         Raises:
             RuntimeError: the thread serves a pool already.
+            BaseException: what a signal handler has raised meanwhile.
         """
         self.check_lendable()
         thread = threading.current_thread()
@@ -335,6 +349,8 @@ class Pool:
         _local.pool = self
         try:
             self._serve_calls(thread, None)
+        except Interrupt as interrupt:
+            raise interrupt.error from None
         finally:
             self._leave(thread)
             _local.pool = None  # until now nobody who closes waits for this thread
