@@ -195,6 +195,7 @@ def test_a_started_server_that_is_dropped_warns():
         del server
 
 
+@pytest.mark.ids("T10")
 def test_thread_setup_runs_first_in_each_thread(serve, connect, closing):
     local = threading.local()
     together = threading.Barrier(4)
@@ -211,6 +212,7 @@ def test_thread_setup_runs_first_in_each_thread(serve, connect, closing):
     assert [future.result() for future in [proxy.submit() for _ in range(4)]] == [True] * 4
 
 
+@pytest.mark.ids("T11")
 def test_start_fails_where_thread_setup_does(door_dir, caplog):
     def setup() -> None:
         raise LookupError("no such device")
