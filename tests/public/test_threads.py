@@ -382,11 +382,14 @@ def test_threads_that_cannot_be_had_later_are_done_without(serve, connect, short
     warnings = [record.getMessage() for record in caplog.records]
     assert warnings == ["short: no further thread: can't start new thread"]
 
-    shortage.left = float("inf")
     go_on.clear()
-    calls = [connect().submit(number) for number in range(6)]
+    proxies = [connect() for _ in range(6)]
+    shortage.left = float("inf")
+    began = time.monotonic()
+    calls = [proxy.submit(number) for number, proxy in enumerate(proxies)]
     for _ in range(2 + 4 + 3 + 6 - 2):  # those before, and six at once
         assert running.acquire(timeout=PATIENCE)
+    assert time.monotonic() - began < 1.0
     assert server.statistics().threads >= 6
     go_on.set()
     assert [call.result(PATIENCE) for call in calls] == list(range(6))

@@ -190,7 +190,7 @@ def test_no_knock_is_lost(server, path, free):
     wait_until(lambda: server(descriptors) == before, timeout=PATIENCE)
 
 
-@pytest.mark.ids("F8", "P3")
+@pytest.mark.ids("F8")
 def test_a_caller_waits_no_longer_than_he_said(server, path):
     before = server(descriptors)
     with Knockers(path, 1) as knockers:
@@ -233,7 +233,7 @@ def test_an_idle_channel_makes_room(server, path):
     assert sorted(server(ran)) == sorted([b"before"] * 6 + [b"wait", b"late"] + [b"after"] * 6)
 
 
-@pytest.mark.ids("F8", "E03")
+@pytest.mark.ids("F8")
 def test_channels_closed_under_the_hands_of_callers_lose_no_call(server, path):
     """More callers than channels: each call runs once, whoever's channel is closed for another's."""
     wanted = 25
@@ -468,7 +468,7 @@ WITHOUT_THREADS = """
 """
 
 
-@pytest.mark.ids("F03", "T3")
+@pytest.mark.ids("F03", "T17")
 def test_without_threads_callers_wait_their_turn(spawn_server, door_dir, root_only):
     """The first two threads are all there are, and answer for those that cannot be had."""
     os.chown(door_dir, 54_321, 54_321)
@@ -639,7 +639,7 @@ def test_an_offender_is_named_once_in_a_while(server, mate, path):
     assert len(lines_about(server, "refused")) < 10
 
 
-@pytest.mark.ids("F08", "E02")
+@pytest.mark.ids("F8")
 def test_a_server_dies_with_knocks_unheard(server, path):
     """Callers that waited for descriptors hear of it within a second."""
     with Knockers(path, 5) as knockers:
