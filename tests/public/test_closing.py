@@ -460,7 +460,7 @@ def test_close_during_use(door_dir, tmp_path, many, what, errors):
     """
     Each of 16 threads gets its result or the right error, and nobody touches a number that is not his.
     """
-    for round in range(many(8, 300)):
+    for round in range(many(8, 750)):
         use, sentinel = InUse(door_dir), Sentinel(tmp_path)
         try:
             began = time.monotonic()

@@ -609,7 +609,7 @@ def _ping_pong(depth: int, other: Callable[[], Proxy]) -> Callable[[int], list[i
 
 @pytest.mark.ids("G08", "L7")
 def test_two_doors_of_a_process_call_each_other(door_dir, connect):
-    depth = 20
+    depth = 50
     with Server() as server:
         server.attach(_ping_pong(depth, lambda: b), door_dir / "a.door")
         server.attach(_ping_pong(depth, lambda: a), door_dir / "b.door")
@@ -639,7 +639,7 @@ _PLAYER = """
 
 @pytest.mark.ids("G08", "L7")
 def test_two_processes_call_each_other(spawn_python, door_dir, connect):
-    depth = 20
+    depth = 50
     players = [
         spawn_python(_PLAYER, *names, depth, cwd=door_dir)
         for names in (("a.door", "b.door"), ("b.door", "a.door"))
@@ -647,12 +647,12 @@ def test_two_processes_call_each_other(spawn_python, door_dir, connect):
     for player in players:
         player.wait_ready()
     a, b = connect(), connect(door_dir / "b.door")
-    wait_until(lambda: all(_has_partner(door) for door in (a, b)), "both have found the other")
+    wait_until(lambda: all(_has_partner(door, depth) for door in (a, b)), "both have found the other")
     expected = [players[ball % 2].pid for ball in range(depth + 1)]
     for _ in range(3):
         assert a.options(timeout=PATIENCE)(0) == expected
     with ThreadPoolExecutor(4) as pool:
-        at_once = [pool.submit(door.options(timeout=PATIENCE), 10) for door in (a, b, a, b)]
+        at_once = [pool.submit(door.options(timeout=PATIENCE), depth - 10) for door in (a, b, a, b)]
         assert [len(call.result()) for call in at_once] == [11] * 4
 
 
@@ -661,28 +661,29 @@ def test_two_processes_of_one_thread_each_wait_no_longer_than_they_said(spawn_py
     """
     No process can see that a call comes round through another one; the time of a call ends it.
     """
+    depth = 20
     one_thread = _PLAYER.replace("Server()", "Server(max_threads=1)")
     assert one_thread != _PLAYER
     one_thread = one_thread.replace("wait=20)", "wait=20, timeout=0.5)")
     players = [
-        spawn_python(one_thread, *names, 20, cwd=door_dir)
+        spawn_python(one_thread, *names, depth, cwd=door_dir)
         for names in (("a.door", "b.door"), ("b.door", "a.door"))
     ]
     for player in players:
         player.wait_ready()
     a, b = connect(timeout=PATIENCE), connect(door_dir / "b.door", timeout=PATIENCE)
-    wait_until(lambda: all(_has_partner(door) for door in (a, b)), "both have found the other")
+    wait_until(lambda: all(_has_partner(door, depth) for door in (a, b)), "both have found the other")
     for door in (a, b, a):
         began = time.monotonic()
         with pytest.raises(RemoteError, match="CallTimeoutError") as caught:
             door(0)
         assert caught.value.may_have_run
         assert 0.5 <= time.monotonic() - began < PATIENCE / 2
-        wait_until(lambda: all(_has_partner(door) for door in (a, b)), "and all goes on")
+        wait_until(lambda: all(_has_partner(door, depth) for door in (a, b)), "and all goes on")
 
 
-def _has_partner(door: Any) -> bool:
+def _has_partner(door: Any, depth: int) -> bool:
     try:
-        return len(door(19)) == 2
+        return len(door(depth - 1)) == 2
     except TypeError:  # None is not callable
         return False
