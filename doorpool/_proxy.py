@@ -339,7 +339,12 @@ class Proxy:
         return view
 
     def submit(self, /, *args: Any, **kwargs: Any) -> Future[Any]:
-        """Call in a thread of this process; return a future of the result."""
+        """
+        Call in a thread of this process; return a future of the result.
+
+        As with ``concurrent.futures``, the end of the program waits for calls that run: one that may
+        never be answered should be given a time (``options(timeout=...)``).
+        """
         return self._line.executor().submit(self, *args, **kwargs)
 
     def map(self, *iterables: Iterable[Any], timeout: float | None = None) -> Iterator[Any]:

@@ -23,3 +23,6 @@ def test_null_call():
     assert (finished.returncode, finished.stderr) == (0, "")
     for way in ("doorpool", "manager", "Pipe", "raw socket"):
         assert f"\n{way} " in finished.stdout
+    for placement in ("one CPU for both", "free"):
+        assert f"\n{placement}\n" in finished.stdout
+    assert "\nHow to read them." in finished.stdout

@@ -227,7 +227,7 @@ def test_giving_up_by_timeout(journaled, door_dir, many, monkeypatch, asked, kin
     assert min(asked[True], asked[False]) >= rounds // 50, asked
 
 
-@pytest.mark.ids("E02", "X4", "X6", "X7", "X8", "L8")
+@pytest.mark.ids("E02", "X4", "X6", "X7", "X8", "X19")
 @pytest.mark.parametrize("kind", KINDS)
 def test_giving_up_by_interrupt(journaled, door_dir, many, ctrl_c, kind):
     """Nobody is told anything, but nothing runs twice, and the next call is right."""
@@ -346,7 +346,7 @@ def test_a_door_that_is_revoked_at_any_moment(journaled, door_dir, many):
 # -- what the procedure sees
 
 
-@pytest.mark.ids("E02", "X5")
+@pytest.mark.ids("E02", "X1", "X5")
 def test_a_procedure_sees_at_once_that_its_caller_has_given_up(journaled, door_dir, many):
     server, books = journaled(threads=16)
     gave_up, trips = {}, []

@@ -174,7 +174,7 @@ def test_a_door_that_is_taken_over_while_it_is_opened(door_dir, monkeypatch, ste
             assert proxy("Hello") == "HELLO"
 
 
-@pytest.mark.ids("L8")
+@pytest.mark.ids("X19")
 def test_ctrl_c_between_having_the_lock_and_opening_anew(door_dir):
     """A lock that stayed locked would hold up all calls from then on."""
 

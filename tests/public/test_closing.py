@@ -27,6 +27,7 @@ from doorpool import BrokenDoorError, ClosedError, Endpoint, Proxy, RevokedError
 from doorpool._keeper import keeper
 
 PATIENCE = 30.0  # seconds until what certainly happens is taken for a hang
+PROMPTLY = 1.0  # seconds (threats.md, G09)
 CLOSED = 7  # the reason of a goodbye
 
 
@@ -459,17 +460,21 @@ def test_close_during_use(door_dir, tmp_path, many, what, errors):
     """
     Each of 16 threads gets its result or the right error, and nobody touches a number that is not his.
     """
-    for round in range(many(8, 300)):
+    for round in range(many(8, 750)):
         use, sentinel = InUse(door_dir), Sentinel(tmp_path)
         try:
+            began = time.monotonic()
             use.wait_in_use()
+            usual = time.monotonic() - began
             close = what(use)
+            began = time.monotonic()
             closers = [Background(close) for _ in range(round % 3)]  # several at once, too
             close()
             sentinel.take_numbers()
             for closer in closers:
                 closer.result()
             seen = use.errors()
+            assert time.monotonic() - began < PROMPTLY + 20 * usual
             assert seen
             assert seen <= errors
             close()

@@ -60,10 +60,14 @@ ENDS = {
 def test_a_procedure_that_ends_its_process(spawn_server, door_dir, how):
     server = spawn_server(SERVER, cwd=door_dir)
     with Proxy(door_dir / "a.door") as proxy:
+        began = time.monotonic()
         assert proxy("nothing") == "nothing"
+        trip = time.monotonic() - began
+        began = time.monotonic()
         with pytest.raises(BrokenDoorError) as caught:
-            proxy(how)
+            proxy(how)  # which ends the process at once
         heard = time.monotonic()
+        assert heard - began < PROMPTLY + 20 * trip
         assert caught.value.may_have_run
         if ENDS[how] is None:
             assert not server.ended

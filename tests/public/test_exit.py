@@ -155,6 +155,14 @@ PROGRAMS = {
         futures = [proxy.submit(n) for n in range(20)]
         sys.exit(7)
     """,
+    "submitted calls that are never answered, and whose time ends": """
+        server.start()
+        proxy = Proxy("slow.door", timeout=0.5)
+        futures = [proxy.submit() for _ in range(3)]
+        for _ in range(3):
+            begun.acquire()
+        sys.exit(7)
+    """,
     "calls at exit and while modules are taken down": """
         import atexit
         server.start()

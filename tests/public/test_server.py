@@ -21,6 +21,7 @@ from typing import Any
 import attrs
 import pytest
 from support import wait_until
+from support.rawdoor import Background
 
 from doorpool import (
     BrokenDoorError,
@@ -194,6 +195,7 @@ def test_a_started_server_that_is_dropped_warns():
         del server
 
 
+@pytest.mark.ids("T10")
 def test_thread_setup_runs_first_in_each_thread(serve, connect, closing):
     local = threading.local()
     together = threading.Barrier(4)
@@ -210,6 +212,7 @@ def test_thread_setup_runs_first_in_each_thread(serve, connect, closing):
     assert [future.result() for future in [proxy.submit() for _ in range(4)]] == [True] * 4
 
 
+@pytest.mark.ids("T11")
 def test_start_fails_where_thread_setup_does(door_dir, caplog):
     def setup() -> None:
         raise LookupError("no such device")
@@ -465,6 +468,7 @@ def test_run_starts_the_server_and_returns_when_it_is_closed(door_dir, connect):
     assert not thread.is_alive()
 
 
+@pytest.mark.ids("T13")
 def test_the_lent_thread_counts_toward_max_threads_and_serves(door_dir, connect):
     server = Server(max_threads=1)
     server.attach(lambda: threading.current_thread().name, door_dir / "a.door")
@@ -710,6 +714,55 @@ def test_a_signal_does_not_wait_longer_than_close_timeout(spawn_server, fifos, c
     child.kill()
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_ends_a_server_whose_main_thread_is_held(spawn_server, door_dir, connect, number):
+    """
+    The time for closing is over, and a procedure never gives the main thread back.
+    """
+    child = spawn_server(
+        """
+        import threading
+        from doorpool import Server
+
+        server = Server(max_threads=1, close_timeout=0.05)
+
+        @server.endpoint("a.door")
+        def hold():
+            if threading.current_thread() is threading.main_thread():
+                open("begun", "w").close()
+                threading.Event().wait()
+
+        ready()
+        server.run()
+        """,
+        cwd=door_dir,
+    )
+    os.mkfifo(door_dir / "begun")
+
+    def call_until_held() -> None:
+        while True:
+            proxy()
+
+    proxy = connect(wait=10, reopen=False)
+    caller = Background(call_until_held)
+    _rendezvous(door_dir, "begun", "r")
+    child.signal(number)
+    error = caller.error()
+    assert isinstance(error, BrokenDoorError)
+    assert error.may_have_run
+    assert not (door_dir / "a.door").exists()
+    wait_until(lambda: "1 calls cut" in child.stderr)
+    assert not child.ended, "whoever holds the main thread is not broken into"
+
+    def told_again() -> bool:
+        if not child.ended:
+            child.signal(number)
+        return child.ended
+
+    wait_until(told_again, timeout=10)
+    assert child.wait() == 128 + number
+
+
 def test_a_handler_of_the_program_is_left_alone(spawn_server, door_dir, connect):
     child = spawn_server(
         """
@@ -870,6 +923,7 @@ def test_time_that_callers_wait_for_a_thread_is_counted(serve, connect):
     wait_until(lambda: server.statistics().waited >= waited)
 
 
+@pytest.mark.ids("T2")
 def test_idle_threads_retire_to_two(serve, connect):
     together = threading.Barrier(6)
     server = serve(lambda: together.wait(10) and None, server={"idle_timeout": 0.02})
@@ -881,6 +935,7 @@ def test_idle_threads_retire_to_two(serve, connect):
     assert server.statistics().threads == 2
 
 
+@pytest.mark.ids("T2", "T6")
 def test_no_more_than_max_threads(serve, connect):
     lock, most = threading.Lock(), []
     busy = 0

@@ -101,7 +101,7 @@ def test_of_a_caller_that_is_killed_while_its_call_runs(caller, parcel):
     assert parcel.wait_closed(PROMPTLY)
 
 
-@pytest.mark.ids("X16", "F10")
+@pytest.mark.ids("F10")
 def test_of_a_request_that_is_never_read_as_the_door_is_revoked(caller, parcel):
     serving, _child = caller
     assert parcel.somewhere

@@ -305,7 +305,7 @@ def hold_keeper() -> None:
     keeper().lock.acquire()
 
 
-@pytest.mark.ids("F20", "R4")
+@pytest.mark.ids("F20")
 def test_a_revoke_with_slow_sockets_in_its_queues(actor, path, root_only):
     """What nobody has read goes with the queues: of the port, and of channels whose calls run."""
     server, stranger, canary = actor(V), actor(M), actor(V)
