@@ -29,6 +29,7 @@ from doorpool import (
     Endpoint,
     MarshalError,
     Proxy,
+    RemoteError,
     RevokedError,
     Server,
     Statistics,
@@ -793,6 +794,60 @@ def test_a_handler_of_the_program_is_left_alone(spawn_server, door_dir, connect)
     wait_until(lambda: proxy() == [signal.SIGTERM], "the program's own handler, and the server goes on")
     child.signal(signal.SIGTERM)
     assert child.finish().value == ([signal.SIGTERM, signal.SIGTERM], True)
+
+
+@pytest.mark.ids("T13", "X12")
+@pytest.mark.parametrize(
+    ("handler", "signals", "name"),
+    [
+        ("lambda *_: sys.exit(3)", True, "SystemExit"),
+        ("stop", True, "Stop"),
+        ("signal.default_int_handler", False, "KeyboardInterrupt"),
+    ],
+)
+def test_what_a_handler_raises_in_a_procedure_leaves_run(
+    spawn_server, door_dir, connect, handler, signals, name
+):
+    """As it does between two calls.  The caller, whose call has ended by it, hears so."""
+    child = spawn_server(
+        f"""
+        import signal, sys, threading, time
+        from doorpool import Server
+
+        class Stop(Exception):
+            pass
+
+        def stop(*_):
+            raise Stop("on purpose")
+
+        server = Server(max_threads=1)
+
+        @server.endpoint("a.door")
+        def in_main_thread(stay):
+            if stay:
+                open("staying", "w").close()
+                time.sleep(60)
+            return threading.current_thread() is threading.main_thread()
+
+        signal.signal(signal.SIGINT, {handler})
+        ready()
+        try:
+            with server:
+                server.run(signals={signals})
+        except BaseException as error:
+            result((type(error).__name__, server.closed))
+        """,
+        cwd=door_dir,
+    )
+    proxy = connect(wait=10, reopen=False)
+    wait_until(lambda: proxy(False), timeout=20)
+    call = proxy.submit(True)
+    wait_until(lambda: (door_dir / "staying").exists(), timeout=20)
+    child.signal(signal.SIGINT)
+    error = call.exception(20)
+    assert isinstance(error, RemoteError) is (name != "Stop"), "an Exception arrives as itself"
+    assert name in f"{type(error).__name__}: {error}"
+    assert child.finish().value == (name, True)
 
 
 def test_without_signals_ctrl_c_is_an_exception(spawn_server, door_dir, connect):
