@@ -281,7 +281,10 @@ class Handle:
         if not _sockets.is_unix(sock, socket.SOCK_SEQPACKET):
             sock.detach()
             raise NotADoorError(text)
-        # Left as it is, being shared with others (and it may be no door): MSG_DONTWAIT does it.
+        # Left as it is, being shared with others: MSG_DONTWAIT does it.  But where there is a
+        # ``socket.setdefaulttimeout()``, CPython waits in spite of that (and has changed it already).
+        if sock.gettimeout():
+            sock.setblocking(False)
         return sock
 
     def _check_listener(self, sock: socket.socket) -> None:

@@ -379,6 +379,20 @@ def test_handle_that_is_forgotten_gives_everything_back(serve):
     wait_until(lambda: serving.door.channels == 0)
 
 
+def test_a_default_timeout_of_the_program_is_not_ours(serve):
+    number = serve().door.open()
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(0.05)
+    try:
+        with Handle(number) as handle:
+            assert handle.call(b"as ever").data == b"as ever"
+        with rawpeer.RawServer(b"") as silent, pytest.raises(CallTimeoutError):
+            Handle(silent.descriptor, open_timeout=0.3)
+        os.close(silent.descriptor)
+    finally:
+        socket.setdefaulttimeout(before)
+
+
 # -- signal handlers
 
 
