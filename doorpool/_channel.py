@@ -363,7 +363,9 @@ class Channel:
                 raise BlockingIOError
             views = _step(assembly.views() or [])
             if sum(map(len, views)) == PACKET:
-                assembly.filled(self._receive_into(views))
+                size = self._receive_into(views)
+                views.clear()  # full, they may be followed by more of what they are views of
+                assembly.filled(size)
             else:  # the next packet may not end where they end
                 views.clear()
                 assembly.feed(memoryview(self._receive()), limit)

@@ -212,17 +212,19 @@ class Door:
         """
         self._check_open()
         name = _names.publish(path, mode=mode, group=group, replace=replace)
-        with self._keeper.lock:
-            if self._revoked is None:
+        try:
+            with self._keeper.lock:
+                self._check_open()
+                self._keeper.watch(name.listener.fileno(), lambda: self._accept_one(name))
                 if name.path in self._names:  # replaced by ourselves
                     self._stop_listening(self._names.pop(name.path))
                 self._names[name.path] = name
                 self._gain_reference()
-                self._keeper.watch(name.listener.fileno(), lambda: self._accept_one(name))
                 return name.path
-        self._remove(name)
-        name.close()
-        raise ClosedError(f"{self.name} was revoked")
+        except (ClosedError, OSError):  # revoked meanwhile; no memory for a watch, or none to be had
+            self._remove(name)
+            name.close()
+            raise
 
     def unlisten(self, path: str) -> bool:
         """
@@ -243,7 +245,8 @@ class Door:
             name = self._names[path]
         removed = name.remove()
         with self._keeper.lock:
-            if self._names.pop(path, None) is name:
+            if self._names.get(path) is name:  # and not one that was made as soon as it was gone
+                del self._names[path]
                 self._stop_listening(name)
                 self._lose_reference()
         return removed

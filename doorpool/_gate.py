@@ -231,26 +231,26 @@ class Gate:
         """Read from a claimed channel; close it if it has come to its end."""
         channel, door = served.channel, served.door
         try:
-            while True:
-                limit = door.max_request
-                frame = channel.read(limit, how, served.limit)
-                if frame is None:
-                    return None
-                if door.max_request < limit:  # lowered while we waited
-                    self._measure(frame, door.max_request)
-                if frame.number != channel.number + 1 or frame.kind not in _FROM_CALLER:
-                    self._complain(channel, frame)
-                channel.number = frame.number
-                # step: request-read
-                # A caller that gives up shuts its end down and then asks whether we have read all of
-                # its request.  Because we look for the shutdown after reading and before running,
-                # "not all read" tells it truly that the call never will run.
-                if served.doomed is not None or served.poll.poll(0):
-                    self._turn_away(served, frame)
-                everyday = frame.kind == _REQUEST and frame.refusal is None and not frame.descriptors
-                if everyday or self._is_accepted(served, frame):
-                    return Invocation(self, served, frame)
-                how = NOT
+            limit = door.max_request
+            frame = channel.read(limit, how, served.limit)
+            if frame is None:
+                return None
+            if door.max_request < limit:  # lowered while we waited
+                self._measure(frame, door.max_request)
+            if frame.number != channel.number + 1 or frame.kind not in _FROM_CALLER:
+                self._complain(channel, frame)
+            channel.number = frame.number
+            # step: request-read
+            # A caller that gives up shuts its end down and then asks whether we have read all of
+            # its request.  Because we look for the shutdown after reading and before running,
+            # "not all read" tells it truly that the call never will run.
+            if served.doomed is not None or served.poll.poll(0):
+                self._turn_away(served, frame)
+            everyday = frame.kind == _REQUEST and frame.refusal is None and not frame.descriptors
+            if everyday or self._is_accepted(served, frame):
+                return Invocation(self, served, frame)
+            # One at a time, as with calls: who sends them without end keeps nobody else waiting.
+            return None
         except Hangup:
             self.drop(served)
         except ProtocolError as error:

@@ -35,6 +35,7 @@ import contextlib
 import errno
 import numbers
 import os
+import queue
 import select
 import socket
 import sys
@@ -242,7 +243,11 @@ class Handle:
         self._lock = threading.RLock()  # a signal handler may close what its thread is using
         self._users = 0
         self._idle: deque[Channel] = deque()
-        self._knocks = threading.Semaphore(MAX_KNOCKS)
+        # One item for each knock that may be made.  No semaphore: that holds a lock of its own for
+        # some lines of Python, in which a signal handler that knocks too would wait for its thread.
+        self._knocks: queue.SimpleQueue[None] = queue.SimpleQueue()
+        for _ in range(MAX_KNOCKS):
+            self._knocks.put(None)
         self._generation = _sockets.generation  # last: who sees this sees the rest
 
     def _cross_fork(self) -> None:
@@ -276,7 +281,10 @@ class Handle:
         if not _sockets.is_unix(sock, socket.SOCK_SEQPACKET):
             sock.detach()
             raise NotADoorError(text)
-        # Left as it is, being shared with others (and it may be no door): MSG_DONTWAIT does it.
+        # Left as it is, being shared with others: MSG_DONTWAIT does it.  But where there is a
+        # ``socket.setdefaulttimeout()``, CPython waits in spite of that (and has changed it already).
+        if sock.gettimeout():
+            sock.setblocking(False)
         return sock
 
     def _check_listener(self, sock: socket.socket) -> None:
@@ -387,8 +395,7 @@ class Handle:
     def _knock_and_hear(self, door: socket.socket, deadline: float | None) -> _opening.Opened | Refusal:
         """Knock and hear the answer, as soon as fewer than ``MAX_KNOCKS`` of ours are unanswered."""
         knocks = self._knocks
-        while not knocks.acquire(timeout=self._look_up_time(deadline, "does not answer")):
-            self._check_there(door)
+        self._await_turn(knocks, door, deadline)
         try:
             ours = self._knock(door, deadline)
             try:
@@ -396,7 +403,16 @@ class Handle:
             finally:
                 close_socket(ours)  # there may be an answer in it that we could not take
         finally:
-            knocks.release()
+            knocks.put(None)
+
+    def _await_turn(
+        self, knocks: queue.SimpleQueue[None], door: socket.socket, deadline: float | None
+    ) -> None:
+        while True:
+            try:
+                return knocks.get(timeout=self._look_up_time(deadline, "does not answer"))
+            except queue.Empty:
+                self._check_there(door)
 
     def _knock(self, door: socket.socket, deadline: float | None) -> socket.socket:
         while True:

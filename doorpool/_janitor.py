@@ -19,8 +19,10 @@ an honest sender's.)  Files have no such switch, nor has what lies in the queue 
 janitor can be held up for good; there are at most ``AT_MOST``, and whoever holds one up, or lets
 much pile up before them, is not heard any more meanwhile (``stuck``).
 
-A finalizer may come here, anywhere, so nothing is taken that the same thread may hold already:
-the lock is re-entrant, and threads are started past ``threading``, which has locks of its own.
+A finalizer may come here, anywhere, and the keeper with its lock; and other finalizers, which
+want that lock, may run in the middle of what is done here.  So there is no lock: what is counted
+are the items of a list, which come and go one at a time, and threads are started past
+``threading``, which has locks of its own.
 
 After a fork the janitors are the parent's.  What had not been begun yet is closed by both.
 """
@@ -33,7 +35,6 @@ import os
 import queue
 import select
 import socket
-import threading
 import time
 from collections import Counter, deque
 from contextlib import suppress
@@ -65,22 +66,27 @@ class _Crew:
 
     def __init__(self, waiting: deque[Closed]) -> None:
         self.waiting = waiting
-        self._lock = threading.RLock()
         self._bell: queue.SimpleQueue[None] = queue.SimpleQueue()
-        self._janitors = 0
+        self._absent = [None] * AT_MOST  # an item for each janitor that may still come
         self._busy: dict[int, tuple[int | None, float]] = {}
+
+    @property
+    def _janitors(self) -> int:
+        return AT_MOST - len(self._absent)
 
     def wake(self) -> None:
         """See to it that somebody takes what waits, unless all janitors are at work."""
         self._bell.put(None)
-        with self._lock:
-            if self._janitors >= AT_MOST or self._janitors > len(self._busy):
-                return
-            self._janitors += 1
-            try:
-                _thread.start_new_thread(self._work, ())
-            except RuntimeError:  # no thread to be had: what waits is closed when there is one
-                self._janitors -= 1
+        if self._janitors > len(self._busy):
+            return
+        try:
+            self._absent.pop()
+        except IndexError:
+            return
+        try:
+            _thread.start_new_thread(self._work, ())
+        except RuntimeError:  # no thread to be had: what waits is closed when there is one
+            self._absent.append(None)
 
     def stuck(self) -> set[int | None]:
         """Return the uids that have held a janitor up for too long, or let too much pile up."""
@@ -96,8 +102,7 @@ class _Crew:
     def _work(self) -> None:
         while self._close_next() or self._more():
             continue
-        with self._lock:
-            self._janitors -= 1
+        self._absent.append(None)
         if self.waiting:  # it came between the last look and now
             self.wake()
 

@@ -7,9 +7,8 @@ Opening a channel: knock and answer, where each side learns who the other is.
     with its credentials                      makes a second pair p0, p1
     believes it only if whoever     <-------  answer: sends p1 on k1,
     made p1 sent it                           with its credentials
-    closes k0; p1 is the channel              p0 is the channel; k1 is kept until the first
-                                              frame or hang-up, so that a client that left
-                                              is seen
+    closes k0; p1 is the channel              p0 is the channel; k1 is kept until the answer
+                                              was read and k0 closed (``doorpool._guests``)
 
 *Maker is sender.*  A greeting in plain bytes proves nothing: a squatter can forward it,
 and a set-uid program can be made to write it.  So an identity is taken only from a

@@ -430,7 +430,7 @@ class Server:
         try:
             closer.start()
         except RuntimeError as error:
-            log.warning("%s: no thread to close it: %s; trying again", self.name, error)
+            keeper().say(logging.WARNING, "%s: no thread to close it: %s; trying again", self.name, error)
             keeper().after(_RETRY, self._close_by_signal)
 
     def wait(self, timeout: float | None = None) -> bool:

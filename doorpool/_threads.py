@@ -433,9 +433,14 @@ class Pool:
     # -- calls that wait for themselves --------------------------------------------------------
 
     def _waits_for(self, pools: set[Pool]) -> bool:
-        """Tell whether all its threads wait for some pools; while it can grow one is always free."""
+        """
+        Tell whether all its threads wait for some pools; while it can grow one is always free.
+
+        One that has none waits for nobody: it is yet to be started, or closed, and says so itself.
+        """
         with self._lock:
-            return all(self._awaited.get(thread) in pools for thread in self._threads)
+            waits = [self._awaited.get(thread) in pools for thread in self._threads]
+        return bool(waits) and all(waits)
 
     def _is_stuck(self) -> bool:
         """Tell whether none of its threads can ever answer; see the module's head."""
@@ -595,6 +600,7 @@ def waiting_for(awaited: Pool, name: str) -> Iterator[None]:
         return
     thread = threading.current_thread()
     with _waits:
+        before = own._awaited.get(thread)  # a signal handler or finalizer may call within a call
         own._awaited[thread] = awaited
     try:
         with _waits:
@@ -606,7 +612,10 @@ def waiting_for(awaited: Pool, name: str) -> Iterator[None]:
         yield
     finally:
         with _waits:
-            del own._awaited[thread]
+            if before is None:
+                del own._awaited[thread]
+            else:
+                own._awaited[thread] = before
             _waits.notify_all()
 
 

@@ -430,8 +430,8 @@ class Assembly:
     allocated as it comes, never more than ``AHEAD`` before it: who only claims a gibibyte,
     in forty bytes, has not made us take one from the system.
 
-    Behind a frame there can be nothing yet but a goodbye, joined to the last reply; ``rest``
-    has it.
+    A frame begins with a packet, so nothing comes behind one.  (A goodbye in the same packet is
+    let pass; ``rest`` has it.)
     """
 
     __slots__ = ("_head", "_lengths", "_views", "fields", "parts", "refusal", "rest", "surplus")

@@ -19,6 +19,7 @@ import pytest
 from support import Child, Holdings, rawpeer, wait_until
 
 from doorpool import Proxy, RemoteError, Server
+from doorpool._keeper import keeper
 
 PATIENCE = 30.0  # seconds until what certainly happens is taken for a hang
 
@@ -324,6 +325,17 @@ def test_a_server_that_found_no_threads_can_be_dropped(door_dir, shortage, left,
     del server
     wait_until(lambda: not any(it.name.startswith("short") for it in threading.enumerate()))
     assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
+
+
+def test_the_keeper_leaves_it_to_another_to_say_that_it_found_no_thread(shortage, caplog):
+    """A handler of the program's may wait for somebody who waits for the keeper."""
+    with Server(name="short") as server:
+        shortage.left = 0
+        keeper().soon(server._close_by_signal)
+        wait_until(lambda: [it for it in caplog.records if "no thread to close it" in it.getMessage()])
+        shortage.left = float("inf")
+        assert server.wait(PATIENCE)
+    assert {it.threadName for it in caplog.records} == {"doorpool-keeper-log"}
 
 
 def _start_without_threads() -> list[str]:

@@ -13,7 +13,7 @@ from support.rawdoor import PATIENCE
 
 from doorpool._channel import JOIN, PACKET
 from doorpool._errors import LimitError
-from doorpool._wire import HEADER, MAX_BUFFERS
+from doorpool._wire import AHEAD, HEADER, MAX_BUFFERS
 
 PATTERN = bytes(range(251)) * 4_300  # a prime period, so that nothing shifted looks right; > 1 MiB
 
@@ -65,6 +65,18 @@ def test_any_number_of_buffers(serve, count):
     assert reply.data == b"data"
     assert len(reply.buffers) == count
     assert all(ours == theirs for ours, theirs in zip(buffers, reply.buffers, strict=True))
+
+
+@pytest.mark.ids("D2", "D6")
+def test_packets_that_end_where_the_room_ends(serve):
+    """A head that fills its packets leaves the body to begin, and its room to end, with one too."""
+    handle = serve().handle()
+    empty = [memoryview(b"")] * ((PACKET - HEADER.size) // 8)
+    data = bytes(3 * AHEAD)
+    for _ in range(4):  # a serving that has lost a thread by each has none left
+        reply = handle.call(data, empty, timeout=PATIENCE)
+        assert reply.data == data
+        assert len(reply.buffers) == len(empty)
 
 
 def test_one_buffer_too_many_in_a_request(serve):

@@ -211,6 +211,26 @@ def test_callers_beyond_the_threads_wait_their_turn(serve):
 # -- who may come in
 
 
+def test_pings_without_end_keep_no_other_caller_waiting(gate):
+    door = Door(gate)
+    numbers = [door.open(), door.open()]
+    with rawpeer.RawClient(numbers[0]) as flood, rawpeer.RawClient(numbers[1]) as caller:
+        wait_until(lambda: gate.channels == 2)
+        for number in range(1, 9):
+            flood.send(rawpeer.frame(rawpeer.PING, number))
+        whole = rawpeer.unread_there(flood.channel)
+        caller.send(rawpeer.frame(rawpeer.REQUEST, 1, b"mine"))
+        invocation = gate.wait(PATIENCE)
+        assert invocation.data == b"mine"
+        assert rawpeer.unread_there(flood.channel) > whole / 2
+        invocation.reply()
+        assert gate.wait(0.05) is None  # all pings are answered by now
+        assert [flood.receive().number for _ in range(8)] == list(range(1, 9))
+    door.revoke()
+    for number in numbers:
+        os.close(number)
+
+
 def test_rule_about_who_may_come_in(serve):
     asked = []
 

@@ -8,6 +8,7 @@ import contextlib
 import gc
 import os
 import socket
+import sys
 import threading
 import warnings
 
@@ -376,3 +377,63 @@ def test_handle_that_is_forgotten_gives_everything_back(serve):
         del handle
         gc.collect()
     wait_until(lambda: serving.door.channels == 0)
+
+
+def test_a_default_timeout_of_the_program_is_not_ours(serve):
+    number = serve().door.open()
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(0.05)
+    try:
+        with Handle(number) as handle:
+            assert handle.call(b"as ever").data == b"as ever"
+        with rawpeer.RawServer(b"") as silent, pytest.raises(CallTimeoutError):
+            Handle(silent.descriptor, open_timeout=0.3)
+        os.close(silent.descriptor)
+    finally:
+        socket.setdefaulttimeout(before)
+
+
+# -- signal handlers
+
+
+def call_within(handle, line):
+    """
+    Call, and call once more from within, where a signal handler would, at such a line of the first.
+
+    Returns whether there were so many lines.
+    """
+    lines = 0
+
+    def trace(frame, event, _):
+        nonlocal lines
+        lines += event == "line"
+        if lines == line:
+            sys.settrace(None)
+            assert handle.call(b"within").data == b"within"
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        assert handle.call(b"around").data == b"around"
+    finally:
+        sys.settrace(before)
+    return lines >= line
+
+
+def test_a_signal_handler_calls_at_any_line_of_an_opening(serve):
+    serving = serve(threads=3)
+    number = serving.door.open()
+
+    def sweep():
+        line = 1
+        while True:
+            with Handle(os.dup(number), lazy=True) as handle:
+                if not call_within(handle, line):
+                    return line
+            line += 1
+
+    try:
+        assert run_as_uid(None, sweep, timeout=20) > 50, "the trace has seen nothing"
+    finally:
+        os.close(number)

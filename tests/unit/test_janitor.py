@@ -10,10 +10,11 @@ import socket
 import tempfile
 import threading
 import time
+from typing import Any
 
 import pytest
 from support import run_as_uid, wait_until
-from support.rawdoor import Background
+from support.rawdoor import PATIENCE, Background
 from support.shortage import LINGER, send_all_of, slow_pair
 
 from doorpool import _janitor
@@ -240,6 +241,28 @@ def test_without_a_thread_it_waits_for_one(monkeypatch):
     another = dup_of_null()
     close_later([another])
     wait_until(lambda: not is_open(number) and not is_open(another))
+
+
+def test_a_finalizer_may_want_a_lock_that_another_caller_holds(monkeypatch):
+    """One thread closes while it holds the keeper's lock; in another, that closes too, it is wanted."""
+    lock, wanted = threading.Lock(), threading.Event()
+    start = _janitor._thread.start_new_thread
+
+    def run_finalizer(*args: Any) -> int:
+        monkeypatch.setattr(_janitor._thread, "start_new_thread", start)
+        wanted.set()
+        assert lock.acquire(timeout=PATIENCE / 2), "the two wait for each other"
+        lock.release()
+        return start(*args)
+
+    numbers = [dup_of_null(), dup_of_null()]
+    monkeypatch.setattr(_janitor._thread, "start_new_thread", run_finalizer)
+    with lock:
+        other = Background(close_later, [numbers[0]])
+        assert wanted.wait(PATIENCE)
+        close_later([numbers[1]])
+    other.result()
+    wait_until(lambda: not any(map(is_open, numbers)))
 
 
 def test_nothing_to_close_starts_nobody():

@@ -85,6 +85,32 @@ def test_pools_that_wait_for_a_pool_that_is_not_stuck_are_not(pool):
         second.gate.dispose()
 
 
+@pytest.mark.ids("T8")
+def test_a_pool_without_threads_is_not_stuck(pool):
+    """It is yet to be started, or closed; no call of its own doors is what it waits for."""
+    second = Pool("second", lambda invocation: True, max_threads=1)
+    try:
+        assert call_from(pool, second) == "made"
+    finally:
+        second.gate.dispose()
+
+
+@pytest.mark.ids("T8")
+def test_a_call_within_a_call(pool, monkeypatch):
+    """A signal handler, or a finalizer, calls while its thread waits for an answer."""
+    thread, second = threading.current_thread(), Pool("second", lambda invocation: True, max_threads=1)
+    monkeypatch.setattr(_threads._local, "pool", pool, raising=False)
+    monkeypatch.setattr(pool, "_threads", {thread, threading.Thread()})
+    try:
+        with waiting_for(second, "a door"):
+            with waiting_for(pool, "another"):
+                assert pool._awaited == {thread: pool}
+            assert pool._awaited == {thread: second}
+        assert not pool._awaited
+    finally:
+        second.gate.dispose()
+
+
 def test_a_thread_that_serves_no_pool_waits_for_any(pool):
     pretend(pool, pool)
     with waiting_for(pool, "a door"):
