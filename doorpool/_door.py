@@ -451,7 +451,7 @@ class Door:
                 self._keeper.say(logging.ERROR, text, self.name, about=(self.id, "rule"), error=error)
                 bar = "its rule about who may call has failed"
         if bar is not None:
-            return Refusal(Reason.DENIED, f"refused by the server: {bar}")
+            return Refusal(Reason.DENIED, f"refused by the server, which says: {bar}")
         busy = self._guests.objection(visitor.credentials.uid)
         return None if busy is None else Refusal(Reason.BUSY, f"the server has no channel to spare: {busy}")
 

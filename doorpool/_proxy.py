@@ -80,6 +80,7 @@ class _Line:
         self.open_timeout = open_timeout
         self.trust = trust
         self.closed = False
+        self.warns = True  # when it is collected open
         self.handle = self._open(door, open_timeout)
         self.reopens = reopens and self.handle.path is not None
         self.id = self.handle.greeting.id
@@ -104,7 +105,8 @@ class _Line:
     def __del__(self, _ending: Callable[[], bool] = sys.is_finalizing) -> None:
         # Not before the last view is gone; not when the interpreter ends (as in Channel).
         if not _ending() and not self.closed and hasattr(self, "info"):
-            warnings.warn(f"unclosed {self!r}", ResourceWarning, source=self, stacklevel=2)
+            if self.warns:
+                warnings.warn(f"unclosed {self!r}", ResourceWarning, source=self, stacklevel=2)
             self.close()
 
     def __repr__(self) -> str:
@@ -490,12 +492,18 @@ def _checked_number(proxy: Proxy) -> int:
 
 
 def _from_path(path: str, options: dict[str, Any]) -> Proxy:
-    return Proxy(path, **options)
+    return _without_warning(Proxy(path, **options))
+
+
+def _without_warning(proxy: Proxy) -> Proxy:
+    """Let a proxy be dropped that nobody has opened by himself: it came as an argument."""
+    proxy._line.warns = False
+    return proxy
 
 
 def _from_duplicate(duplicate: Any, options: dict[str, Any]) -> Proxy:
     with Descriptor(duplicate.detach()) as descriptor:
-        return Proxy(descriptor, **options)
+        return _without_warning(Proxy(descriptor, **options))
 
 
 reduction.ForkingPickler.register(Proxy, _reduce_for_multiprocessing)

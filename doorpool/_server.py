@@ -518,7 +518,11 @@ class Server:
 def _checked_close_timeout(timeout: float | None) -> float | None:
     if timeout == 0 and not isinstance(timeout, bool):
         return 0.0
-    return check_seconds(timeout, "timeout")
+    try:
+        return check_seconds(timeout, "timeout")
+    except ValueError:
+        text = f"a time for closing is a number of seconds from 0 on, or None for ever; not {timeout!r}"
+        raise ValueError(text) from None
 
 
 class _Latch:

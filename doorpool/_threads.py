@@ -607,7 +607,7 @@ def waiting_for(awaited: Pool, name: str) -> Iterator[None]:
             if not _waits.wait_for(lambda: not own._is_stuck(), STUCK):
                 raise BusyError(
                     f"{name}: this call would wait for itself: all {own.threads} threads of {own.name!r} "
-                    f"(max_threads={own.max_threads}) wait for calls that they would have to answer"
+                    "wait for calls that they would have to answer; allow more (max_threads=, threads=)"
                 )
         yield
     finally:

@@ -6,7 +6,11 @@ Each play is a program of its own, which the children import, or have been forke
 
 from __future__ import annotations
 
+import gc
 import os
+import pickle
+import warnings
+from multiprocessing import reduction
 
 import pytest
 
@@ -285,3 +289,16 @@ def test_a_proxy_through_a_queue(run_python, door_dir, method):
     assert code == 0
     assert got == [(server, child)] * 2
     assert child != server != os.getpid()
+
+
+@pytest.mark.parametrize("how", ["path", "descriptor"])
+def test_a_proxy_that_came_as_an_argument_may_be_dropped(serve, connect, how):
+    """Nobody has opened it by himself, so nobody is told that he has forgotten to close it."""
+    (endpoint,) = serve(str.upper).endpoints
+    proxy = connect() if how == "path" else connect(endpoint)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        other = pickle.loads(reduction.ForkingPickler.dumps(proxy))
+        assert other("x") == "X"
+        del other
+        gc.collect()

@@ -271,7 +271,7 @@ def test_a_peer_in_another_user_namespace_is_not_believed(
     with guarded(server, client):
         with pytest.raises(AccessError, match="user namespace"):
             client(open_client, layer, path)
-        with pytest.raises(AccessError, match=r"refused by the server: .* user namespace"):
+        with pytest.raises(AccessError, match=r"refused by the server, which says: .* user namespace"):
             client(open_client, layer, path, trust="uid")
         reason, text = client(knock_and_push, path, frames_with(marker.bytes))
         assert reason == byhand.DENIED
