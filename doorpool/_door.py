@@ -428,7 +428,8 @@ class Door:
         self._channels.add(served)
         self._guests.add_channel(served)
         if channel.pidfd >= 0:
-            self._keeper.watch(channel.pidfd, lambda: self._bury(served))
+            with contextlib.suppress(OSError):  # no memory for it: a hang-up tells as well, nearly always
+                self._keeper.watch(channel.pidfd, lambda: self._bury(served))
         self._guests.keep(visitor, served)
         self.gate.add(served)
         # step: joined

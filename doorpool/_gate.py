@@ -258,6 +258,11 @@ class Gate:
             self._say_goodbye(served, Refusal(Reason.PROTOCOL, str(error)))
         except OSError:
             self.drop(served)  # the caller was gone when it should have been answered
+        except Exception:
+            self.drop(served)
+            if threading.current_thread() is threading.main_thread():
+                raise  # it may be a signal handler's
+            log.exception("%s: %s: channel closed by an error; please report it", door.name, channel.peer)
         except BaseException:
             self.drop(served)
             raise
@@ -308,7 +313,7 @@ class Gate:
         if self.closing is not None:  # after it is in the table: ``close`` ends it, or we do
             self.end(served, self.closing)
         else:
-            self._arm(served.fd)
+            self._arm(served)
 
     def release(self, served: Served) -> None:
         """Let go of a channel whose call has been answered."""
@@ -323,16 +328,21 @@ class Gate:
         if served.doomed is not None:
             self.end(served, served.doomed)
         elif self._served.get(served.fd) is served:
-            self._arm(served.fd)
+            self._arm(served)
             # step: parked
 
-    def _arm(self, fd: int) -> None:
-        """Have the set report a descriptor once; one that was closed meanwhile stays out."""
-        with contextlib.suppress(OSError, ValueError):
+    def _arm(self, served: Served) -> None:
+        """Have the set report a channel once; one that was closed meanwhile stays out."""
+        try:
             try:
-                self._epoll.modify(fd, _PARKED)
+                self._epoll.modify(served.fd, _PARKED)
             except FileNotFoundError:
-                self._epoll.register(fd, _PARKED)
+                self._epoll.register(served.fd, _PARKED)
+        except ValueError:
+            return  # the gate is closed
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.ENOMEM):  # or nobody would hear of it ever again
+                self.end(served, Refusal(Reason.IDLE, f"the server cannot watch it ({error.strerror})"))
 
     def end(self, served: Served, refusal: Refusal) -> None:
         """Close a channel with a goodbye: now, or as soon as its call is answered."""

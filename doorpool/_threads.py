@@ -186,7 +186,9 @@ class Pool:
             return
         first = min(KEPT, self.max_threads)
         with self._lock:
-            self._changed.wait_for(lambda: self._setup_error is not None or self._set_up >= first)
+            self._changed.wait_for(
+                lambda: self._setup_error is not None or self._set_up >= first or self._closed
+            )
         if self._setup_error is not None:
             raise RuntimeError(f"{self.name}: thread_setup failed") from self._setup_error
 

@@ -10,7 +10,7 @@ import gc
 import os
 import pickle
 import warnings
-from multiprocessing import reduction
+from multiprocessing import reduction, resource_sharer
 
 import pytest
 
@@ -296,9 +296,11 @@ def test_a_proxy_that_came_as_an_argument_may_be_dropped(serve, connect, how):
     """Nobody has opened it by himself, so nobody is told that he has forgotten to close it."""
     (endpoint,) = serve(str.upper).endpoints
     proxy = connect() if how == "path" else connect(endpoint)
+    # The thread that shares descriptors with children stays until it is told to go.
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         other = pickle.loads(reduction.ForkingPickler.dumps(proxy))
         assert other("x") == "X"
         del other
         gc.collect()
+    resource_sharer.stop(timeout=10)

@@ -4,6 +4,7 @@ Gates: where threads wait, how they are woken and sent away; several doors, seve
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 import time
@@ -12,7 +13,7 @@ import pytest
 from support import rawpeer, wait_until
 from support.rawdoor import PATIENCE, Background, Canary
 
-from doorpool._errors import AccessError, ClosedError, RevokedError
+from doorpool._errors import AccessError, BusyError, ClosedError, RevokedError
 from doorpool.door import Door, Gate, Handle
 
 
@@ -285,3 +286,47 @@ def test_channels_come_and_go_and_nothing_is_left(serve):
     wait_until(lambda: serving.door.channels == 0 and not serving.door._ports)
     wait_until(lambda: len(os.listdir("/proc/self/fd")) == before)
     assert serving.gate.channels == 0
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.ENOMEM])
+@pytest.mark.ids("F02")
+def test_a_channel_that_the_set_has_no_room_for_is_ended(gate, monkeypatch, number):
+    """Or nobody would ever hear of its calls."""
+    door = Door(gate)
+    epoll = gate._epoll
+
+    class Full:
+        def modify(self, *_):
+            raise OSError(number, os.strerror(number))
+
+        def __getattr__(self, name):
+            return getattr(epoll, name)
+
+    with Handle(door.open(), lazy=True) as handle:
+        monkeypatch.setattr(gate, "_epoll", Full())
+        with pytest.raises(BusyError, match="cannot watch it") as caught:
+            handle.call(b"", timeout=10)
+        assert not caught.value.may_have_run
+        monkeypatch.undo()
+        call = Background(handle.call, b"again")
+        gate.wait(PATIENCE).reply(b"served")
+        assert call.result().data == b"served"
+    door.revoke()
+
+
+def test_an_error_of_ours_costs_one_channel_and_no_thread(serve, monkeypatch, caplog):
+    serving = serve(threads=1)
+    handle = serving.handle()
+    handle.call(b"")
+
+    def fail(*_):
+        raise LookupError("a fault in the library")
+
+    (served,) = serving.gate._served.values()
+    monkeypatch.setattr(type(served.channel), "read", fail, raising=True)
+    handle._idle[-1].socket.send(b"anything")
+    wait_until(lambda: serving.door.channels == 0)
+    monkeypatch.undo()
+    assert handle.call(b"next").data == b"next"
+    assert "please report it" in caplog.text
+    assert "a fault in the library" in caplog.text
