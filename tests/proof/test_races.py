@@ -219,7 +219,7 @@ def test_giving_up_by_timeout(journaled, door_dir, many, monkeypatch, asked, kin
     face, options = KINDS[kind]
     server, books = journaled(**options)
     monkeypatch.setattr(Channel, "read", read_by_a_fine_clock())
-    rounds = many(1_800, 20_000)
+    rounds = many(1_600, 20_000)
     outcomes = RESULT, DID_NOT_RUN, MAY_HAVE_RUN
     with contextlib.closing(face(door_dir / "note.door")) as call:
         race(rounds, Racer(call, by_timeout, books).round, books, *outcomes)
@@ -233,7 +233,7 @@ def test_giving_up_by_interrupt(journaled, door_dir, many, ctrl_c, kind):
     """Nobody is told anything, but nothing runs twice, and the next call is right."""
     face, options = KINDS[kind]
     server, books = journaled(**options)
-    rounds = many(700, 20_000)
+    rounds = many(600, 20_000)
     with contextlib.closing(face(door_dir / "note.door")) as call:
         race(rounds, Racer(call, by_interrupt, books).round, books, RESULT, INTERRUPTED)
     kinds = finish(server, books, rounds // 25, RESULT, INTERRUPTED)
@@ -244,7 +244,7 @@ def test_giving_up_by_interrupt(journaled, door_dir, many, ctrl_c, kind):
 def test_giving_up_by_many_threads(journaled, door_dir, many):
     """By the milliseconds of ``poll``, at which several of them give up at once."""
     server, books = journaled(threads=3)
-    rounds, callers = many(1_500, 20_000), 8
+    rounds, callers = many(1_300, 20_000), 8
     outcomes = RESULT, DID_NOT_RUN, MAY_HAVE_RUN
 
     def one_round():
@@ -274,7 +274,7 @@ def seconds_of_a_tick(seconds):
 def test_a_server_that_stands_still(journaled, door_dir, many):
     """It is stopped at any moment of a call, and whatever it says later is no answer to the next one."""
     server, books = journaled(threads=2)
-    rounds, allowed = many(60, 1_000), 0.02
+    rounds, allowed = many(30, 1_000), 0.02
     plain, late = [], []
 
     def stop_after(seconds):

@@ -68,7 +68,7 @@ def classes(failures):
 @pytest.mark.leaves_names
 @pytest.mark.ids("E02", "X9", "X10", "X11", "X15")
 def test_killed_at_any_moment(restarted, many):
-    restarts = many(120, 1_000)
+    restarts = many(80, 1_000)
     failures, kinds = restarted(restarts, "kill")
     assert kinds[RESULT, 1] > restarts
     assert kinds[MAY_HAVE_RUN, 1] > restarts // 10
@@ -79,7 +79,7 @@ def test_killed_at_any_moment(restarted, many):
 @pytest.mark.ids("E02", "X11")
 def test_closed_and_started_again(restarted, many):
     """Whoever is let go by a server that closes in an orderly way, has not run."""
-    failures, kinds = restarted(many(60, 1_000), "close", afresh=(False, True))
+    failures, kinds = restarted(many(40, 1_000), "close", afresh=(False, True))
     assert failures
     assert may_have_run(failures) == []
     assert kinds.keys() <= {(RESULT, 1), (DID_NOT_RUN, 0)}
@@ -92,7 +92,7 @@ def test_taken_over(restarted, many):
 
     A call is made anew once; so it may fail if two servers have closed since the last call.
     """
-    restarts = many(60, 1_000)
+    restarts = many(40, 1_000)
     failures, kinds = restarted(restarts, "take over", afresh=(False, True))
     assert kinds[RESULT, 1] > restarts
     assert [failure for failure in failures if failure[2] < 2] == []
@@ -102,7 +102,7 @@ def test_taken_over(restarted, many):
 @pytest.mark.leaves_names
 @pytest.mark.ids("E02", "X9", "X10", "X11", "X15")
 def test_ended_in_every_way(restarted, many):
-    restarts = many(60, 1_000)
+    restarts = many(40, 1_000)
     failures, kinds = restarted(restarts, "kill", "close", "cut", "take over", afresh=(False, True))
     assert kinds[RESULT, 1] > restarts
     assert classes(failures) <= {"BrokenDoorError", "RevokedError", "FileNotFoundError"}, failures

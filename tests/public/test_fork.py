@@ -93,7 +93,7 @@ def test_parent_and_child_both_go_on(server, door_dir):
 
 
 @pytest.mark.ids("Y2", "G01")
-def test_forks_while_other_threads_call(server, door_dir):
+def test_forks_while_other_threads_call(server, door_dir, many):
     with Proxy(door_dir / "pid.door") as proxy:
         wrong: list[object] = []
         over = threading.Event()
@@ -109,7 +109,7 @@ def test_forks_while_other_threads_call(server, door_dir):
         for thread in threads:
             thread.start()
         try:
-            for number in range(30):
+            for number in range(many(15, 500)):
                 in_child(lambda number=number: proxy("child", number))
         finally:
             over.set()
@@ -273,7 +273,7 @@ def test_forks_of_a_client_whose_threads_call(server, door_dir, many):
     with Proxy(path, timeout=30) as proxy, threads_that_call(proxy, 8) as calls:
         holders: list[int] = []
         pause = ctypes.PyDLL(None).pause  # as ``fork``, it keeps the one thread that is left in C
-        for number in range(many(30, 500)):
+        for number in range(many(20, 500)):
             if (child := os.fork()) == 0:
                 status = 1
                 try:
@@ -624,7 +624,7 @@ def test_forks_while_the_librarys_locks_are_held(door_dir, many):
         for thread in threads:
             thread.start()
         try:
-            for number in range(many(40, 1000)):
+            for number in range(many(25, 1000)):
                 began = time.monotonic()
                 if (child := os.fork()) == 0:
                     signal.alarm(10)

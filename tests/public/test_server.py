@@ -826,7 +826,8 @@ def test_what_a_handler_raises_in_a_procedure_leaves_run(
         def in_main_thread(stay):
             if stay:
                 open("staying", "w").close()
-                time.sleep(60)
+                while True:  # a signal just before a long sleep would wait for its end
+                    time.sleep(0.01)
             return threading.current_thread() is threading.main_thread()
 
         signal.signal(signal.SIGINT, {handler})
