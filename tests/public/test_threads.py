@@ -697,5 +697,5 @@ def test_two_processes_of_one_thread_each_wait_no_longer_than_they_said(spawn_py
 def _has_partner(door: Any, depth: int) -> bool:
     try:
         return len(door(depth - 1)) == 2
-    except TypeError:  # None is not callable
+    except (TypeError, RemoteError):  # None is not callable; a call that was given up has the thread still
         return False
