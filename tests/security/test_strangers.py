@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import byhand
+from support import byhand, wait_until
 from support.actors import Fd, here, logged
 from support.marker import Marker
 from support.strangers import (
@@ -204,6 +204,7 @@ def test_a_squatted_path_in_a_sticky_directory_gets_no_byte(actor, guarded, laye
 
 
 def what_callers_said() -> list[bytes]:
+    wait_until(lambda: here.callers)  # who has connected is accepted by and by
     return [byhand.read_all(port) for port in here.callers]
 
 
