@@ -38,6 +38,7 @@ from collections.abc import Callable, Sequence
 from doorpool import _sockets
 from doorpool._credentials import Credentials, own_ucred, sends_effective_ids_by_itself
 from doorpool._errors import ProtocolError
+from doorpool._impl import shuttle
 from doorpool._janitor import close_all, close_socket
 from doorpool._sockets import (
     ANCILLARY_ROOM,
@@ -46,7 +47,7 @@ from doorpool._sockets import (
     descriptors_in,
     rights,
 )
-from doorpool._wire import HEADER, KINDS, VERSION, Assembly, Frame, Reason, Refusal, frame_head
+from doorpool._wire import BELL, HEADER, KINDS, VERSION, Assembly, Frame, Reason, Refusal, frame_head
 
 #: The most bytes of a packet, and what each look has room for: a longer one would be cut.  Of
 #: twice as many the kernel would want 64 KiB in one piece, which it may not have.
@@ -99,6 +100,8 @@ class Channel:
         patience: seconds that one ``read`` waits at most; None: for ever.
         send_patience: seconds that one ``post`` waits for room at most; likewise.
         pidfd: of the process at the other end, -1 if there is none; the channel owns it.
+        page: the memory that it shares with the other end (``_shuttle.c``), or None; the channel
+            owns it.
     """
 
     __slots__ = (
@@ -114,6 +117,7 @@ class Channel:
         "_rest",
         "_surplus",
         "number",
+        "page",
         "patience",
         "peer",
         "pidfd",
@@ -140,6 +144,7 @@ class Channel:
         self.send_patience: float | None = None
         self._poll = select.poll()
         self._poll.register(sock, select.POLLIN)
+        self.page: shuttle.Page | None = None
 
     def __del__(self, _ending: Callable[[], bool] = sys.is_finalizing) -> None:
         # A channel lost between two byte codes (Ctrl-C) closes without a warning.  When the
@@ -156,6 +161,23 @@ class Channel:
         """Whether this end was closed."""
         return self.socket.fileno() < 0
 
+    def share(self, memory: int, spin: int) -> None:
+        """
+        Share a page with the other end from now on.
+
+        Args:
+            memory: the descriptor of it; it stays the caller's.
+            spin: nanoseconds that a wait looks before it parks; -1: as long as it is worth it.
+
+        Raises:
+            ProtocolError: it is no page.
+            OSError: it cannot be mapped.
+        """
+        try:
+            self.page = shuttle.Page(memory, self.socket.fileno(), self._expected[0][2], spin)
+        except shuttle.PageError as error:
+            raise ProtocolError(str(error)) from None
+
     def doze(self, seconds: float) -> None:
         """Bound how long a ``read`` waits in the receive itself."""
         _sockets.set_patience(self.socket, socket.SO_RCVTIMEO, seconds)
@@ -169,6 +191,8 @@ class Channel:
 
     def close(self) -> None:
         """Close this end, and what had arrived of an unfinished frame; idempotent."""
+        if self.page is not None:
+            self.page.close()  # while the number that it rings at is still ours
         close_socket(self.socket, self.peer.uid)
         pidfd, self.pidfd = self.pidfd, -1
         # In a forked child it is closed already, and the number may be somebody else's.
@@ -298,6 +322,8 @@ class Channel:
                 return self._read_on(limit, now, self._until(deadline))
             flags = _RECEIVE_WAITING if how == RECEIVE else _RECEIVE
             chunk, ancillary, came, _ = self.socket.recvmsg(PACKET, ANCILLARY_ROOM, flags)
+            while chunk == BELL and ancillary == self._expected:  # for somebody who does not wait any more
+                chunk, ancillary, came, _ = self.socket.recvmsg(PACKET, ANCILLARY_ROOM, flags)
             if ancillary == self._expected and not came & _TRUNCATED and len(chunk) >= _HEAD:
                 # Nearly every call goes this way: a small frame, whole, from whom it must be.
                 kind, version, fds, buffers, number, body, nanoseconds, sent = _unpack(chunk)

@@ -19,6 +19,11 @@ How a call ends, and what is known then
       from now on decides, and silence means that it may have run.
     - A goodbye frame says so itself.
 
+    Where the two ends share a page (``_shuttle.c``), its state word decides instead, and the socket
+    is never asked: a doorbell that nobody took would say ``ECONNRESET`` for a call that ran.  We
+    withdraw the call by a compare-and-swap that fails if the server has taken it.  Not withdrawn:
+    it may have run.
+
     Who waits looks up twice a second.  Only then is the server's pidfd looked at: a forked
     child of a dead server may hold its sockets open, so that no hang-up ever comes.
 
@@ -43,7 +48,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Collection, Iterator, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import attrs
 
@@ -72,6 +77,7 @@ from doorpool._errors import (
     RevokedError,
 )
 from doorpool._gate import check_descriptors, flatten
+from doorpool._impl import shuttle
 from doorpool._janitor import close_all, close_socket
 from doorpool._sockets import MAX_DESCRIPTORS
 from doorpool._wire import Attribute, Codec, Frame, Greeting, Kind, Knock, Reason, Refusal
@@ -82,6 +88,11 @@ LOOK_UP = 0.5  #: Seconds after which a waiting caller looks whether the server 
 MAX_REPLY = 2**40  #: A reply that claims to be longer is a broken server's.
 _REQUEST, _REPLY = int(Kind.REQUEST), int(Kind.REPLY)
 _PING, _PONG = int(Kind.PING), int(Kind.PONG)
+
+_LOOK_UP = int(LOOK_UP * 1e9)
+
+#: What comes back from a call: the bytes, the buffers, the descriptors.
+Came = tuple[bytes | bytearray, Sequence[bytearray], list[int]]
 
 _DROPPED_KNOCKS = 3  #: How often a knock is made that vanishes at a door that is there.
 
@@ -105,9 +116,27 @@ def check_seconds(value: float | None, name: str) -> float | None:
     return float(value) if value <= FOREVER else None
 
 
+def check_spin(value: float | None) -> int:
+    """
+    Return how long a wait looks before it parks, nanoseconds; -1 for as long as it is worth it.
+
+    Raises:
+        TypeError: it is no real number.
+        ValueError: it is below 0.
+    """
+    if value is None:
+        return -1
+    return 0 if value == 0 and not isinstance(value, bool) else int((check_seconds(value, "spin") or 0) * 1e9)
+
+
 def deadline_after(seconds: float | None) -> float | None:
     """Return when so many seconds are over, by ``time.monotonic()``; None for never."""
     return None if seconds is None else time.monotonic() + seconds
+
+
+def _nanoseconds_left(deadline: float) -> int:
+    """Return how long to wait before looking up."""
+    return int(max(0.0, min(LOOK_UP, deadline - time.monotonic())) * 1e9)
 
 
 def _limits_in(greeting: Greeting) -> _wire.Limits:
@@ -158,6 +187,8 @@ class Handle:
         words: what to say of ourselves when knocking.
         codec: what the door must speak; any by default.
         lazy: look at the greeting only; the first call opens the first channel.
+        spin: seconds that a wait looks at the shared page before it parks; by default as long as
+            that is worth it; 0: never.
 
     Raises:
         FileNotFoundError, PermissionError, NotADoorError: of the path.
@@ -172,11 +203,13 @@ class Handle:
         self, door: _names.Path | int, *, open_timeout: float | None = 5.0,
         server: Collection[int] | None = None, trust: str = "namespace",
         codec: Codec | None = None, words: Knock | None = None, lazy: bool = False,
+        spin: float | None = None,
     ) -> None:  # fmt: skip
         deadline = deadline_after(check_seconds(open_timeout, "open_timeout"))
         self._server = None if server is None else frozenset(server)
         self._trust = trust
-        self._words = words or Knock(sys.version_info[:2])
+        self._words = attrs.evolve(words or Knock(sys.version_info[:2]), page=shuttle.PAGE_BYTES)
+        self._spin = check_spin(spin)
         self._owner: int | None = None
         self.path: str | None = None
         self._closed = False
@@ -486,13 +519,28 @@ class Handle:
                     f"with {opened.codec.name}"
                 )
             self._believe(opened.codec, channel.peer, channel.pidfd)
+            self._share(opened)
         except BaseException:
             channel.close()
             raise
+        finally:
+            opened.close_page()
         # step: channel-opened
         self.server = channel.peer
         channel.doze(DOZE)
         return channel
+
+    def _share(self, opened: _opening.Opened) -> None:
+        """Map the page that came with an answer; if there is no memory for it, ask for none again."""
+        if opened.page < 0:
+            return
+        try:
+            opened.channel.share(opened.page, self._spin)
+        except OSError as error:
+            if isinstance(error, DoorError):
+                raise
+            self._words = attrs.evolve(self._words, page=0)
+            raise EOFError(f"no memory for the shared page: {error.strerror}") from None
 
     def _believe(self, codec: Codec | None, server: Credentials, pidfd: int) -> None:
         """
@@ -550,8 +598,7 @@ class Handle:
         Modelled on: door_call(3C)
         """
         deadline = deadline_after(check_seconds(timeout, "timeout"))
-        frame = self.call_until(deadline, data, buffers, descriptors)
-        return Reply(frame.data, frame.buffers, frame.descriptors)
+        return Reply(*self.call_until(deadline, data, buffers, descriptors))
 
     def call_until(
         self,
@@ -559,8 +606,8 @@ class Handle:
         data: bytes | bytearray | memoryview = b"",
         buffers: Sequence[memoryview] = (),
         descriptors: Sequence[int] = (),
-    ) -> Frame:
-        """Call with a deadline by ``time.monotonic()``; the reply's frame; otherwise as ``call``."""
+    ) -> Came:
+        """Call with a deadline by ``time.monotonic()``; otherwise as ``call``."""
         if self._closed:
             raise ClosedError(f"{self.name}: this handle is closed")
         if buffers or descriptors or type(data) is not bytes or len(data) > self._limits.max_request:
@@ -579,9 +626,11 @@ class Handle:
                 self._learn_limits(deadline)
                 self._check_request(size, descriptors)
         frame = self._run(_REQUEST, deadline, data, buffers, descriptors)
+        if type(frame) is bytes:
+            return frame, (), []
         if frame.refusal is not None:
             raise OSError(errno.EMFILE, "no free descriptors for those that the reply brought")
-        return frame
+        return frame.data, frame.buffers, frame.descriptors
 
     def _check_request(self, size: int, descriptors: Sequence[int]) -> None:
         limit = self._limits.max_request
@@ -638,7 +687,7 @@ class Handle:
         data: bytes | bytearray | memoryview = b"",
         buffers: Sequence[memoryview] = (),
         descriptors: Sequence[int] = (),
-    ) -> Frame:
+    ) -> Any:
         """Make one exchange, on a second channel if the first was dead before it began."""
         if self._generation != _sockets.here():
             self._cross_fork()
@@ -671,41 +720,66 @@ class Handle:
         descriptors: Sequence[int],
         *,
         fresh: bool = False,
-    ) -> Frame:
-        """Send one frame and wait for its answer; the channel goes back only if both went well."""
+    ) -> Frame | bytes:
+        """
+        Send a request and wait for its answer; the channel goes back only if both went well.
+
+        Returns:
+            The frame; of one that came through the shared page the bytes alone.
+        """
         channel.number += 1
+        page = channel.page
         sent = False
+        frame: Frame | bytes | None
         try:
             # step: request-begun
-            self._send(channel, kind, deadline, data, buffers, descriptors)
+            everyday = page is not None and deadline is None and kind == _REQUEST
+            if not everyday or buffers or descriptors or page.post(data, 0, 0) is not True:  # type: ignore[union-attr]
+                self._send(channel, kind, deadline, data, buffers, descriptors)
             # step: request-sent
             sent = True
-            frame = channel.read(MAX_REPLY, RECEIVE if deadline is None else POLL, None, deadline)
-            if frame is None or frame.refusal is not None:
-                frame = self._await_reply(channel, frame, deadline)
+            if page is None:
+                frame = channel.read(MAX_REPLY, RECEIVE if deadline is None else POLL, None, deadline)
+                if frame is None or frame.refusal is not None:
+                    frame = self._await_reply(channel, frame, deadline)
+            else:
+                answer = page.wait(_LOOK_UP if deadline is None else _nanoseconds_left(deadline))
+                frame = answer if type(answer) is bytes else self._await_shared(channel, answer, deadline)
         except Hangup as hangup:
+            unread = page.withdraw() if page is not None and sent else hangup.unread
             channel.close()
-            raise self._broken(hangup, fresh) from None
+            raise self._broken(unread, fresh) from None
         except BaseException as error:
-            channel.shutdown()  # a plain close would leave a whole request to be run
-            channel.close()
-            if sent and isinstance(error, ProtocolError):
-                error.may_have_run = True
-            raise
+            raise self._dropped(channel, error, sent) from None
         # step: reply-read
+        if type(frame) is bytes:
+            self._give_back(channel)
+            return frame
+        assert isinstance(frame, Frame)
         if frame.number == channel.number and frame.kind == (_REPLY if kind == _REQUEST else _PONG):
             self._give_back(channel)
             return frame
         close_all(frame.descriptors)
         self._take_failure(channel, frame, fresh)
 
-    def _broken(self, hangup: Hangup, fresh: bool) -> Exception:
-        if hangup.unread and not fresh:
+    def _dropped(self, channel: Channel, error: BaseException, sent: bool) -> BaseException:
+        """Drop a channel for an error, so that what was asked for on it is not run if it was not yet."""
+        run = sent
+        if channel.page is not None:
+            run = not channel.page.withdraw() and sent
+        channel.shutdown()  # a plain close would leave a whole request to be run
+        channel.close()
+        if isinstance(error, shuttle.PageError):
+            return ProtocolError(f"{self.name}: {error}", may_have_run=run)
+        if sent and isinstance(error, ProtocolError):
+            error.may_have_run = True
+        return error
+
+    def _broken(self, unread: bool, fresh: bool) -> Exception:
+        if unread and not fresh:
             return _StaleChannel()
-        text = "was gone before it read the call" if hangup.unread else "went away during the call"
-        return BrokenDoorError(
-            f"{self.name}: the server {text}", may_have_run=not hangup.unread, filename=self.path
-        )
+        text = "was gone before it read the call" if unread else "went away during the call"
+        return BrokenDoorError(f"{self.name}: the server {text}", may_have_run=not unread, filename=self.path)
 
     def _take_failure(self, channel: Channel, frame: Frame, fresh: bool) -> NoReturn:
         """Raise what a frame that is no reply means."""
@@ -750,9 +824,13 @@ class Handle:
             nanoseconds = int(left * 1e9) or 1
             patience = min(LOOK_UP, left)
         channel.patience = channel.send_patience = patience
+        if channel.page is not None and self._posted(channel.page, kind, data, buffers, descriptors, nanoseconds):
+            return
         # Nearly all goes at once; but a body that was refused may still lie there, half thrown away.
         look_up = self._look_up_sending
         try:
+            if channel.page is not None and not channel.page.announce():
+                self._hear_last_words(channel)
             channel.post(
                 kind, channel.number, data, buffers, descriptors, nanoseconds, now, look_up, deadline
             )  # fmt: skip
@@ -764,6 +842,16 @@ class Handle:
             if error.errno != errno.ETOOMANYREFS:
                 raise
             raise BusyError(f"{self.name}: too many descriptors in flight for this user") from None
+
+    @staticmethod
+    def _posted(
+        page: shuttle.Page, kind: int, data: bytes | bytearray | memoryview,
+        buffers: Sequence[memoryview], descriptors: Sequence[int], nanoseconds: int,
+    ) -> bool:  # fmt: skip
+        """Post a request in the shared page, if it is one and fits."""
+        if kind != _REQUEST or buffers or descriptors:
+            return False
+        return page.post(data, 0, nanoseconds) is True
 
     def _hear_last_words(self, channel: Channel) -> NoReturn:
         """The request could not be sent whole, so it does not run; find out why."""
@@ -777,6 +865,24 @@ class Handle:
             if refusal.reason is not Reason.IDLE:
                 raise self._error(refusal)
         raise Hangup(unread=True)
+
+    def _await_shared(self, channel: Channel, answer: Any, deadline: float | None) -> Frame | bytes:
+        """Wait on, the shared page having said something else than an everyday reply."""
+        page = channel.page
+        assert page is not None
+        channel.patience = LOOK_UP if deadline is None else min(LOOK_UP, max(0.0, deadline - time.monotonic()))
+        while answer == shuttle.NOTHING:
+            self._look_up(channel, deadline)
+            assert channel.patience is not None
+            answer = page.wait(int(channel.patience * 1e9))
+        if type(answer) is bytes:
+            return answer
+        if answer == shuttle.BY_SOCKET:
+            return self._await_reply(channel, channel.read(MAX_REPLY, POLL, None, deadline), deadline)
+        frame = channel.read(MAX_REPLY, NOT)  # the server has shut the channel, having said why
+        if frame is None:
+            raise Hangup
+        return frame
 
     def _await_reply(self, channel: Channel, frame: Frame | None, deadline: float | None) -> Frame:
         """Wait on, a first look having brought nothing yet, or what is not quite an everyday reply."""
@@ -822,12 +928,13 @@ class Handle:
         """End a call that was sent whole; return whether it may have run (see above)."""
         channel.shutdown()
         # step: given-up
-        if _sockets.unsent(channel.socket):
+        page = channel.page
+        if page.withdraw() if page is not None else _sockets.unsent(channel.socket):
             return False
         try:
             frame = channel.read(MAX_REPLY, NOT)
         except Hangup as hangup:
-            return not hangup.unread
+            return page is not None or not hangup.unread
         except ProtocolError:
             return True
         if frame is not None:

@@ -10,6 +10,10 @@ Opening a channel: knock and answer, where each side learns who the other is.
     closes k0; p1 is the channel              p0 is the channel; k1 is kept until the answer
                                               was read and k0 closed (``doorpool._guests``)
 
+Where pickle is spoken, and both sides can use one, the answer brings a shared page as well
+(``_shuttle.c``): it goes from the server to the client and never the other way, and the client
+maps it when it believes the server, not before.
+
 *Maker is sender.*  A greeting in plain bytes proves nothing: a squatter can forward it,
 and a set-uid program can be made to write it.  So an identity is taken only from a
 message that carries a socket, and only if the kernel's word about who *made* that socket
@@ -56,6 +60,7 @@ from doorpool._credentials import (
     unpack_ids,
 )
 from doorpool._errors import SHORTAGE, AccessError, ProtocolError
+from doorpool._impl import shuttle
 from doorpool._janitor import close_later, close_socket
 from doorpool._sockets import MSG_DONTWAIT, MSG_PEEK, Letter
 from doorpool._wire import Answer, Codec, Knock, Refusal
@@ -163,10 +168,26 @@ def knock(door: socket.socket, words: Knock) -> socket.socket:
 
 @attrs.frozen
 class Opened:
-    """An opened channel, before anything of it is believed: ``codec`` and ``channel.peer`` decide."""
+    """
+    An opened channel, before anything of it is believed: ``codec`` and ``channel.peer`` decide.
+
+    Attributes:
+        page: the memory of its shared page, -1 for none; owned by whoever has this.
+    """
 
     channel: Channel
     codec: Codec
+    page: int = -1
+
+    def close(self) -> None:
+        """Close it, not having believed it."""
+        self.channel.close()
+        self.close_page()
+
+    def close_page(self) -> None:
+        """Close the descriptor of the page, mapped or not."""
+        if self.page >= 0:
+            os.close(self.page)
 
 
 def hear_answer(ours: socket.socket) -> Opened | Refusal:
@@ -192,9 +213,24 @@ def hear_answer(ours: socket.socket) -> Opened | Refusal:
         answer = _wire.decode_answer(letter.data)
         if answer.refusal is not None:
             return answer.refusal
-        return Opened(_channel_of(letter), answer.codec)
+        return _opened_by(letter, answer)
     finally:
         discard(letter)
+
+
+def _opened_by(letter: Letter, answer: Answer) -> Opened:
+    """Take what an answer brings: the channel, and the page behind it if there is one."""
+    page = -1
+    if answer.page:
+        if answer.codec is not Codec.PICKLE or len(letter.descriptors) != 2:
+            raise ProtocolError("the answer to a knock brought a page where there can be none, or none")
+        page = letter.descriptors.pop()
+    try:
+        return Opened(_channel_of(letter), answer.codec, page)
+    except BaseException:
+        if page >= 0:
+            letter.descriptors.append(page)
+        raise
 
 
 def _channel_of(letter: Letter) -> Channel:
@@ -357,25 +393,53 @@ def close_port(port: socket.socket) -> None:
     close_socket(port)
 
 
-def admit(visitor: Visitor, codec: Codec) -> Channel:
+def admit(visitor: Visitor, codec: Codec, *, spin: int = -1) -> Channel:
     """
     Answer a visitor: make the private pair and send its end; return ours as a channel.
 
     The visitor's k1 stays open, and the caller's to close.
 
+    Args:
+        spin: of the shared page, which there is if pickle is spoken and the visitor can use one.
+
     Raises:
         OSError: he is gone, does not listen, or takes no descriptors.
     """
     ours, theirs = _sockets.private_pair()
+    shared, memory = None, -1
     try:
+        if codec is Codec.PICKLE and visitor.words.page:
+            shared, memory = _make_page(visitor, ours, spin)
         # step: answering
-        _sockets.send_letter(visitor.socket, Answer(codec).encode(), [theirs.fileno()])
-        return _make_channel(visitor.letter, ours, visitor.socket)
+        answer = Answer(codec, page=shuttle.PAGE_BYTES if shared else 0)
+        gifts = [theirs.fileno(), memory] if shared else [theirs.fileno()]
+        _sockets.send_letter(visitor.socket, answer.encode(), gifts)
+        channel = _make_channel(visitor.letter, ours, visitor.socket)
+        channel.page = shared
+        return channel
     except BaseException:
+        if shared is not None:
+            shared.close()
         ours.close()
         raise
     finally:
         theirs.close()
+        if memory >= 0:
+            os.close(memory)
+
+
+def _make_page(visitor: Visitor, ours: socket.socket, spin: int) -> tuple[shuttle.Page | None, int]:
+    """Make a page to share with a visitor; return it and its memory, or none: he can go without."""
+    if visitor.words.page != shuttle.PAGE_BYTES:
+        return None, -1
+    memory = -1
+    try:
+        memory = shuttle.make_page()
+        return shuttle.Page(memory, ours.fileno(), visitor.letter.ucred, spin), memory
+    except OSError:  # no memory, no descriptor
+        if memory >= 0:
+            os.close(memory)
+        return None, -1
 
 
 def refuse(knock: Visitor | Misfit, refusal: Refusal) -> None:

@@ -44,11 +44,11 @@ from doorpool._errors import (
     Path,
     RevokedError,
 )
-from doorpool._handle import FOREVER, check_seconds, deadline_after
+from doorpool._handle import FOREVER, Came, check_seconds, deadline_after
 from doorpool._info import DoorInfo, describe
 from doorpool._marshal import Dialect, own_dialect, pack_arguments, unpack_outcome
 from doorpool._threads import waiting_for
-from doorpool._wire import Frame, Knock
+from doorpool._wire import Knock
 from doorpool.door import Codec, Handle
 
 __all__ = ["Proxy"]
@@ -147,7 +147,7 @@ class _Line:
         except (RevokedError, BrokenDoorError, ClosedError) as first:
             again = functools.partial(self._exchange, args=args, kwargs=kwargs, deadline=deadline)
             reply = self._try_anew(handle, first, deadline, again)
-        return unpack_outcome(reply.data, reply.buffers)
+        return unpack_outcome(reply[0], reply[1])
 
     def ping(self, deadline: float | None) -> None:
         """Have the server answer; reopened like a call."""
@@ -159,7 +159,7 @@ class _Line:
 
     def _exchange(
         self, handle: Handle, args: tuple[Any, ...], kwargs: dict[str, Any], deadline: float | None
-    ) -> Frame:
+    ) -> Came:
         parcel = pack_arguments(args, kwargs, self.dialect)
         if self._pool is None:
             return handle.call_until(deadline, *parcel)

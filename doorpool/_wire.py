@@ -21,13 +21,16 @@ pair and the client's credentials attached):
      0  4  "dpKN"                              6  2  Python major, minor
      4  2  version                             8 16  identity of __main__
 
-*Answer* (server -> client on that pair, one message, with one end of the private pair
-and the server's credentials attached; a refusal brings no socket):
+*Answer* (server -> client on that pair, one message, with one end of the private pair, the
+shared page if there is one, and the server's credentials attached; a refusal brings neither):
 
      0  4  "dpAN"                              8  8  size of the shared page (0: none)
      4  2  version                            16  …  refusal, where the answer is one
      6  1  0 accepted, 1 refused
      7  1  codec
+
+*Bell* (both ways, one message of one byte, "B"): there is something in the shared page; no part
+of a frame, and behind none that is not whole.
 
 *Frame* (both ways on the private pair, in one SEQPACKET message or several of at most
 65,536 bytes; the end of a frame is the end of a message):
@@ -83,6 +86,7 @@ NO_MAIN = bytes(16)
 
 _GREETING = struct.Struct("<4sHBB16sBB14xQIHH")
 _KNOCK = struct.Struct("<4sHBB16s")
+_PAGE = struct.Struct("<Q")
 _ANSWER = struct.Struct("<4sHBBQ")
 _REFUSAL = struct.Struct("<BB6xQQ")
 _FAREWELL = struct.Struct("<4sH")
@@ -94,6 +98,8 @@ GREETING_MAGIC = b"dpGR"
 KNOCK_MAGIC = b"dpKN"
 ANSWER_MAGIC = b"dpAN"
 FAREWELL_MAGIC = b"dpBY"
+
+BELL = b"B"
 
 
 class Codec(IntEnum):
@@ -255,10 +261,12 @@ class Knock:
 
     python: tuple[int, int]
     main: bytes = NO_MAIN
+    page: int = 0
 
     def encode(self) -> bytes:
         """Write the knock."""
-        return _KNOCK.pack(KNOCK_MAGIC, VERSION, *self.python, self.main)
+        head = _KNOCK.pack(KNOCK_MAGIC, VERSION, *self.python, self.main)
+        return head + _PAGE.pack(self.page) if self.page else head
 
 
 def decode_knock(data: bytes) -> Knock:
@@ -271,10 +279,11 @@ def decode_knock(data: bytes) -> Knock:
     if data[:4] != KNOCK_MAGIC:
         raise ProtocolError("a message on a door descriptor was no knock")
     check_version(data, "the client")
-    if len(data) != _KNOCK.size:
+    if len(data) not in (_KNOCK.size, _KNOCK.size + _PAGE.size):
         raise ProtocolError(f"a knock of {len(data)} bytes, not {_KNOCK.size}")
-    _, _, major, minor, main = _KNOCK.unpack(data)
-    return Knock((major, minor), main)
+    _, _, major, minor, main = _KNOCK.unpack_from(data)
+    page = _PAGE.unpack_from(data, _KNOCK.size)[0] if len(data) > _KNOCK.size else 0
+    return Knock((major, minor), main, page)
 
 
 @attrs.frozen
@@ -317,11 +326,12 @@ class Answer:
 
     codec: Codec = Codec.RAW
     refusal: Refusal | None = None
+    page: int = 0
 
     def encode(self) -> bytes:
         """Write the answer."""
         refused = self.refusal is not None
-        head = _ANSWER.pack(ANSWER_MAGIC, VERSION, refused, self.codec, 0)
+        head = _ANSWER.pack(ANSWER_MAGIC, VERSION, refused, self.codec, self.page)
         return head + self.refusal.encode() if self.refusal else head
 
 
@@ -334,13 +344,13 @@ def decode_answer(data: bytes) -> Answer:
     """
     if data[:4] != ANSWER_MAGIC or len(data) < _ANSWER.size:
         raise ProtocolError("the answer to a knock was none")
-    _, _, refused, codec, _ = _ANSWER.unpack_from(data)
+    _, _, refused, codec, page = _ANSWER.unpack_from(data)
     if refused == 1:  # before the version: a refusal may be about just that
         return Answer(refusal=_decode_refusing(data[_ANSWER.size :]))
     check_version(data, "the server")
     if refused or len(data) != _ANSWER.size or codec not in Codec.__members__.values():
         raise ProtocolError("the answer to a knock is malformed")
-    return Answer(Codec(codec))
+    return Answer(Codec(codec), page=page)
 
 
 def _decode_refusing(data: bytes) -> Refusal:
