@@ -174,7 +174,7 @@ class Channel:
             OSError: it cannot be mapped.
         """
         try:
-            self.page = shuttle.Page(memory, self.socket.fileno(), self._expected[0][2], spin)
+            self.page = shuttle.Page(memory, self.socket.fileno(), self._expected[0][2], self.pidfd, spin)
         except shuttle.PageError as error:
             raise ProtocolError(str(error)) from None
 

@@ -170,18 +170,20 @@ class Gate:
         local = self._local
         served: Served | None = getattr(local, "last", None)
         local.last = None
-        if served is not None:
-            invocation = self._linger(served)
-            if invocation is not None:
-                return invocation
-        deadline = None if timeout is None else time.monotonic() + timeout
+        try:
+            if served is not None:
+                invocation = self._linger(served)
+                if invocation is not None:
+                    return invocation
+            return self._wait_for_any(None if timeout is None else time.monotonic() + timeout)
+        except (OSError, ValueError):
+            if self.generation != _sockets.here():  # forked by a signal handler, while it waited
+                raise self._lost() from None
+            raise
+
+    def _wait_for_any(self, deadline: float | None) -> Invocation | None:
         while True:
-            try:
-                ready = self._wait_in_set(deadline)
-            except (OSError, ValueError):
-                if self.generation != _sockets.here():  # forked by a signal handler, while it waited
-                    raise self._lost() from None
-                raise
+            ready = self._wait_in_set(deadline)
             if ready is None:
                 return None
             invocation = self._look_at(ready)
@@ -241,6 +243,7 @@ class Gate:
         channel, door = served.channel, served.door
         try:
             page, frame, request = channel.page, None, None
+            data: bytes | bytearray
             if page is not None:
                 request = page.linger(self._set) if how == RECEIVE else page.take()
             if type(request) is tuple:
@@ -259,9 +262,7 @@ class Gate:
             # "not all read" tells it truly that the call never will run.  With a page the state
             # word tells that, and who has just posted is not looked for: that takes 0.4 µs.
             taken = time.monotonic_ns()
-            if served.doomed is not None or (
-                (page is None or taken - sent > OLD) and served.poll.poll(0)
-            ):
+            if served.doomed is not None or ((page is None or taken - sent > OLD) and served.poll.poll(0)):
                 self._turn_away(served, frame)
             if frame is None:
                 if len(data) <= door.max_request:

@@ -134,13 +134,21 @@ def deadline_after(seconds: float | None) -> float | None:
     return None if seconds is None else time.monotonic() + seconds
 
 
-def _nanoseconds_left(deadline: float) -> int:
+def _nanoseconds_left(deadline: float | None) -> int:
     """Return how long to wait before looking up."""
+    if deadline is None:
+        return _LOOK_UP
     return int(max(0.0, min(LOOK_UP, deadline - time.monotonic())) * 1e9)
 
 
 def _limits_in(greeting: Greeting) -> _wire.Limits:
     return _wire.Limits(greeting.max_request, greeting.max_descriptors, greeting.attributes)
+
+
+def _is_untaken(channel: Channel) -> bool:
+    """Tell whether the server has not taken a request that we have given up, and never will."""
+    page = channel.page
+    return page.withdraw() if page is not None else _sockets.unsent(channel.socket) > 0
 
 
 @attrs.define
@@ -734,23 +742,35 @@ class Handle:
         try:
             # step: request-begun
             everyday = page is not None and deadline is None and kind == _REQUEST
-            if not everyday or buffers or descriptors or page.post(data, 0, 0) is not True:  # type: ignore[union-attr]
-                self._send(channel, kind, deadline, data, buffers, descriptors)
+            if everyday and not buffers and not descriptors and page.post(data, 0, 0) is True:  # type: ignore[union-attr]
+                posted = True
+            else:
+                posted = self._send(channel, kind, deadline, data, buffers, descriptors)
             # step: request-sent
             sent = True
-            if page is None:
+            if posted:
+                answer = page.wait(_nanoseconds_left(deadline))  # type: ignore[union-attr]
+                frame = answer if type(answer) is bytes else self._await_shared(channel, answer, deadline)
+            elif page is None:
                 frame = channel.read(MAX_REPLY, RECEIVE if deadline is None else POLL, None, deadline)
                 if frame is None or frame.refusal is not None:
                     frame = self._await_reply(channel, frame, deadline)
-            else:
-                answer = page.wait(_LOOK_UP if deadline is None else _nanoseconds_left(deadline))
-                frame = answer if type(answer) is bytes else self._await_shared(channel, answer, deadline)
+            else:  # the socket first, on which there may be something already
+                frame = channel.read(MAX_REPLY, NOT)
+                if frame is None:
+                    frame = self._await_shared(channel, page.wait(_nanoseconds_left(deadline)), deadline)
         except Hangup as hangup:
             unread = page.withdraw() if page is not None and sent else hangup.unread
             channel.close()
             raise self._broken(unread, fresh) from None
+        except shuttle.PageError as error:
+            may_have_run = self._drop(channel) and sent
+            raise ProtocolError(f"{self.name}: {error}", may_have_run=may_have_run) from None
         except BaseException as error:
-            raise self._dropped(channel, error, sent) from None
+            self._drop(channel)
+            if sent and isinstance(error, ProtocolError):
+                error.may_have_run = True
+            raise
         # step: reply-read
         if type(frame) is bytes:
             self._give_back(channel)
@@ -762,18 +782,13 @@ class Handle:
         close_all(frame.descriptors)
         self._take_failure(channel, frame, fresh)
 
-    def _dropped(self, channel: Channel, error: BaseException, sent: bool) -> BaseException:
-        """Drop a channel for an error, so that what was asked for on it is not run if it was not yet."""
-        run = sent
-        if channel.page is not None:
-            run = not channel.page.withdraw() and sent
+    @staticmethod
+    def _drop(channel: Channel) -> bool:
+        """Drop a channel, so that what was asked for is not run if it was not yet; return whether it was."""
+        run = not channel.page.withdraw() if channel.page is not None else True
         channel.shutdown()  # a plain close would leave a whole request to be run
         channel.close()
-        if isinstance(error, shuttle.PageError):
-            return ProtocolError(f"{self.name}: {error}", may_have_run=run)
-        if sent and isinstance(error, ProtocolError):
-            error.may_have_run = True
-        return error
+        return run
 
     def _broken(self, unread: bool, fresh: bool) -> Exception:
         if unread and not fresh:
@@ -814,7 +829,8 @@ class Handle:
         data: bytes | bytearray | memoryview,
         buffers: Sequence[memoryview],
         descriptors: Sequence[int],
-    ) -> None:
+    ) -> bool:
+        """Send a request; return whether it was posted in the shared page, and not by the socket."""
         now = time.monotonic_ns()
         nanoseconds, patience = 0, LOOK_UP
         if deadline is not None:
@@ -824,12 +840,13 @@ class Handle:
             nanoseconds = int(left * 1e9) or 1
             patience = min(LOOK_UP, left)
         channel.patience = channel.send_patience = patience
-        if channel.page is not None and self._posted(channel.page, kind, data, buffers, descriptors, nanoseconds):
-            return
+        page = channel.page
+        if page is not None and self._posted(page, kind, data, buffers, descriptors, nanoseconds):
+            return True
         # Nearly all goes at once; but a body that was refused may still lie there, half thrown away.
         look_up = self._look_up_sending
         try:
-            if channel.page is not None and not channel.page.announce():
+            if page is not None and not page.announce():
                 self._hear_last_words(channel)
             channel.post(
                 kind, channel.number, data, buffers, descriptors, nanoseconds, now, look_up, deadline
@@ -842,6 +859,7 @@ class Handle:
             if error.errno != errno.ETOOMANYREFS:
                 raise
             raise BusyError(f"{self.name}: too many descriptors in flight for this user") from None
+        return False
 
     @staticmethod
     def _posted(
@@ -870,7 +888,9 @@ class Handle:
         """Wait on, the shared page having said something else than an everyday reply."""
         page = channel.page
         assert page is not None
-        channel.patience = LOOK_UP if deadline is None else min(LOOK_UP, max(0.0, deadline - time.monotonic()))
+        channel.patience = (
+            LOOK_UP if deadline is None else min(LOOK_UP, max(0.0, deadline - time.monotonic()))
+        )
         while answer == shuttle.NOTHING:
             self._look_up(channel, deadline)
             assert channel.patience is not None
@@ -928,13 +948,12 @@ class Handle:
         """End a call that was sent whole; return whether it may have run (see above)."""
         channel.shutdown()
         # step: given-up
-        page = channel.page
-        if page.withdraw() if page is not None else _sockets.unsent(channel.socket):
+        if _is_untaken(channel):
             return False
         try:
             frame = channel.read(MAX_REPLY, NOT)
         except Hangup as hangup:
-            return page is not None or not hangup.unread
+            return channel.page is not None or not hangup.unread
         except ProtocolError:
             return True
         if frame is not None:

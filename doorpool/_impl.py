@@ -17,6 +17,8 @@ from doorpool import _shuttle_py
 if TYPE_CHECKING:
     from doorpool import _shuttle as shuttle
 
+__all__ = ["NAME", "VARIABLE", "WHY", "shuttle"]
+
 #: What may be set; "" means: the compiled one if it is there.
 VARIABLE = "DOORPOOL_IMPL"
 _CHOICES = ("", "c", "py")
@@ -49,7 +51,7 @@ def _quota() -> int | None:
         return None  # no control groups, or the old ones
 
 
-shuttle, NAME, WHY = _choose(os.environ.get(VARIABLE, ""))  # type: ignore[assignment]
+shuttle, NAME, WHY = _choose(os.environ.get(VARIABLE, ""))
 
 if (_count := _quota()) is not None:
     shuttle.limit_cpus(_count)

@@ -432,10 +432,10 @@ def _make_page(visitor: Visitor, ours: socket.socket, spin: int) -> tuple[shuttl
     """Make a page to share with a visitor; return it and its memory, or none: he can go without."""
     if visitor.words.page != shuttle.PAGE_BYTES:
         return None, -1
-    memory = -1
+    letter, memory = visitor.letter, -1
     try:
         memory = shuttle.make_page()
-        return shuttle.Page(memory, ours.fileno(), visitor.letter.ucred, spin), memory
+        return shuttle.Page(memory, ours.fileno(), letter.ucred, letter.pidfd, spin), memory
     except OSError:  # no memory, no descriptor
         if memory >= 0:
             os.close(memory)

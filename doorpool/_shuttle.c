@@ -43,13 +43,17 @@
  *     tells:  state = ...;   fence;  was parked 1?                   if so, ring
  *
  * At least one of the two sees what the other wrote, so nobody blocks beside a call that is there.
- * Whoever tells also takes the mark away, so a bell is rung once for each parking.
+ * Whoever tells takes the mark away, and rings; who finds, having seen what he waits for, that his mark
+ * is gone, knows that a bell is on its way, and takes it.  So each parking has one bell or none.
  *
  * Trust.  A page exists only between processes of one user that may unpickle for each other, yet a
  * broken one must not break us: every word that the other side can write is read once, and only
  * the copy is checked and used; a state that cannot be ends the channel; no wait is without end,
  * for the caller looks after the process at the other end while it is parked.  A page is not
  * mapped in forked children (MADV_DONTFORK): a child that has changed its user could write to it.
+ * A bell says who rang.  And whoever is about to ring, or takes a channel out of the set, looks
+ * whether the other side is still the user it was (Linux 6.13): a process that has given up its
+ * user could misuse a page only in the microseconds between two such looks.
  *
  * Two halves.  `shuttle_*` knows no Python and runs without the interpreter's lock; `Page_*` wraps it.
  * The twin of this file is _shuttle_py.py, which makes no page, so that all goes over the socket.
@@ -72,6 +76,7 @@
 #include <stddef.h>
 #include <stdint.h>
 #include <string.h>
+#include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
@@ -85,6 +90,15 @@
 #ifndef MADV_WIPEONFORK
 #define MADV_WIPEONFORK 18
 #endif
+
+/* linux/pidfd.h, since 6.13 */
+struct process_info {
+    uint64_t mask, cgroup;
+    uint32_t pid, tgid, ppid, ruid, rgid, euid, egid, suid, sgid, fsuid, fsgid;
+    int32_t exit_code;
+};
+#define GET_PROCESS_INFO _IOWR(0xFF, 11, struct process_info)
+#define PROCESS_INFO_IDS 2U
 
 /* -- the page ------------------------------------------------------------------------------ */
 
@@ -154,10 +168,11 @@ enum outcome {
 #define SPIN_MOST 50000    /* ns: what a wait looks at most by itself; a wake-up takes 25,000 */
 #define SPIN_LEAST 2000    /* ns: below this a wait does not look at all */
 #define TRY_AGAIN 32       /* waits after which one looks for the full time again */
+#define BELL_MOST 100      /* ms: for a bell that is being rung by somebody who has lost the CPU */
 #define SLICE 1000000      /* ns: of a long look, after which signals are heard */
 #define LOOKS 8            /* looks between two yields, where both sides have a CPU */
 #define FIRST_LOOKS 80     /* and before the first: a yield takes 0.5 us, a look 0.025, a small call 2 */
-#define ROUNDS 4           /* yields between two looks at the clock and at the set */
+#define ROUNDS 4           /* yields between two looks at the set */
 #define CPUS_FOR 100000000 /* ns: for which the number of CPUs is remembered */
 
 static int64_t
@@ -244,13 +259,13 @@ make_mark(void)
 struct shuttle {
     struct words *words;
     int sock;
+    int pidfd; /* of the process at the other end, or -1 */
     struct ucred peer;
     uint64_t number;   /* of the call that is on, or was last */
     int64_t spin;      /* ns that each wait looks; -1: as long as it is worth it */
     int64_t budget;    /* ns that the next wait looks */
     unsigned waits;
     int64_t clock;     /* when it was last looked at */
-    bool parked;       /* in the present wait */
     const char *fault; /* what cannot be */
 };
 
@@ -301,6 +316,34 @@ park(_Atomic uint32_t *parked)
 }
 
 /*
+ * Look again who is at the other end: still the user who opened the channel; and that our own end
+ * still asks, for somebody who has got hold of a copy could switch that off.
+ */
+static enum outcome
+look_again(struct shuttle *s)
+{
+    static _Atomic bool cannot;
+    struct process_info info = {.mask = PROCESS_INFO_IDS};
+    int asks = 0;
+    socklen_t size = sizeof asks;
+
+    if (getsockopt(s->sock, SOL_SOCKET, SO_PASSCRED, &asks, &size) == 0 && !asks)
+        return fault(s, "somebody else has got hold of this end of the channel");
+    if (s->pidfd < 0 || atomic_load_explicit(&cannot, memory_order_relaxed))
+        return NOTHING;
+    if (ioctl(s->pidfd, GET_PROCESS_INFO, &info) != 0) {
+        if (errno == ENOTTY || errno == EINVAL)
+            atomic_store_explicit(&cannot, true, memory_order_relaxed);
+        return NOTHING; /* or it is dead, which the socket will say */
+    }
+    if (info.mask & PROCESS_INFO_IDS
+        && (info.ruid != s->peer.uid || info.euid != s->peer.uid || info.suid != s->peer.uid
+            || info.rgid != s->peer.gid || info.egid != s->peer.gid || info.sgid != s->peer.gid))
+        return fault(s, "the process at the other end is somebody else than the one who opened the channel");
+    return NOTHING;
+}
+
+/*
  * Take one bell from the socket, or only look at what is there.
  *
  * Returns GOT for a bell; NOTHING if nothing is there; BY_SOCKET for anything else, which stays
@@ -327,10 +370,10 @@ hear_bell(struct shuttle *s, int flags)
         return flags & MSG_PEEK ? BY_SOCKET : fault(s, "something else came in place of a bell");
     head = CMSG_FIRSTHDR(&message);
     if (head == NULL || head->cmsg_level != SOL_SOCKET || head->cmsg_type != SCM_CREDENTIALS)
-        return fault(s, "a bell that nobody rang");
+        return fault(s, "a bell by somebody else, who does not say who he is");
     memcpy(&from, CMSG_DATA(head), sizeof from);
     if (from.pid != s->peer.pid || from.uid != s->peer.uid || from.gid != s->peer.gid)
-        return fault(s, "a bell from somebody else than the one who opened the channel");
+        return fault(s, "a bell by somebody else than the one who opened the channel");
     return GOT;
 }
 
@@ -380,29 +423,31 @@ static enum outcome
 look_for(struct shuttle *s, look_t look, int64_t time, int set)
 {
     struct pollfd ready = {set, POLLIN, 0};
+    int64_t until = (s->clock = now_ns()) + time;
     bool own_cpu = atomic_fetch_add(&spinners, 1) < cpus_allowed(s->clock) - 1;
     int looks = own_cpu ? FIRST_LOOKS : 1;
-    int64_t until = 0;
     enum outcome seen;
+    unsigned rounds = 0;
 
-    for (unsigned rounds = 0;; rounds++) {
-        for (int i = 0; i < looks; i++) {
-            if ((seen = look(s)) != NOTHING)
-                goto done;
+    for (seen = NOTHING;; rounds++) {
+        for (int i = 0; i < looks && seen == NOTHING; i++) {
+            seen = look(s);
             cpu_relax();
         }
+        if (seen != NOTHING)
+            break;
         looks = own_cpu ? LOOKS : 1;
-        if (rounds % ROUNDS == ROUNDS - 1) {
-            s->clock = now_ns();
-            if (until == 0)
-                until = s->clock + time;
-            if (s->clock >= until || (set >= 0 && poll(&ready, 1, 0) > 0))
-                break;
-        }
+        if (set >= 0 && rounds % ROUNDS == ROUNDS - 1 && poll(&ready, 1, 0) > 0)
+            break;
         sched_yield();
+        /* A yield may have given the CPU to somebody who has kept it.  Who had parked would have been
+           woken sooner; and who looks so late is to look again at who is at the other end. */
+        s->clock = now_ns();
+        if (s->clock >= until)
+            break;
     }
-done:
     atomic_fetch_sub(&spinners, 1);
+    adapt(s, seen != NOTHING);
     return seen;
 }
 
@@ -466,12 +511,24 @@ block(struct shuttle *s, int64_t until)
     return ready.revents ? GOT : NOTHING;
 }
 
+/* Take our mark away; if it is gone, the bell that rings for it is taken, in the moment that it may need. */
+static enum outcome
+unpark(struct shuttle *s, _Atomic uint32_t *parked)
+{
+    struct pollfd ready = {s->sock, POLLIN, 0};
+
+    if (atomic_exchange_explicit(parked, 0, memory_order_acq_rel) != 0)
+        return NOTHING;
+    if (poll(&ready, 1, BELL_MOST) <= 0) /* a hang-up is an end of this, too */
+        return NOTHING;
+    return hear_bell(s, 0) == FAULT ? FAULT : NOTHING;
+}
+
 /* Wait for the reply, parked. */
 static enum outcome
 await_parked(struct shuttle *s, int64_t until)
 {
     enum outcome seen;
-    s->parked = true;
     for (;;) {
         park(&s->words->client_parked);
         if ((seen = look_for_reply(s)) != NOTHING)
@@ -484,8 +541,7 @@ await_parked(struct shuttle *s, int64_t until)
         if ((seen = hear_bells(s)) != NOTHING)
             break;
     }
-    atomic_store_explicit(&s->words->client_parked, 0, memory_order_relaxed);
-    return seen;
+    return seen == FAULT || (seen == GOT && unpark(s, &s->words->client_parked) == FAULT) ? FAULT : seen;
 }
 
 /* Wait for the reply of the call that was posted until `until`: look for so long, then park. */
@@ -559,11 +615,11 @@ park_server(struct shuttle *s)
 static enum outcome
 shuttle_take(struct shuttle *s)
 {
-    enum outcome seen, heard = hear_bell(s, MSG_PEEK); /* before anything is believed: who rang? */
+    enum outcome seen = look_again(s), heard = hear_bell(s, MSG_PEEK);
 
     if (heard == GOT)
         heard = hear_bell(s, 0);
-    if (heard == FAULT)
+    if (seen == FAULT || heard == FAULT)
         return FAULT;
     atomic_store_explicit(&s->words->server_parked, 0, memory_order_relaxed);
     seen = look_for_request(s);
@@ -790,7 +846,6 @@ Page_await(Page *self, int64_t patience)
     int64_t look = spin_time(s), until = now_ns() + patience;
     enum outcome seen;
 
-    s->parked = false;
     do {
         Py_BEGIN_ALLOW_THREADS
         if (look > SLICE) {
@@ -801,8 +856,6 @@ Page_await(Page *self, int64_t patience)
             seen = shuttle_await(s, look, until);
         Py_END_ALLOW_THREADS
     } while (seen == SIGNAL && PyErr_CheckSignals() == 0);
-    if (look > 0)
-        adapt(s, !s->parked);
     return seen;
 }
 
@@ -838,7 +891,10 @@ PyDoc_STRVAR(post_doc,
 "    data: bytes, of which the first `manifest` are one.\n"
 "    nanoseconds: what is left for the call; 0 for no deadline.\n\n"
 "Returns:\n"
-"    True; False if the server has closed the channel; or TOO_LARGE, for what does not fit.");
+"    True; False if the server has closed the channel; or what is to go over the socket, nothing\n"
+"    having been posted: TOO_LARGE, for it does not fit; BY_SOCKET, for something waits there.\n\n"
+"Raises:\n"
+"    PageError: the other side is somebody else by now.");
 
 static PyObject *
 Page_post(Page *self, PyObject *const *args, Py_ssize_t count)
@@ -860,6 +916,15 @@ Page_post(Page *self, PyObject *const *args, Py_ssize_t count)
     atomic_store_explicit(&s->words->request_bytes, size, memory_order_relaxed);
     atomic_store_explicit(&s->words->request_manifest, manifest, memory_order_relaxed);
     atomic_store_explicit(&s->words->nanoseconds, (uint64_t)left, memory_order_relaxed);
+    if (atomic_load_explicit(&s->words->server_parked, memory_order_relaxed)) {
+        enum outcome seen = look_again(s);
+        if (seen == NOTHING)
+            seen = hear_bell(s, MSG_PEEK);
+        if (seen != NOTHING) {
+            Page_leave(self);
+            return seen == FAULT ? Page_fault(self) : PyLong_FromLong(BY_SOCKET);
+        }
+    }
     posted = shuttle_post(s, POSTED);
     if (posted && is_parked(&s->words->server_parked))
         Page_ring(self);
@@ -998,10 +1063,8 @@ Page_linger(Page *self, PyObject *number)
         return NULL;
     look = spin_time(s);
     Py_BEGIN_ALLOW_THREADS
-    if (look > 0) {
+    if (look > 0)
         seen = look_for(s, look_for_request, look, (int)set);
-        adapt(s, seen != NOTHING);
-    }
     Py_END_ALLOW_THREADS
     result = Page_request(self, seen);
     Page_leave(self);
@@ -1147,12 +1210,13 @@ Page_dealloc(Page *self)
 }
 
 PyDoc_STRVAR(page_doc,
-"Page(memfd, socket, ucred, spin)\n--\n\n"
+"Page(memfd, socket, ucred, pidfd, spin)\n--\n\n"
 "One end of the page of a channel.\n\n"
 "Args:\n"
 "    memfd: as `make_page` makes it; it stays the caller's, and may be closed.\n"
 "    socket: the channel's, whose number must stay open as long as the page is used.\n"
 "    ucred: of the other side, as the kernel gives it with each message.\n"
+"    pidfd: of its process, or -1; as the socket, it must stay open.\n"
 "    spin: nanoseconds that a wait looks before it parks; -1: as long as it is worth it.\n\n"
 "Raises:\n"
 "    PageError: it is no page.\n"
@@ -1161,14 +1225,14 @@ PyDoc_STRVAR(page_doc,
 static PyObject *
 Page_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"memfd", "socket", "ucred", "spin", NULL};
-    int memfd, sock;
+    static char *names[] = {"memfd", "socket", "ucred", "pidfd", "spin", NULL};
+    int memfd, sock, pidfd;
     long long spin;
     const char *ucred, *objection;
     Py_ssize_t size;
     Page *self;
 
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "iiy#L:Page", names, &memfd, &sock, &ucred, &size, &spin))
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "iiy#iL:Page", names, &memfd, &sock, &ucred, &size, &pidfd, &spin))
         return NULL;
     if (size != sizeof(struct ucred)) {
         PyErr_SetString(PyExc_ValueError, "these are no credentials");
@@ -1184,6 +1248,7 @@ Page_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
         return NULL;
     self->process = this_process();
     self->shuttle.sock = sock;
+    self->shuttle.pidfd = pidfd;
     self->shuttle.spin = spin < 0 ? -1 : spin;
     self->shuttle.budget = SPIN_MOST;
     memcpy(&self->shuttle.peer, ucred, sizeof(struct ucred));

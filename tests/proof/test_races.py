@@ -39,7 +39,7 @@ from doorpool import (
     DoorError,
     Proxy,
     RevokedError,
-    _sockets,
+    _handle,
 )
 from doorpool._channel import Channel
 from doorpool._marshal import own_dialect, pack_arguments, unpack_outcome
@@ -192,16 +192,16 @@ def finish(server, books, least, *outcomes):
 
 @pytest.fixture
 def asked(monkeypatch):
-    """Count how often a caller who gave up a call had to ask the kernel, and what it was told."""
+    """Count how often a caller who gave up a call had to ask, kernel or page, and what it was told."""
     answers = collections.Counter()
-    unsent = _sockets.unsent
+    is_untaken = _handle._is_untaken
 
-    def ask(sock):
-        answer = unsent(sock)
-        answers[answer > 0] += 1
+    def ask(channel):
+        answer = is_untaken(channel)
+        answers[answer] += 1
         return answer
 
-    monkeypatch.setattr(_sockets, "unsent", ask)
+    monkeypatch.setattr(_handle, "_is_untaken", ask)
     return answers
 
 
