@@ -755,10 +755,8 @@ class Handle:
                 frame = channel.read(MAX_REPLY, RECEIVE if deadline is None else POLL, None, deadline)
                 if frame is None or frame.refusal is not None:
                     frame = self._await_reply(channel, frame, deadline)
-            else:  # the socket first, on which there may be something already
-                frame = channel.read(MAX_REPLY, NOT)
-                if frame is None:
-                    frame = self._await_shared(channel, page.wait(_nanoseconds_left(deadline)), deadline)
+            else:
+                frame = self._await_either(channel, deadline)
         except Hangup as hangup:
             unread = page.withdraw() if page is not None and sent else hangup.unread
             channel.close()
@@ -884,19 +882,31 @@ class Handle:
                 raise self._error(refusal)
         raise Hangup(unread=True)
 
+    def _await_either(self, channel: Channel, deadline: float | None) -> Frame | bytes:
+        """
+        Wait for the answer to what was sent by the socket, where something may have waited before.
+
+        The server may have answered in the page, and then said goodbye.
+        """
+        page, frame = channel.page, None
+        assert page is not None
+        with contextlib.suppress(Hangup):  # it is heard again below, after the answer
+            frame = channel.read(MAX_REPLY, NOT)
+        if frame is None:
+            return self._await_shared(channel, page.wait(_nanoseconds_left(deadline)), deadline)
+        answer = page.wait(0) if frame.kind == Kind.GOODBYE else None
+        return answer if type(answer) is bytes else frame
+
     def _await_shared(self, channel: Channel, answer: Any, deadline: float | None) -> Frame | bytes:
         """Wait on, the shared page having said something else than an everyday reply."""
         page = channel.page
         assert page is not None
-        channel.patience = (
-            LOOK_UP if deadline is None else min(LOOK_UP, max(0.0, deadline - time.monotonic()))
-        )
         while answer == shuttle.NOTHING:
             self._look_up(channel, deadline)
-            assert channel.patience is not None
-            answer = page.wait(int(channel.patience * 1e9))
+            answer = page.wait(_nanoseconds_left(deadline))
         if type(answer) is bytes:
             return answer
+        channel.patience = _nanoseconds_left(deadline) / 1e9
         if answer == shuttle.BY_SOCKET:
             return self._await_reply(channel, channel.read(MAX_REPLY, POLL, None, deadline), deadline)
         frame = channel.read(MAX_REPLY, NOT)  # the server has shut the channel, having said why

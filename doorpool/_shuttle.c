@@ -521,7 +521,21 @@ unpark(struct shuttle *s, _Atomic uint32_t *parked)
         return NOTHING;
     if (poll(&ready, 1, BELL_MOST) <= 0) /* a hang-up is an end of this, too */
         return NOTHING;
+    if (hear_bell(s, MSG_PEEK) != GOT) /* who was to ring has died; what else is there stays */
+        return NOTHING;
     return hear_bell(s, 0) == FAULT ? FAULT : NOTHING;
+}
+
+/*
+ * Look at what is on the socket, and then at the page: the server may have answered, and closed the
+ * channel with a goodbye, between a look at the page and one at the socket.
+ */
+static enum outcome
+hear_and_look(struct shuttle *s)
+{
+    enum outcome heard = hear_bells(s);
+    enum outcome seen = heard == FAULT ? FAULT : look_for_reply(s);
+    return seen == NOTHING ? heard : seen;
 }
 
 /* Wait for the reply, parked. */
@@ -538,7 +552,7 @@ await_parked(struct shuttle *s, int64_t until)
         /* Whatever was to be told before this bell or hang-up is to be seen now. */
         if ((seen = look_for_reply(s)) != NOTHING)
             break;
-        if ((seen = hear_bells(s)) != NOTHING)
+        if ((seen = hear_and_look(s)) != NOTHING)
             break;
     }
     return seen == FAULT || (seen == GOT && unpark(s, &s->words->client_parked) == FAULT) ? FAULT : seen;
@@ -565,7 +579,7 @@ shuttle_look(struct shuttle *s, int64_t until)
 {
     enum outcome seen = look_for(s, look_for_reply, SLICE, -1);
     if (seen == NOTHING)
-        seen = hear_bells(s);
+        seen = hear_and_look(s);
     return seen == NOTHING && s->clock < until ? SIGNAL : seen;
 }
 
