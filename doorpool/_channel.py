@@ -378,6 +378,8 @@ class Channel:
             self._skip(until)
         if self._assembly is None:
             chunk, self._rest = self._rest or self._receive(first=True), b""
+            while chunk == BELL:
+                chunk = self._receive(first=True)
             limit = limit if now is None else now()
             self._assembly = Assembly()
             self._assembly.feed(chunk, limit)
