@@ -11,7 +11,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Call", "current_call"]
 
-current: ContextVar[Call] = ContextVar("doorpool.current_call")
+#: The invocation, of which a ``Call`` is made when somebody asks: few do, and it takes 0.3 µs.
+current: ContextVar[Invocation] = ContextVar("doorpool.current_call")
 
 
 class Call:
@@ -81,6 +82,7 @@ def current_call() -> Call:
     Modelled on: door_ucred(3C), which fails with EINVAL outside a server procedure
     """
     try:
-        return current.get()
+        invocation = current.get()
     except LookupError:
         raise RuntimeError("no call is being answered here: current_call() is for procedures") from None
+    return Call(invocation, invocation.door.cookie)

@@ -39,7 +39,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from doorpool import _sockets
-from doorpool._call import Call, current
+from doorpool._call import current
 from doorpool._credentials import Credentials
 from doorpool._descriptor import Descriptor
 from doorpool._errors import ClosedError, DoorError, LimitError, MarshalError
@@ -462,20 +462,10 @@ class Endpoint:
         """
         # step: call-taken
         line = invocation.line
-        interrupt: BaseException | None = None
         peer: Dialect | None = line.memo
         if peer is None:
             peer = line.memo = Dialect(invocation.words.python, invocation.words.main)
-        try:
-            args, kwargs = unpack_arguments(invocation.data, invocation.buffers)
-        except BaseException as error:  # an argument's own code may do anything while it is rebuilt
-            refusal = _marshal_error("the arguments", error, may_have_run=False)
-            log.warning("%s: %s: %s", self.name, invocation.credentials, refusal)
-            parcel, returned = pack_refusal(refusal, peer), False
-            interrupt = _interrupt(error)
-        else:
-            parcel, returned, interrupt = self._invoke(invocation, args, kwargs, peer)
-        data, buffers, descriptors = parcel
+        (data, buffers, descriptors), returned, interrupt = self._invoke(invocation, peer)
         try:
             invocation.reply(data, buffers, descriptors)
         except LimitError as error:
@@ -488,15 +478,22 @@ class Endpoint:
         return returned
 
     def _invoke(
-        self, invocation: Invocation, args: tuple[Any, ...], kwargs: dict[str, Any], peer: Dialect
-    ) -> tuple[Parcel, bool, BaseException | None]:
+        self, invocation: Invocation, peer: Dialect
+    ) -> tuple[Parcel, bool, BaseException | None]:  # fmt: skip
         """
-        Run the procedure and marshal what becomes of it.
+        Run the procedure and marshal what becomes of it; nothing holds its arguments afterwards.
 
         Returns:
             What to answer, whether it returned, and what is to leave ``run`` besides.
         """
-        token = current.set(Call(invocation, self))
+        try:
+            args, kwargs = unpack_arguments(invocation.data, invocation.buffers)
+        except BaseException as error:  # an argument's own code may do anything while it is rebuilt
+            refusal = _marshal_error("the arguments", error, may_have_run=False)
+            log.warning("%s: %s: %s", self.name, invocation.credentials, refusal)
+            return pack_refusal(refusal, peer), False, _interrupt(error)
+        invocation.data, invocation.buffers = b"", ()
+        token = current.set(invocation)
         try:
             # step: procedure-begins
             value = self.target(*args, **kwargs)

@@ -107,6 +107,12 @@ class Served:
         return bool(poll.poll(0))
 
 
+class _Kept(threading.local):
+    """Whose channel a thread keeps that has answered; absent in a thread that never waits at the gate."""
+
+    last: Served | None
+
+
 class Gate:
     """
     Where server threads wait for calls, and callers for server threads.
@@ -129,7 +135,7 @@ class Gate:
         self.generation = _sockets.generation
         self._served: dict[int, Served] = {}
         self._lingers = lingers
-        self._local = threading.local()
+        self._local = _Kept()
         self._count = threading.Lock()
         self.waiting = 0
         self.waited = 0.0
@@ -165,21 +171,36 @@ class Gate:
         Raises:
             ClosedError: the gate is closed.
         """
-        if self.generation != _sockets.here():  # the set, and what is in it, is the parent's
-            raise self._lost()
+        # Whether this is a forked child is asked for each wait in the set, which would be the parent's;
+        # a page knows it by itself.
         local = self._local
-        served: Served | None = getattr(local, "last", None)
+        try:
+            served = local.last
+        except AttributeError:
+            served = None
         local.last = None
         try:
             if served is not None:
-                invocation = self._linger(served)
+                # step: lingering
+                invocation = None
+                page = served.channel.page
+                if served.doomed is None and (page is not None or self.waiting):
+                    if page is None:
+                        self._check_here()
+                    invocation = self._next_call(served, RECEIVE)
                 if invocation is not None:
                     return invocation
+                if not served.channel.closed:
+                    self._park(served)
+            self._check_here()
             return self._wait_for_any(None if timeout is None else time.monotonic() + timeout)
         except (OSError, ValueError):
-            if self.generation != _sockets.here():  # forked by a signal handler, while it waited
-                raise self._lost() from None
+            self._check_here()  # forked by a signal handler, while it waited
             raise
+
+    def _check_here(self) -> None:
+        if self.generation != _sockets.here():
+            raise ClosedError("this gate belongs to the process that this one was forked from")
 
     def _wait_for_any(self, deadline: float | None) -> Invocation | None:
         while True:
@@ -189,10 +210,6 @@ class Gate:
             invocation = self._look_at(ready)
             if invocation is not None:
                 return invocation
-
-    @staticmethod
-    def _lost() -> ClosedError:
-        return ClosedError("this gate belongs to the process that this one was forked from")
 
     def _wait_in_set(self, deadline: float | None) -> int | None:
         """Wait for one event; return its descriptor, None for a wake-up or the end of the time."""
@@ -228,26 +245,16 @@ class Gate:
             self._park(served)
         return invocation
 
-    def _linger(self, served: Served) -> Invocation | None:
-        """Wait a moment for the next call of the caller just answered, then park its channel."""
-        # step: lingering
-        invocation = None
-        if served.doomed is None and (self.waiting or served.channel.page is not None):
-            invocation = self._next_call(served, RECEIVE)
-        if invocation is None and not served.channel.closed:
-            self._park(served)
-        return invocation
-
     def _next_call(self, served: Served, how: int) -> Invocation | None:
         """Read from a claimed channel; close it if it has come to its end."""
         channel, door = served.channel, served.door
         try:
             page, frame, request = channel.page, None, None
-            data: bytes | bytearray
+            invocation = Invocation(self, served)  # now, while the caller does something else
             if page is not None:
                 request = page.linger(self._set) if how == RECEIVE else page.take()
             if type(request) is tuple:
-                data, _, nanoseconds, sent = request
+                invocation.data, _, invocation._nanoseconds, sent = request
                 channel.number += 1
             elif how == RECEIVE and request == shuttle.NOTHING:
                 return None
@@ -255,25 +262,25 @@ class Gate:
                 frame = self._read_frame(served, NOT if page is not None else how)
                 if frame is None:
                     return None
-                data, nanoseconds, sent = frame.data, frame.nanoseconds, frame.sent
+                invocation.take(frame)
+                sent = frame.sent
             # step: request-read
             # A caller that gives up shuts its end down and then asks whether we have read all of
             # its request.  Because we look for the shutdown after reading and before running,
             # "not all read" tells it truly that the call never will run.  With a page the state
             # word tells that, and who has just posted is not looked for: that takes 0.4 µs.
-            taken = time.monotonic_ns()
+            invocation._sent, invocation._taken = sent, (taken := time.monotonic_ns())
             if served.doomed is not None or ((page is None or taken - sent > OLD) and served.poll.poll(0)):
                 self._turn_away(served, frame)
-            if frame is None:
-                if len(data) <= door.max_request:
-                    return Invocation(self, served, data, (), [], nanoseconds, sent, taken)
-                frame = Frame(_REQUEST, channel.number, nanoseconds, sent, data)
-                self._measure(frame, door.max_request)
-            everyday = frame.kind == _REQUEST and frame.refusal is None and not frame.descriptors
-            if everyday or self._is_accepted(served, frame):
-                return Invocation(
-                    self, served, data, frame.buffers, frame.descriptors, nanoseconds, sent, taken
-                )
+            if frame is None and len(invocation.data) > door.max_request:
+                frame = Frame(_REQUEST, channel.number)
+                frame.refusal = Refusal(Reason.TOO_LARGE, limit=door.max_request, value=len(invocation.data))
+            everyday = frame is None or (
+                frame.kind == _REQUEST and frame.refusal is None and not frame.descriptors
+            )
+            if everyday or self._is_accepted(served, frame):  # type: ignore[arg-type]
+                invocation._open = True
+                return invocation
             # One at a time, as with calls: who sends them without end keeps nobody else waiting.
             return None
         except Hangup:
@@ -362,8 +369,9 @@ class Gate:
 
     def release(self, served: Served) -> None:
         """Let go of a channel whose call has been answered."""
-        if self._lingers and getattr(self._local, "last", self) is None and served.doomed is None:
-            self._local.last = served
+        local = self._local
+        if self._lingers and served.doomed is None and getattr(local, "last", self) is None:
+            local.last = served
         else:
             self._park(served)
 
@@ -508,24 +516,23 @@ class Invocation:
     """
 
     __slots__ = (
-        "_gate", "_nanoseconds", "_open", "_sent", "_taken", "buffers", "data", "descriptors", "door",
-        "line",
+        "_gate", "_nanoseconds", "_open", "_sent", "_taken", "buffers", "data", "descriptors",
+        "door", "line",
     )  # fmt: skip
 
-    def __init__(
-        self, gate: Gate, served: Served, data: bytes | bytearray, buffers: Sequence[bytearray],
-        descriptors: list[int], nanoseconds: int, sent: int, taken: int,
-    ) -> None:  # fmt: skip
+    def __init__(self, gate: Gate, served: Served) -> None:
+        self._open = False  # until there is something to answer
         self._gate = gate
         self.line = served
         self.door = served.door
-        self.data = data
-        self.buffers = buffers
-        self.descriptors = descriptors
-        self._nanoseconds = nanoseconds
-        self._sent = sent
-        self._taken = taken
-        self._open = True
+        self.data: bytes | bytearray = b""
+        self.buffers: Sequence[bytearray] = ()
+        self.descriptors: list[int] = []
+
+    def take(self, frame: Frame) -> None:
+        """Be the call that a frame has brought; for the gate."""
+        self.data, self.buffers, self.descriptors = frame.data, frame.buffers, frame.descriptors
+        self._nanoseconds = frame.nanoseconds
 
     def __del__(self, _ending: Callable[[], bool] = sys.is_finalizing) -> None:
         if self._open and not _ending():  # as in Channel

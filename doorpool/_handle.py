@@ -91,8 +91,9 @@ _PING, _PONG = int(Kind.PING), int(Kind.PONG)
 
 _LOOK_UP = int(LOOK_UP * 1e9)
 
-#: What comes back from a call: the bytes, the buffers, the descriptors.
-Came = tuple[bytes | bytearray, Sequence[bytearray], list[int]]
+#: What comes back from a call: the bytes, the buffers, the descriptors; or the bytes, where there is no more.
+Whole = tuple[bytes | bytearray, Sequence[bytearray], list[int]]
+Came = bytes | Whole
 
 _DROPPED_KNOCKS = 3  #: How often a knock is made that vanishes at a door that is there.
 
@@ -606,7 +607,8 @@ class Handle:
         Modelled on: door_call(3C)
         """
         deadline = deadline_after(check_seconds(timeout, "timeout"))
-        return Reply(*self.call_until(deadline, data, buffers, descriptors))
+        came = self.call_until(deadline, data, buffers, descriptors)
+        return Reply(*came) if isinstance(came, tuple) else Reply(came)
 
     def call_until(
         self,
@@ -614,31 +616,50 @@ class Handle:
         data: bytes | bytearray | memoryview = b"",
         buffers: Sequence[memoryview] = (),
         descriptors: Sequence[int] = (),
+        kind: int = _REQUEST,
     ) -> Came:
-        """Call with a deadline by ``time.monotonic()``; otherwise as ``call``."""
+        """
+        Call with a deadline by ``time.monotonic()``; otherwise as ``call``.
+
+        The exchange is made on a second channel if the first was dead before it began.
+        """
         if self._closed:
             raise ClosedError(f"{self.name}: this handle is closed")
         if buffers or descriptors or type(data) is not bytes or len(data) > self._limits.max_request:
+            data, buffers = self._prepared(deadline, data, buffers, descriptors)
+        if self._generation != _sockets.here():
+            self._cross_fork()
+        try:
+            channel = self._idle.pop()  # the one that was used last
+        except IndexError:
+            channel = None
+        if channel is not None:
             try:
-                data, buffers = flatten(self.name, data, buffers)
-            except LimitError:
-                with self._descriptor() as door:
-                    self._check_there(door)  # that there is no door any more comes first (L12)
-                raise
-            size = len(data) + sum(map(len, buffers))
-            try:
-                self._check_request(size, descriptors)
-            except LimitError:
-                # By what we know.  The limits may have been raised since then (P1); or there is
-                # no door any more, which comes first (L12).
-                self._learn_limits(deadline)
-                self._check_request(size, descriptors)
-        frame = self._run(_REQUEST, deadline, data, buffers, descriptors)
-        if type(frame) is bytes:
-            return frame, (), []
-        if frame.refusal is not None:
-            raise OSError(errno.EMFILE, "no free descriptors for those that the reply brought")
-        return frame.data, frame.buffers, frame.descriptors
+                return self._exchange(channel, kind, deadline, data, buffers, descriptors)
+            except _StaleChannel:
+                pass  # it certainly did not run: once more, on a fresh one
+        return self._exchange(self._dial(deadline), kind, deadline, data, buffers, descriptors, fresh=True)
+
+    def _prepared(
+        self, deadline: float | None, data: bytes | bytearray | memoryview,
+        buffers: Sequence[memoryview], descriptors: Sequence[int],
+    ) -> tuple[bytes | bytearray | memoryview, Sequence[memoryview]]:  # fmt: skip
+        """Return data and buffers as rows of bytes, when they have been found to be within the limits."""
+        try:
+            data, buffers = flatten(self.name, data, buffers)
+        except LimitError:
+            with self._descriptor() as door:
+                self._check_there(door)  # that there is no door any more comes first (L12)
+            raise
+        size = len(data) + sum(map(len, buffers))
+        try:
+            self._check_request(size, descriptors)
+        except LimitError:
+            # By what we know.  The limits may have been raised since then (P1); or there is
+            # no door any more, which comes first (L12).
+            self._learn_limits(deadline)
+            self._check_request(size, descriptors)
+        return data, buffers
 
     def _check_request(self, size: int, descriptors: Sequence[int]) -> None:
         limit = self._limits.max_request
@@ -656,14 +677,14 @@ class Handle:
         """Ask the server for its limits of now; if it takes long to answer, those that we know stand."""
         soon = time.monotonic() + LOOK_UP  # all its threads may be busy, waiting for us even
         try:
-            frame = self._run(_PING, soon if deadline is None else min(soon, deadline))
+            data, _, descriptors = self._ping(soon if deadline is None else min(soon, deadline))
         except CallTimeoutError:
             return
         except DoorError as error:
             error.may_have_run = False  # of the call itself nothing was sent
             raise
-        close_all(frame.descriptors)
-        self._limits = _wire.decode_limits(frame.data) or self._limits
+        close_all(descriptors)
+        self._limits = _wire.decode_limits(data) or self._limits
 
     def ping(self, *, timeout: float | None = None) -> None:
         """
@@ -673,8 +694,11 @@ class Handle:
         """
         if self._closed:
             raise ClosedError(f"{self.name}: this handle is closed")
-        frame = self._run(_PING, deadline_after(check_seconds(timeout, "timeout")))
-        close_all(frame.descriptors)
+        close_all(self._ping(deadline_after(check_seconds(timeout, "timeout")))[2])
+
+    def _ping(self, deadline: float | None) -> Whole:
+        came = self.call_until(deadline, kind=_PING)
+        return came if isinstance(came, tuple) else (came, (), [])
 
     @property
     def alive(self) -> bool:
@@ -687,28 +711,6 @@ class Handle:
         except DoorError:
             return False
         return True
-
-    def _run(
-        self,
-        kind: int,
-        deadline: float | None,
-        data: bytes | bytearray | memoryview = b"",
-        buffers: Sequence[memoryview] = (),
-        descriptors: Sequence[int] = (),
-    ) -> Any:
-        """Make one exchange, on a second channel if the first was dead before it began."""
-        if self._generation != _sockets.here():
-            self._cross_fork()
-        try:
-            channel = self._idle.pop()  # the one that was used last
-        except IndexError:
-            channel = None
-        if channel is not None:
-            try:
-                return self._exchange(channel, kind, deadline, data, buffers, descriptors)
-            except _StaleChannel:
-                pass  # it certainly did not run: once more, on a fresh one
-        return self._exchange(self._dial(deadline), kind, deadline, data, buffers, descriptors, fresh=True)
 
     def _give_back(self, channel: Channel) -> None:
         idle = self._idle
@@ -728,13 +730,8 @@ class Handle:
         descriptors: Sequence[int],
         *,
         fresh: bool = False,
-    ) -> Frame | bytes:
-        """
-        Send a request and wait for its answer; the channel goes back only if both went well.
-
-        Returns:
-            The frame; of one that came through the shared page the bytes alone.
-        """
+    ) -> Came:
+        """Send a request and wait for its answer; the channel goes back only if both went well."""
         channel.number += 1
         page = channel.page
         sent = False
@@ -749,7 +746,8 @@ class Handle:
             # step: request-sent
             sent = True
             if posted:
-                answer = page.wait(_nanoseconds_left(deadline))  # type: ignore[union-attr]
+                left = _LOOK_UP if deadline is None else _nanoseconds_left(deadline)
+                answer = page.wait(left)  # type: ignore[union-attr]
                 frame = answer if type(answer) is bytes else self._await_shared(channel, answer, deadline)
             elif page is None:
                 frame = channel.read(MAX_REPLY, RECEIVE if deadline is None else POLL, None, deadline)
@@ -776,7 +774,9 @@ class Handle:
         assert isinstance(frame, Frame)
         if frame.number == channel.number and frame.kind == (_REPLY if kind == _REQUEST else _PONG):
             self._give_back(channel)
-            return frame
+            if frame.refusal is not None:
+                raise OSError(errno.EMFILE, "no free descriptors for those that the reply brought")
+            return frame.data, frame.buffers, frame.descriptors
         close_all(frame.descriptors)
         self._take_failure(channel, frame, fresh)
 

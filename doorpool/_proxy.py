@@ -147,6 +147,8 @@ class _Line:
         except (RevokedError, BrokenDoorError, ClosedError) as first:
             again = functools.partial(self._exchange, args=args, kwargs=kwargs, deadline=deadline)
             reply = self._try_anew(handle, first, deadline, again)
+        if type(reply) is bytes:
+            return unpack_outcome(reply)
         return unpack_outcome(reply[0], reply[1])
 
     def ping(self, deadline: float | None) -> None:

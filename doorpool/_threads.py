@@ -283,9 +283,14 @@ class Pool:
         try:
             if not self.gate.waiting:
                 self.see_to_a_waiter()
-            if not self._answer(invocation):
+            if not self._serve(invocation):
                 self.errors += 1
             self.served += 1
+        except Exception:
+            self.errors += 1
+            self.served += 1
+            log.exception("%s: a call of %s could not be answered", self.name, invocation.door.name)
+            invocation.fail(text="the server failed to answer", may_have_run=True)
         finally:
             del self._running[thread]
             if self._closed:
@@ -311,15 +316,6 @@ class Pool:
             job()
         except Exception:
             log.exception("%s: a server thread failed at something between calls", self.name)
-
-    def _answer(self, invocation: Invocation) -> bool:
-        """Have an invocation answered, even if answering it fails."""
-        try:
-            return self._serve(invocation)
-        except Exception:
-            log.exception("%s: a call of %s could not be answered", self.name, invocation.door.name)
-            invocation.fail(text="the server failed to answer", may_have_run=True)
-            return False
 
     def _retire(self, thread: threading.Thread, idle_timeout: float | None) -> bool:
         """Count a thread that nobody needs out; the last two stay, and so does a lent one."""
