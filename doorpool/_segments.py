@@ -391,7 +391,18 @@ class _Own(_Segment):
         wet, warm: up to where it has pages, and up to where our page tables show them.
     """
 
-    __slots__ = ("announced", "ledgers", "news", "serial", "since", "spoiled", "veil", "warm", "wet")
+    __slots__ = (
+        "announced",
+        "ledgers",
+        "news",
+        "serial",
+        "since",
+        "spoiled",
+        "veil",
+        "warm",
+        "wet",
+        "__weakref__",
+    )
 
     def __init__(self, number: int, size: int, serial: int) -> None:
         super().__init__(number, size, 0)
@@ -511,17 +522,15 @@ class _Export(weakref.ref[Any]):
 
     Attributes:
         mapping: the memory, which stays as long as this reference is in ``_exports``.
-        segment: what it is part of.
     """
 
-    __slots__ = ("mapping", "segment")
+    __slots__ = ("mapping",)
 
-    def __new__(cls, exporter: object, segment: _Segment, *_: object) -> Self:
+    def __new__(cls, exporter: object, *_: object) -> Self:
         return super().__new__(cls, exporter, _has_died)
 
-    def __init__(self, exporter: object, segment: _Segment) -> None:
-        self.segment = segment
-        self.mapping = segment.map()
+    def __init__(self, mapping: _Mapping) -> None:
+        self.mapping = mapping
 
     def ended(self) -> None:
         """Do what is to be done when nothing stands on it any more; wherever that may be."""
@@ -549,31 +558,30 @@ class _Arrival(_Export):
     What has come from the other side.
 
     Attributes:
-        home: where its shelf has it.
-        news: where to tell of its end; None if nobody wants to know.
+        segment: in which it has; None once it is parted from it.
+        home: where its shelf has that.
+        news: where to tell of its end.
     """
 
-    __slots__ = ("home", "news")
-
-    segment: _Foreign
+    __slots__ = ("home", "news", "segment")
 
     def __init__(self, exporter: object, segment: _Foreign, home: dict[int, _Foreign], news: News) -> None:
-        super().__init__(exporter, segment)
-        self.home = home
-        self.news: News | None = news
+        super().__init__(segment.map())
+        self.segment: _Foreign | None = segment
+        self.home, self.news = home, news
         _exports[id(self)] = self
 
     def ended(self) -> None:
-        if self.news is not None:
+        if self.segment is not None:
             self.news.append((_RELEASED, self.segment.id))
 
     def part(self) -> None:
-        if self.news is None:
-            return
-        self.mapping.part(self.segment.number)
-        news, self.news = self.news, None
-        self.home.pop(self.segment.id, None)
-        news.append((_DROPPED, self.segment.id))
+        segment = self.segment
+        if segment is not None:
+            self.mapping.part(segment.number)
+            self.segment = None
+            self.home.pop(segment.id, None)
+            self.news.append((_DROPPED, segment.id))
 
 
 class _Loan(_Export):
@@ -581,46 +589,47 @@ class _Loan(_Export):
     What was lent here, before and after it is passed.
 
     Attributes:
-        veiled: it was passed, and its mapping is private.
+        lent: the segment, as long as it is not passed, or parted from it.
+        passed: the same, as long as there is a need for it.
     """
 
-    __slots__ = ("veiled",)
-
-    segment: _Own
+    __slots__ = ("lent", "passed")
 
     def __init__(self, exporter: object, segment: _Own) -> None:
-        super().__init__(exporter, segment)
-        self.veiled = False
+        super().__init__(segment.map())
+        self.lent: _Own | None = segment
+        self.passed: weakref.ref[_Own] | None = None
         _loans[id(self)] = _exports[id(self)] = self
 
     def ended(self) -> None:
-        segment = self.segment
-        if _loans.pop(id(self), None) is not None and segment.announced and not segment.spoiled:
+        segment = self.lent
+        if _loans.pop(id(self), None) is not None and segment is not None and segment.announced:
             segment.punch()  # the other side has it mapped, and may not hear of this for long
 
     def part(self) -> None:
-        self.segment.spoiled = True
-        if self.mapping.inherited:
-            return
-        if self.veiled:
-            self.mapping.let_inherit()
-        else:
-            self.mapping.part(self.segment.number)
-            self.segment.mapping = None
+        passed = self.passed() if self.passed is not None else None
+        if passed is not None:
+            passed.spoiled = True
+        if self.lent is not None:
+            self.mapping.part(self.lent.number)
+            self.lent.mapping = None
+            self.lent = None
             _loans.pop(id(self), None)
+        elif not self.mapping.inherited:
+            self.mapping.let_inherit()
 
     def covers(self, begin: int, end: int) -> bool:
         """Tell whether a range of addresses lies in it."""
         return self.mapping.address <= begin and end <= self.mapping.address + self.mapping.size
 
-    def draw_veil(self) -> bool:
+    def draw_veil(self, segment: _Own) -> bool:
         """
-        Keep a private view, and leave the segment to the shelf; under ``_fork_gate``.
+        Keep a private view of the segment, and leave it to the shelf; under ``_fork_gate``.
 
         Returns:
             False if there is no room for it; all is as it was.
         """
-        segment, old = self.segment, self.mapping
+        old = self.mapping
         try:
             moved = _move(old.address, old.size)
             shared = _Mapping(moved or _map(segment.number, old.size, mmap.MAP_SHARED), old.size)
@@ -629,9 +638,13 @@ class _Loan(_Export):
             return False
         if not moved:
             segment.warm = 0
-        self.veiled = True
         segment.mapping, segment.veil = shared, weakref.ref(self())
+        self.lent, self.passed = None, weakref.ref(segment)
         return True
+
+
+def _lent() -> list[_Own]:
+    return [loan.lent for loan in list(_loans.values()) if loan.lent is not None]
 
 
 def _before_fork() -> None:
@@ -938,7 +951,7 @@ class Shelf:
     def counts(self) -> Totals:
         """The segments of this channel."""
         news = self._news
-        loaned = [loan.segment for loan in list(_loans.values()) if loan.segment.news is news]
+        loaned = [segment for segment in _lent() if segment.news is news]
         sizes = list(self._ledger.values())
         return Totals(
             len(sizes), sum(sizes), *_count(self.passed), *_count(loaned),
@@ -1219,6 +1232,15 @@ def _since_of(segment: _Own) -> float:
     return segment.since
 
 
+@attrs.frozen
+class _Lot:
+    """A loan that a message passes, and the parts of it that objects are to stand on."""
+
+    loan: _Loan
+    segment: _Own
+    parts: list[tuple[int, int]] = attrs.field(factory=list)
+
+
 class _Packing:
     """The making of one ``Cargo``."""
 
@@ -1233,7 +1255,7 @@ class _Packing:
     def pack(self, big: list[int]) -> None:
         """Find a place for each of the big buffers, as far as there are any."""
         if _loans:
-            passed: list[tuple[_Loan, list[tuple[int, int]]]] = []
+            passed: list[_Lot] = []
             big = [index for index in big if not self._pass(index, passed)]
         small = []
         for index in big:
@@ -1313,43 +1335,44 @@ class _Packing:
         else:
             self.shelf.take_home(segment)
 
-    def _pass(self, index: int, passed: list[tuple[_Loan, list[tuple[int, int]]]]) -> bool:
+    def _pass(self, index: int, passed: list[_Lot]) -> bool:
         """
         Pass a buffer as the loan that it lies in.
 
         Args:
-            passed: what this message has passed, and which parts.
+            passed: what this message has passed already.
 
         Returns:
             False if it must be copied.
         """
         begin = _address(self.buffers[index])
         end = begin + self.buffers[index].nbytes
-        for loan, parts in passed:  # noqa: B007
-            if loan.covers(begin, end):
-                break
-        else:
-            found = self._pass_loan_at(begin, end)
-            if found is None:
+        lot = next((each for each in passed if each.loan.covers(begin, end)), None)
+        if lot is None:
+            lot = self._pass_loan_at(begin, end)
+            if lot is None:
                 return False
-            loan, parts = found, []
-            passed.append((loan, parts))
-        if any(begin < other_end and other < end for other, other_end in parts):
+            passed.append(lot)
+        return self._pass_part(lot, index, begin, end)
+
+    def _pass_part(self, lot: _Lot, index: int, begin: int, end: int) -> bool:
+        if any(begin < other_end and other < end for other, other_end in lot.parts):
             return False  # two objects that overlap here must not do so there, as with any copy
-        parts.append((begin, end))
-        segment, offset = loan.segment, begin - loan.mapping.address
-        self.places[index] = segment.id, offset, end - begin
-        segment.wet = max(segment.wet, offset + end - begin)
+        lot.parts.append((begin, end))
+        offset, size = begin - lot.loan.mapping.address, end - begin
+        self.places[index] = lot.segment.id, offset, size
+        lot.segment.wet = max(lot.segment.wet, offset + size)
         return True
 
-    def _pass_loan_at(self, begin: int, end: int) -> _Loan | None:
+    def _pass_loan_at(self, begin: int, end: int) -> _Lot | None:
         for loan in list(_loans.values()):
             if loan.covers(begin, end):
-                return loan if self._pass_loan(loan) else None
+                segment = loan.lent
+                return _Lot(loan, segment) if segment and self._pass_loan(loan, segment) else None
         return None
 
-    def _pass_loan(self, loan: _Loan) -> bool:
-        shelf, segment = self.shelf, loan.segment
+    def _pass_loan(self, loan: _Loan, segment: _Own) -> bool:
+        shelf = self.shelf
         if not segment.announced and len(self.new) >= self.room:
             return False
         with _fork_gate:
@@ -1357,7 +1380,7 @@ class _Packing:
                 return False  # another thread has passed it, or a child has it
             if segment.news is None and shelf.has_room(segment.size):
                 shelf.bind(segment)
-            if shelf.owns(segment) and loan.draw_veil():
+            if shelf.owns(segment) and loan.draw_veil(segment):
                 self._send(segment)
                 return True
             _loans[id(loan)] = loan
@@ -1442,9 +1465,8 @@ def totals() -> Totals:
     """Count the segments of this process."""
     held, received = list(_made.values()), list(_met.values())
     passed = [segment for shelf in _all_shelves() for segment in shelf.passed]
-    loaned = [loan.segment for loan in list(_loans.values())]
     return Totals(
-        len(held), sum(held), *_count(passed), *_count(loaned), len(received), sum(received), _reused
+        len(held), sum(held), *_count(passed), *_count(_lent()), len(received), sum(received), _reused
     )
 
 
