@@ -1274,18 +1274,15 @@ def test_what_is_no_proper_memfd_is_refused_and_closed(pair, what):
 def good_manifest(pair):
     """A manifest with something of everything, with the message that it belongs to, and its buffers."""
     unit = 64 * KIB
-    pair.send(bytes(9 * unit))
-    pair.tell()
-    pair.one.give_back()  # to be retired
-    pair.send(bytes(3 * unit))
-    pair.tell()  # to be used again
-    pair.other.load([])
+    pair.send(bytes(3 * unit), bytes(9 * unit))
+    pair.tell()  # the first is to be used again
     kept = pair.send(bytes(2 * unit), back=True)
     _segments._before_fork()  # to be dropped
     _segments._after_fork()
     pair.send(bytes(unit), back=True)  # to be released
     sent = [block(3 * unit, 1), bytearray(b"abc"), block(2 * unit, 2), block(unit, 3)]
     kept.clear()
+    pair.one.give_back()  # the second, whose views died first, is to be retired
     return pair.one.load([memoryview(each) for each in sent]), sent
 
 
@@ -1326,7 +1323,7 @@ def test_every_prefix_of_a_manifest_is_refused(pair, slow_sweeper, small_segment
     assert try_manifest(pair, cargo.manifest, cargo) == sent
 
 
-def test_no_flipped_bit_of_a_manifest_leads_out_of_the_segments(slow_sweeper, small_segments):
+def test_no_flipped_bit_of_a_manifest_leads_out_of_the_segments(slow_sweeper, small_segments, many):
     """
     Where a buffer lies, and which segment a list names, may be changed into something that is true as well.
 
@@ -1336,7 +1333,7 @@ def test_no_flipped_bit_of_a_manifest_leads_out_of_the_segments(slow_sweeper, sm
     bits = 8 * len(good_manifest(pair)[0].manifest)
     pair.close()
     accepted = []
-    for bit in range(bits):
+    for bit in range(0, bits, many(3, 1)):
         pair = Pair()
         cargo, _ = good_manifest(pair)
         manifest = bytearray(cargo.manifest)
@@ -1348,11 +1345,11 @@ def test_no_flipped_bit_of_a_manifest_leads_out_of_the_segments(slow_sweeper, sm
             for view in arrived:
                 view[:] = bytes(memoryview(view))
         pair.close()
-        del arrived
-    assert not memfd_maps()
-    support.wait_until(lambda: not memfd_numbers() or len(memfd_numbers()) <= len(cargo.descriptors))
+        arrived = view = cargo = None
+        assert not memfd_maps()
+    support.wait_until(lambda: not memfd_numbers())  # closed by a janitor
     assert min(accepted) >= 8 * _segments._HEADER.size
-    assert len(accepted) < bits / 4
+    assert len(accepted) < bits / many(12, 4)
 
 
 MANIFESTS = {
