@@ -89,7 +89,7 @@ import weakref
 from _thread import start_new_thread
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 
 import attrs
 
@@ -742,8 +742,7 @@ def _new_memfd() -> int:
 Place = tuple[int, int, int, int]  # the buffer's place, segment, offset, length
 
 
-@attrs.frozen
-class _Manifest:
+class _Manifest(NamedTuple):  # which takes 0.4 µs to make, and an attrs class 1.6
     """What a manifest says; not checked against anything but its own length."""
 
     buffers: int = 0
@@ -754,19 +753,15 @@ class _Manifest:
     dropped: Sequence[int] = ()
 
     def encode(self) -> bytes:
-        lists = (self.retired, self.released, self.dropped)
-        head = _HEADER.pack(
-            VERSION, self.buffers, len(self.places), len(self.new), *(len(each) for each in lists)
-        )
-        numbers = list(itertools.chain(*lists))
-        return b"".join(
-            [
-                head,
-                *(_PLACE.pack(*place) for place in self.places),
-                *(_NEW.pack(*new) for new in self.new),
-                struct.pack(f"<{len(numbers)}I", *numbers),
-            ]
-        )
+        buffers, places, new, retired, released, dropped = self
+        counts = len(places), len(new), len(retired), len(released), len(dropped)
+        parts = [_HEADER.pack(VERSION, buffers, *counts)]
+        parts += [_PLACE.pack(*place) for place in places]
+        parts += [_NEW.pack(*each) for each in new]
+        numbers = [*retired, *released, *dropped]
+        if numbers:
+            parts.append(struct.pack(f"<{len(numbers)}I", *numbers))
+        return b"".join(parts)
 
 
 def _decode(data: bytes | bytearray | memoryview) -> _Manifest:
@@ -783,24 +778,28 @@ def _decode(data: bytes | bytearray | memoryview) -> _Manifest:
         raise ProtocolError(f"a manifest begins with {bytes(data[:4])!r}")
     at_new = _HEADER.size + places * _PLACE.size
     at_numbers = at_new + new * _NEW.size
-    size = at_numbers + 4 * (retired + released + dropped)
-    if len(data) != size:
-        raise ProtocolError(f"a manifest of {len(data)} bytes, not {size}")
-    with memoryview(data) as view:
-        numbers = struct.unpack_from(f"<{retired + released + dropped}I", view, at_numbers)
-        return _Manifest(
-            buffers,
-            list(_PLACE.iter_unpack(view[_HEADER.size : at_new])),
-            list(_NEW.iter_unpack(view[at_new:at_numbers])),
-            numbers[:retired],
-            numbers[retired : retired + released],
-            numbers[retired + released :],
-        )
+    count = retired + released + dropped
+    if len(data) != at_numbers + 4 * count:
+        raise ProtocolError(f"a manifest of {len(data)} bytes, not {at_numbers + 4 * count}")
+    numbers = struct.unpack_from(f"<{count}I", data, at_numbers) if count else ()
+    return _Manifest(
+        buffers,
+        list(_PLACE.iter_unpack(data[_HEADER.size : at_new])),
+        list(_NEW.iter_unpack(data[at_new:at_numbers])) if new else (),
+        numbers[:retired],
+        numbers[retired : retired + released],
+        numbers[retired + released :],
+    )
 
 
 def _check(condition: bool, what: str, *args: object) -> None:
     if not condition:
         raise ProtocolError("the other side's manifest: " + what % args)
+
+
+def _check_each_once(numbers: Sequence[int]) -> None:
+    if numbers:
+        _check(len(set(numbers)) == len(numbers), "a segment is named twice")
 
 
 def _check_memfd(number: int, size: int) -> None:
@@ -1124,25 +1123,23 @@ class Shelf:
 
         Raises:
             ProtocolError: the manifest is none, or untrue; the channel must be closed.
-            OSError: no memory to map a segment; the channel must be closed.
         """
         said = _decode(manifest)
-        _check(len(said.new) <= len(descriptors), "%d segments without a descriptor", len(said.new))
-        taken = descriptors[len(descriptors) - len(said.new) :]
-        del descriptors[len(descriptors) - len(said.new) :]
+        at = len(descriptors) - len(said.new)
+        _check(at >= 0, "%d segments without a descriptor", -at)
+        taken = descriptors[at:]
+        del descriptors[at:]
         try:
             if not self.usable:
                 raise ProtocolError("segments came on a channel that is closed")
             _used.shelf = self._me
             self._check_numbers(said)
-            self._check_places(said, len(inline))
-            for number in said.retired:
-                del self._foreign[number]
-            self._accept(said.new, taken)
+            segments = self._check_places(said, len(inline))
+            self._accept(said, taken, segments)
         finally:
             _janitor.close_all(taken)
         self._hear(said)
-        return self._build(said, inline)
+        return self._build(said.places, segments, inline)
 
     def _check_numbers(self, said: _Manifest) -> None:
         foreign, out = self._foreign, self._out
@@ -1151,63 +1148,80 @@ class Shelf:
             _check(known is not None and not known.ours, "segment %d cannot be retired", number)
         for number in (*said.released, *said.dropped):
             _check(number in out, "segment %d was not passed", number)
-        for numbers in (said.retired, (*said.released, *said.dropped), [number for number, _ in said.new]):
-            _check(len(set(numbers)) == len(numbers), "a segment is named twice")
-        gone = set(said.retired)
-        for number, size in said.new:
-            _check(number not in foreign or number in gone, "segment %d is not new", number)
-            _check(0 < size <= BYTES_FROM_PEER, "a segment of %d bytes", size)
+        _check_each_once((*said.released, *said.dropped))
+        _check_each_once(said.retired)
         if said.new:
-            kept = [segment.size for number, segment in list(foreign.items()) if number not in gone]
-            kept += [size for _, size in said.new]
-            _check(len(kept) <= MOST_FROM_PEER, "%d segments, more than %d", len(kept), MOST_FROM_PEER)
-            _check(sum(kept) <= BYTES_FROM_PEER, "%d bytes, more than %d", sum(kept), BYTES_FROM_PEER)
+            self._check_new(said.new, set(said.retired))
 
-    def _check_places(self, said: _Manifest, inline: int) -> None:
-        _check(said.buffers == len(said.places) + inline, "%d buffers, and %d came", said.buffers, inline)
+    def _check_new(self, new: Sequence[tuple[int, int]], gone: set[int]) -> None:
+        foreign = {number: segment.size for number, segment in list(self._foreign.items())}
+        for number in gone:
+            foreign.pop(number, None)
+        for number, size in new:
+            _check(number not in foreign, "segment %d is not new", number)
+            _check(size > 0, "a segment of no bytes")
+            foreign[number] = size
+        total = sum(foreign.values())
+        _check(len(foreign) <= MOST_FROM_PEER, "%d segments, more than %d", len(foreign), MOST_FROM_PEER)
+        _check(total <= BYTES_FROM_PEER, "%d bytes, more than %d", total, BYTES_FROM_PEER)
+
+    def _check_places(self, said: _Manifest, inline: int) -> dict[int, _Foreign]:
+        """Return the segments that are used and not new."""
+        if said.buffers != len(said.places) + inline:
+            raise ProtocolError(f"a manifest of {said.buffers} buffers came with {inline} beside segments")
         sizes = dict(said.new)
-        gone = set(said.retired)
+        found: dict[int, _Foreign] = {}
         before = -1
         for index, number, offset, length in said.places:
-            _check(before < index < said.buffers, "buffer %d is out of order", index)
-            before = index
-            size = sizes.get(number)
-            if size is None:
+            if number not in sizes:
                 known = self._foreign.get(number)
-                _check(known is not None and not known.ours and number not in gone, "segment %d", number)
-                size = known.size if known is not None else 0
-            _check(0 < length <= size and offset <= size - length, "%d bytes at %d", length, offset)
+                if known is None or known.ours or number in said.retired:
+                    raise ProtocolError(f"a buffer came in segment {number}, which was not to be used")
+                found[number], sizes[number] = known, known.size
+            if not (before < index < said.buffers and 0 < length <= sizes[number] - offset):
+                raise ProtocolError(f"buffer {index} of {said.buffers}: {length} bytes at {offset}")
+            before = index
+        return found
 
-    def _accept(self, new: Sequence[tuple[int, int]], taken: list[int]) -> None:
+    def _accept(self, said: _Manifest, taken: list[int], segments: dict[int, _Foreign]) -> None:
         """Take the new segments, all or none; each descriptor that is a segment's is off the list."""
-        for (_, size), descriptor in zip(new, taken, strict=True):
+        for (_, size), descriptor in zip(said.new, taken, strict=True):
             _check_memfd(descriptor, size)
-        for number, size in new:
-            self._foreign[number] = _Foreign(taken.pop(0), size, number)
+        for number in said.retired:
+            self._foreign.pop(number, None)
+        for number, size in said.new:
+            segments[number] = self._foreign[number] = _Foreign(taken.pop(0), size, number)
 
     def _hear(self, said: _Manifest) -> None:
         for number in said.dropped:
-            self._out.pop(number).announced = False
+            segment = self._out.pop(number, None)  # None: closed, meanwhile
+            if segment is not None:
+                segment.announced = False
         for number in said.released:
-            self.take_home(self._out.pop(number))
+            segment = self._out.pop(number, None)
+            if segment is not None:
+                self.take_home(segment)
 
     def _build(
-        self, said: _Manifest, inline: Sequence[bytearray | memoryview]
+        self,
+        places: Sequence[Place],
+        segments: dict[int, _Foreign],
+        inline: Sequence[bytearray | memoryview],
     ) -> list[memoryview | bytearray]:
         """Lay views over the segments, and put all buffers in their order."""
         outside = iter(inline)
         found: list[memoryview | bytearray] = []
         views: dict[int, memoryview | None] = {}
-        for index, number, offset, length in said.places:
-            found.extend(itertools.islice(outside, index - len(found)))
+        for index, number, offset, length in places:
+            found += itertools.islice(outside, index - len(found))
             if number not in views:
-                views[number] = self._export(self._foreign[number])
+                views[number] = self._export(segments[number])
             whole = views[number]
             if whole is not None:
                 found.append(whole[offset : offset + length])
             else:
-                found.append(_read(self._foreign[number].number, offset, length))
-        found.extend(outside)
+                found.append(_read(segments[number].number, offset, length))
+        found += outside
         with _fork_gate:
             return found
 
@@ -1275,9 +1289,9 @@ class _Packing:
         for segment, _ in cargo.segments:
             segment.announced = True
             out[segment.id] = segment
-        told = {kind: [number for about, number in cargo.news if about == kind] for kind in _KINDS}
         cargo.inline = [view for index, view in enumerate(self.buffers) if index not in places]
         cargo.descriptors = [segment.number for segment in self.new]
+        told = {kind: [number for about, number in cargo.news if about == kind] for kind in _KINDS}
         cargo.manifest = _Manifest(
             len(self.buffers),
             [(index, *places[index]) for index in sorted(places)],
