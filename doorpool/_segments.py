@@ -89,7 +89,7 @@ import weakref
 from _thread import start_new_thread
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import attrs
 
@@ -524,13 +524,10 @@ class _Export(weakref.ref[Any]):
         mapping: the memory, which stays as long as this reference is in ``_exports``.
     """
 
+    # No ``__new__`` and no ``__init__``: together they would take as long as all else in ``unload``.
     __slots__ = ("mapping",)
 
-    def __new__(cls, exporter: object, *_: object) -> Self:
-        return super().__new__(cls, exporter, _has_died)
-
-    def __init__(self, mapping: _Mapping) -> None:
-        self.mapping = mapping
+    mapping: _Mapping
 
     def ended(self) -> None:
         """Do what is to be done when nothing stands on it any more; wherever that may be."""
@@ -565,11 +562,9 @@ class _Arrival(_Export):
 
     __slots__ = ("home", "news", "segment")
 
-    def __init__(self, exporter: object, segment: _Foreign, home: dict[int, _Foreign], news: News) -> None:
-        super().__init__(segment.map())
-        self.segment: _Foreign | None = segment
-        self.home, self.news = home, news
-        _exports[id(self)] = self
+    segment: _Foreign | None
+    home: dict[int, _Foreign]
+    news: News
 
     def ended(self) -> None:
         if self.segment is not None:
@@ -595,11 +590,8 @@ class _Loan(_Export):
 
     __slots__ = ("lent", "passed")
 
-    def __init__(self, exporter: object, segment: _Own) -> None:
-        super().__init__(segment.map())
-        self.lent: _Own | None = segment
-        self.passed: weakref.ref[_Own] | None = None
-        _loans[id(self)] = _exports[id(self)] = self
+    lent: _Own | None
+    passed: weakref.ref[_Own] | None
 
     def ended(self) -> None:
         segment = self.lent
@@ -795,6 +787,15 @@ def _decode(data: bytes | bytearray | memoryview) -> _Manifest:
 def _check(condition: bool, what: str, *args: object) -> None:
     if not condition:
         raise ProtocolError("the other side's manifest: " + what % args)
+
+
+def _taken_off(descriptors: list[int], count: int) -> list[int]:
+    """Take the last ones off a list."""
+    at = len(descriptors) - count
+    _check(at >= 0, "%d segments without a descriptor", -at)
+    taken = descriptors[at:]
+    del descriptors[at:]
+    return taken
 
 
 def _check_each_once(numbers: Sequence[int]) -> None:
@@ -1016,15 +1017,20 @@ class Shelf:
     def take(self, size: int) -> _Own | None:
         """Take the free segment that fits best out of them; for any thread."""
         global _reused
-        self._unveil()
+        if self._veiled:
+            self._unveil()
         most = WASTE * _rounded(size)
-        while fitting := [free for free in list(self._free.values()) if size <= free.size <= most]:
-            best = min(fitting, key=_size_of)
-            if self._free.pop(best.id, None) is best:
-                self.reused += 1
-                _reused += 1
-                return best
-        return None
+        while True:
+            best = None
+            for free in list(self._free.values()):
+                if size <= free.size <= most and (best is None or free.size < best.size):
+                    best = free
+            if best is None or self._free.pop(best.id, None) is best:
+                break
+        if best is not None:
+            self.reused += 1
+            _reused += 1
+        return best
 
     def make(self, size: int) -> _Own | None:
         """Make a segment for this channel, in place of free ones if there are too many."""
@@ -1125,21 +1131,22 @@ class Shelf:
             ProtocolError: the manifest is none, or untrue; the channel must be closed.
         """
         said = _decode(manifest)
-        at = len(descriptors) - len(said.new)
-        _check(at >= 0, "%d segments without a descriptor", -at)
-        taken = descriptors[at:]
-        del descriptors[at:]
+        taken = _taken_off(descriptors, len(said.new)) if said.new else []
         try:
             if not self.usable:
                 raise ProtocolError("segments came on a channel that is closed")
             _used.shelf = self._me
-            self._check_numbers(said)
+            if said.retired or said.released or said.dropped or said.new:
+                self._check_numbers(said)
             segments = self._check_places(said, len(inline))
-            self._accept(said, taken, segments)
+            if said.retired or said.new:
+                self._accept(said, taken, segments)
         finally:
-            _janitor.close_all(taken)
-        self._hear(said)
-        return self._build(said.places, segments, inline)
+            if taken:
+                _janitor.close_all(taken)
+        if said.released or said.dropped:
+            self._hear(said)
+        return self._build(said.places, segments, inline) if said.places else list(inline)
 
     def _check_numbers(self, said: _Manifest) -> None:
         foreign, out = self._foreign, self._out
@@ -1234,12 +1241,11 @@ class Shelf:
             self._news.append((_RELEASED, segment.id))
             return None
         exporter = segment.kind.from_address(mapping.address)
-        _Arrival(exporter, segment, self._foreign, self._news)
+        arrival = _Arrival(exporter, _has_died)
+        arrival.mapping, arrival.segment = mapping, segment
+        arrival.home, arrival.news = self._foreign, self._news
+        _exports[id(arrival)] = arrival
         return memoryview(exporter).cast("B")
-
-
-def _size_of(segment: _Segment) -> int:
-    return segment.size
 
 
 def _since_of(segment: _Own) -> float:
@@ -1257,6 +1263,8 @@ class _Lot:
 
 class _Packing:
     """The making of one ``Cargo``."""
+
+    __slots__ = ("buffers", "cargo", "new", "places", "room", "shelf")
 
     def __init__(self, shelf: Shelf, buffers: Sequence[memoryview], room: int) -> None:
         self.shelf = shelf
@@ -1289,7 +1297,8 @@ class _Packing:
         for segment, _ in cargo.segments:
             segment.announced = True
             out[segment.id] = segment
-        cargo.inline = [view for index, view in enumerate(self.buffers) if index not in places]
+        if len(places) < len(self.buffers):
+            cargo.inline = [view for index, view in enumerate(self.buffers) if index not in places]
         cargo.descriptors = [segment.number for segment in self.new]
         told = {kind: [number for about, number in cargo.news if about == kind] for kind in _KINDS}
         cargo.manifest = _Manifest(
@@ -1519,8 +1528,11 @@ def _lend(size: int) -> memoryview | None:
     try:
         with _fork_gate:  # so that a fork finds it among the loans, or not at all
             segment.heat(size)
-            exporter = (ctypes.c_ubyte * segment.size).from_address(segment.map().address)
-            _Loan(exporter, segment)
+            mapping = segment.map()
+            exporter = (ctypes.c_ubyte * segment.size).from_address(mapping.address)
+            loan = _Loan(exporter, _has_died)
+            loan.mapping, loan.lent, loan.passed = mapping, segment, None
+            _loans[id(loan)] = _exports[id(loan)] = loan
             return memoryview(exporter).cast("B")[:size]
     except OSError:  # no room to map it
         return None
