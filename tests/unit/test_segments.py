@@ -98,8 +98,9 @@ def pair():
 
 
 @pytest.fixture(autouse=True)
-def nothing_stays(leak_guard):
-    """No segment outlives its test, mapped or open."""
+def nothing_stays(leak_guard, monkeypatch):
+    """No segment outlives its test, mapped or open; and buffers go by segment from 64 KiB on."""
+    monkeypatch.setattr(_segments, "THRESHOLD", 64 * KIB)
     yield
     support.wait_until(lambda: gc.collect() >= 0 and not memfd_maps() and not memfd_numbers(), "segments")
     assert totals().held == totals().received == 0
@@ -1566,6 +1567,7 @@ def serve_and_ask(rounds):
     import random
     import socket
 
+    _segments.THRESHOLD = 1 << 16
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
 
     def send(sock, shelf, *buffers):
