@@ -33,15 +33,17 @@ import select
 import socket
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Sized
 
 from doorpool import _sockets
 from doorpool._credentials import Credentials, own_ucred, sends_effective_ids_by_itself
 from doorpool._errors import ProtocolError
 from doorpool._impl import shuttle
 from doorpool._janitor import close_all, close_socket
+from doorpool._segments import Shelf
 from doorpool._sockets import (
     ANCILLARY_ROOM,
+    MAX_DESCRIPTORS,
     SCM_CREDENTIALS,
     Ancillary,
     descriptors_in,
@@ -102,6 +104,8 @@ class Channel:
         pidfd: of the process at the other end, -1 if there is none; the channel owns it.
         page: the memory that it shares with the other end (``_shuttle.c``), or None; the channel
             owns it.
+        shelf: the segments that big buffers cross in, or None; likewise.
+        news: true if the next message should say something about those.
     """
 
     __slots__ = (
@@ -116,12 +120,14 @@ class Channel:
         "_reset",
         "_rest",
         "_surplus",
+        "news",
         "number",
         "page",
         "patience",
         "peer",
         "pidfd",
         "send_patience",
+        "shelf",
         "socket",
     )
 
@@ -145,6 +151,8 @@ class Channel:
         self._poll = select.poll()
         self._poll.register(sock, select.POLLIN)
         self.page: shuttle.Page | None = None
+        self.shelf: Shelf | None = None
+        self.news: Sized = ()
 
     def __del__(self, _ending: Callable[[], bool] = sys.is_finalizing) -> None:
         # A channel lost between two byte codes (Ctrl-C) closes without a warning.  When the
@@ -178,6 +186,47 @@ class Channel:
         except shuttle.PageError as error:
             raise ProtocolError(str(error)) from None
 
+    def use_segments(self) -> None:
+        """Have big buffers cross in segments from now on; the other end must know."""
+        self.shelf = Shelf()
+        self.news = self.shelf.news
+
+    def stow(
+        self, buffers: Sequence[memoryview], descriptors: Sequence[int]
+    ) -> tuple[bytes, Sequence[memoryview], Sequence[int]]:
+        """
+        Put big buffers into segments.
+
+        What was stowed must be sent, or the channel closed.
+
+        Returns:
+            The manifest, b"" for none, and what goes beside it: buffers, descriptors.
+        """
+        if self.shelf is None or not (buffers or self.news):
+            return b"", buffers, descriptors
+        cargo = self.shelf.load(buffers, MAX_DESCRIPTORS - len(descriptors))
+        if cargo is None:
+            return b"", buffers, descriptors
+        return cargo.manifest, cargo.inline, [*descriptors, *cargo.descriptors]
+
+    def unstow(
+        self, manifest: bytes | bytearray, buffers: Sequence[bytearray | memoryview], descriptors: list[int]
+    ) -> Sequence[bytearray | memoryview]:  # fmt: skip
+        """
+        Find the buffers of a message again; the descriptors of new segments are taken off their list.
+
+        Raises:
+            ProtocolError: the manifest is untrue, or there may be none.
+        """
+        if self.shelf is None:
+            close_all(descriptors, self.peer.uid)
+            raise ProtocolError("a manifest on a channel without segments")
+        try:
+            return self.shelf.unload(manifest, buffers, descriptors)
+        except BaseException:
+            close_all(descriptors, self.peer.uid)
+            raise
+
     def doze(self, seconds: float) -> None:
         """Bound how long a ``read`` waits in the receive itself."""
         _sockets.set_patience(self.socket, socket.SO_RCVTIMEO, seconds)
@@ -193,6 +242,8 @@ class Channel:
         """Close this end, and what had arrived of an unfinished frame; idempotent."""
         if self.page is not None:
             self.page.close()  # while the number that it rings at is still ours
+        if self.shelf is not None:
+            self.shelf.close()
         close_socket(self.socket, self.peer.uid)
         pidfd, self.pidfd = self.pidfd, -1
         # In a forked child it is closed already, and the number may be somebody else's.
@@ -213,6 +264,7 @@ class Channel:
         sent: int = 0,
         patience: Callable[[Channel, float | None], None] | None = None,
         deadline: float | None = None,
+        manifest: bytes = b"",
     ) -> None:
         """
         Send one frame, waiting for the other side to take it.
@@ -229,14 +281,17 @@ class Channel:
             OSError: the other side is gone (nobody acts on a part of a frame).
             TimeoutError: no progress, and no ``patience``.
         """
-        if not buffers and not descriptors and len(data) < JOIN and not self._explicit:
+        if not buffers and not descriptors and not manifest and len(data) < JOIN and not self._explicit:
             whole = _pack(kind, VERSION, 0, 0, number, len(data), nanoseconds, sent) + data
             try:
                 self.socket.send(whole, _SEND)
             except BlockingIOError:
                 self._send_views([memoryview(whole)], (), patience, deadline)
             return
-        head = frame_head(kind, number, data, buffers, len(descriptors), nanoseconds, sent)
+        if manifest:
+            buffers = [memoryview(manifest), *buffers]
+        count = len(descriptors)
+        head = frame_head(kind, number, data, buffers, count, nanoseconds, sent, manifest=bool(manifest))
         views = [memoryview(head), memoryview(data), *buffers]
         self._send_views([view for view in views if view.nbytes], descriptors, patience, deadline)
 
@@ -401,7 +456,11 @@ class Channel:
         self._assembly = None
         self._surplus, self._rest = assembly.surplus, assembly.rest
         self._begun = bool(self._surplus or self._rest)
-        return self._with_descriptors(assembly.frame(), assembly)
+        frame = self._with_descriptors(assembly.frame(), assembly)
+        manifest = assembly.manifest
+        if manifest is not None and frame.refusal is None:
+            frame.buffers = self.unstow(manifest, frame.buffers, frame.descriptors)
+        return frame
 
     def _with_descriptors(self, frame: Frame, assembly: Assembly) -> Frame:
         """Give the frame the descriptors that came with it: all that it names, or none."""

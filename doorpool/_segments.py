@@ -920,15 +920,15 @@ class Shelf:
     """
 
     __slots__ = (
-        "_closed", "_foreign", "_free", "_generation", "_ids", "_ledger", "_me", "_news", "_out", "_veiled",
-        "reused", "__weakref__",
+        "_closed", "_foreign", "_free", "_generation", "_ids", "_ledger", "_me", "_out", "_veiled",
+        "news", "reused", "__weakref__",
     )  # fmt: skip
 
     def __init__(self) -> None:
         self._generation = _sockets.here()
         self._closed = False
         self._ids = itertools.count(1)
-        self._news: News = deque()
+        self.news: News = deque()
         self._ledger: dict[int, int] = {}  # serial numbers and sizes of all made on this channel
         self._free: dict[int, _Own] = {}
         self._out: dict[int, _Own] = {}
@@ -944,7 +944,7 @@ class Shelf:
     @property
     def has_news(self) -> bool:
         """Whether the next message should carry a manifest even if it has no buffers."""
-        return bool(self._news)
+        return bool(self.news)
 
     @property
     def usable(self) -> bool:
@@ -959,7 +959,7 @@ class Shelf:
     @property
     def counts(self) -> Totals:
         """The segments of this channel."""
-        news = self._news
+        news = self.news
         loaned = [segment for segment in _lent() if segment.news is news]
         sizes = list(self._ledger.values())
         return Totals(
@@ -996,12 +996,12 @@ class Shelf:
             return None
         _used.shelf = self._me
         big = [index for index, view in enumerate(buffers) if view.nbytes >= THRESHOLD]
-        if not big and not self._news:
+        if not big and not self.news:
             return None
         packing = _Packing(self, buffers, min(room, MOST_NEW))
         try:
             packing.pack(big)
-            return packing.finish(self._news, self._out)
+            return packing.finish(self.news, self._out)
         except BaseException:
             self.recall(packing.cargo)
             raise
@@ -1021,7 +1021,7 @@ class Shelf:
             kind, number = cargo.news.pop()
             if kind == _RELEASED and number in self._foreign:
                 self._foreign[number].ours = True
-            self._news.appendleft((kind, number))
+            self.news.appendleft((kind, number))
 
     def take(self, size: int) -> _Own | None:
         """Take the free segment that fits best out of them; for any thread."""
@@ -1054,7 +1054,7 @@ class Shelf:
 
     def owns(self, segment: _Own) -> bool:
         """Tell whether a segment belongs to this channel."""
-        return segment.news is self._news
+        return segment.news is self.news
 
     def has_room(self, size: int) -> bool:
         """Tell whether one more segment may be made on this channel."""
@@ -1067,7 +1067,7 @@ class Shelf:
         if number > _MOST_NUMBERS:
             raise OverflowError("a channel has made 2**32 segments")
         self._ledger[segment.serial] = segment.size
-        segment.bind(number, self._news, self._ledger)
+        segment.bind(number, self.news, self._ledger)
 
     def give_back(self, before: float = math.inf) -> bool:
         """Give one free segment back to the system, the one unused for longest; for any thread."""
@@ -1247,12 +1247,12 @@ class Shelf:
         try:
             mapping = segment.map()
         except OSError:
-            self._news.append((_RELEASED, segment.id))
+            self.news.append((_RELEASED, segment.id))
             return None
         exporter = segment.kind.from_address(mapping.address)
         arrival = _Arrival(exporter, _has_died)
         arrival.mapping, arrival.segment = mapping, segment
-        arrival.home, arrival.news = self._foreign, self._news
+        arrival.home, arrival.news = self._foreign, self.news
         _exports[id(arrival)] = arrival
         return memoryview(exporter).cast("B")
 

@@ -24,9 +24,9 @@ pair and the client's credentials attached):
 *Answer* (server -> client on that pair, one message, with one end of the private pair, the
 shared page if there is one, and the server's credentials attached; a refusal brings neither):
 
-     0  4  "dpAN"                              8  8  size of the shared page (0: none)
-     4  2  version                            16  …  refusal, where the answer is one
-     6  1  0 accepted, 1 refused
+     0  4  "dpAN"                              8  4  size of the shared page (0: none)
+     4  2  version                            12  4  1 if segments may be used
+     6  1  0 accepted, 1 refused              16  …  refusal, where the answer is one
      7  1  codec
 
 *Bell* (both ways, one message of one byte, "B"): there is something in the shared page; no part
@@ -38,7 +38,7 @@ of a frame, and behind none that is not whole.
      0  1  kind: Q request, R reply, F failure, P ping, A answer to it, G goodbye
      1  1  version
      2  2  descriptors that came with the first message
-     4  4  buffers
+     4  4  buffers; the highest bit: the first of them is a manifest (``_segments``)
      8  8  call number: counts up from 1 on each channel; a reply bears its request's
     16  8  length of all that follows
     24  8  request: nanoseconds left for the call, 0 for no deadline; else 0
@@ -76,6 +76,11 @@ GREETING_SIZE = 65_536  #: The most that a greeting takes; names and docs are cu
 LETTER_SIZE = 4_096  #: The most that a knock or an answer takes.
 MAX_BUFFERS = 65_536  #: The most buffers in a frame: 512 KiB of table.
 
+#: A frame with a manifest has this bit in its number of buffers; and what a manifest takes does not
+#: count toward the limit of a request.
+MANIFEST = 1 << 31
+MANIFEST_SIZE = 1 << 22
+
 #: How much of a frame is allocated before it comes; a step of ``_channel``.
 AHEAD = 1 << 20
 _ZEROS = memoryview(bytes(AHEAD))
@@ -86,8 +91,8 @@ NO_MAIN = bytes(16)
 
 _GREETING = struct.Struct("<4sHBB16sBB14xQIHH")
 _KNOCK = struct.Struct("<4sHBB16s")
-_PAGE = struct.Struct("<Q")
-_ANSWER = struct.Struct("<4sHBBQ")
+_SHARED = struct.Struct("<II")
+_ANSWER = struct.Struct("<4sHBBII")
 _REFUSAL = struct.Struct("<BB6xQQ")
 _FAREWELL = struct.Struct("<4sH")
 _LIMITS = struct.Struct("<QII")
@@ -262,11 +267,12 @@ class Knock:
     python: tuple[int, int]
     main: bytes = NO_MAIN
     page: int = 0
+    segments: bool = False
 
     def encode(self) -> bytes:
         """Write the knock."""
         head = _KNOCK.pack(KNOCK_MAGIC, VERSION, *self.python, self.main)
-        return head + _PAGE.pack(self.page) if self.page else head
+        return head + _SHARED.pack(self.page, self.segments) if self.page or self.segments else head
 
 
 def decode_knock(data: bytes) -> Knock:
@@ -279,11 +285,11 @@ def decode_knock(data: bytes) -> Knock:
     if data[:4] != KNOCK_MAGIC:
         raise ProtocolError("a message on a door descriptor was no knock")
     check_version(data, "the client")
-    if len(data) not in (_KNOCK.size, _KNOCK.size + _PAGE.size):
+    if len(data) not in (_KNOCK.size, _KNOCK.size + _SHARED.size):
         raise ProtocolError(f"a knock of {len(data)} bytes, not {_KNOCK.size}")
     _, _, major, minor, main = _KNOCK.unpack_from(data)
-    page = _PAGE.unpack_from(data, _KNOCK.size)[0] if len(data) > _KNOCK.size else 0
-    return Knock((major, minor), main, page)
+    page, segments = _SHARED.unpack_from(data, _KNOCK.size) if len(data) > _KNOCK.size else (0, 0)
+    return Knock((major, minor), main, page, segments == 1)
 
 
 @attrs.frozen
@@ -327,11 +333,12 @@ class Answer:
     codec: Codec = Codec.RAW
     refusal: Refusal | None = None
     page: int = 0
+    segments: bool = False
 
     def encode(self) -> bytes:
         """Write the answer."""
         refused = self.refusal is not None
-        head = _ANSWER.pack(ANSWER_MAGIC, VERSION, refused, self.codec, self.page)
+        head = _ANSWER.pack(ANSWER_MAGIC, VERSION, refused, self.codec, self.page, self.segments)
         return head + self.refusal.encode() if self.refusal else head
 
 
@@ -344,13 +351,13 @@ def decode_answer(data: bytes) -> Answer:
     """
     if data[:4] != ANSWER_MAGIC or len(data) < _ANSWER.size:
         raise ProtocolError("the answer to a knock was none")
-    _, _, refused, codec, page = _ANSWER.unpack_from(data)
+    _, _, refused, codec, page, segments = _ANSWER.unpack_from(data)
     if refused == 1:  # before the version: a refusal may be about just that
         return Answer(refusal=_decode_refusing(data[_ANSWER.size :]))
     check_version(data, "the server")
     if refused or len(data) != _ANSWER.size or codec not in Codec.__members__.values():
         raise ProtocolError("the answer to a knock is malformed")
-    return Answer(Codec(codec), page=page)
+    return Answer(Codec(codec), page=page, segments=segments == 1)
 
 
 def _decode_refusing(data: bytes) -> Refusal:
@@ -398,7 +405,7 @@ class Frame:
         nanoseconds: int = 0,
         sent: int = 0,
         data: bytes | bytearray = b"",
-        buffers: Sequence[bytearray] = (),
+        buffers: Sequence[bytearray | memoryview] = (),
         descriptors: list[int] | None = None,
         refusal: Refusal | None = None,
     ) -> None:
@@ -420,13 +427,16 @@ def frame_head(
     descriptors: int = 0,
     nanoseconds: int = 0,
     sent: int = 0,
+    *,
+    manifest: bool = False,
 ) -> bytes:
-    """Write the header of a frame and the table of its buffers."""
+    """Write the header of a frame and the table of its buffers, the first of which may be a manifest."""
     if not buffers:
         return HEADER.pack(kind, VERSION, descriptors, 0, number, len(data), nanoseconds, sent)
     lengths = [buffer.nbytes for buffer in buffers]
     body = 8 * len(lengths) + len(data) + sum(lengths)
-    head = HEADER.pack(kind, VERSION, descriptors, len(lengths), number, body, nanoseconds, sent)
+    count = len(lengths) | (MANIFEST if manifest else 0)
+    head = HEADER.pack(kind, VERSION, descriptors, count, number, body, nanoseconds, sent)
     return head + struct.pack(f"<{len(lengths)}Q", *lengths)
 
 
@@ -444,13 +454,16 @@ class Assembly:
     let pass; ``rest`` has it.)
     """
 
-    __slots__ = ("_head", "_lengths", "_views", "fields", "parts", "refusal", "rest", "surplus")
+    __slots__ = (
+        "_head", "_lengths", "_views", "fields", "has_manifest", "parts", "refusal", "rest", "surplus",
+    )  # fmt: skip
 
     def __init__(self) -> None:
         self._head = bytearray()
         self._views: list[memoryview] | None = None
         self._lengths: tuple[int, ...] = ()
         self.fields: tuple[int, ...] | None = None
+        self.has_manifest = False
         self.parts: list[bytearray] = []
         self.refusal: Refusal | None = None
         self.surplus = 0
@@ -498,15 +511,26 @@ class Assembly:
     def _measure(self, limit: int) -> None:
         """Read the header, or the table behind it, and allocate once both are accepted."""
         if self.fields is None:
-            self.fields = read_header(self._head)
+            self._read_header()
             self._accept(limit)
         if self.refusal is None and not self.wanted:
             self._allocate()
+
+    def _read_header(self) -> None:
+        fields = read_header(self._head)
+        if fields[3] & MANIFEST:
+            self.has_manifest = True
+            fields = (*fields[:3], fields[3] & ~MANIFEST, *fields[4:])
+            if not fields[3]:
+                raise ProtocolError("a frame with a manifest has no buffers, and the first would be it")
+        self.fields = fields
 
     def _accept(self, limit: int) -> None:
         assert self.fields is not None
         _, _, _, buffers, _, body, _, _ = self.fields
         size = body - 8 * buffers
+        if self.has_manifest:
+            limit += MANIFEST_SIZE
         if size < 0 or buffers > MAX_BUFFERS:
             raise ProtocolError(f"a frame of {body} bytes claims {buffers} buffers")
         if size > limit:
@@ -572,13 +596,19 @@ class Assembly:
         if not views:
             self._extend()
 
+    @property
+    def manifest(self) -> bytearray | None:
+        """Its manifest, if it has one and was not refused."""
+        return self.parts[1] if self.has_manifest and self.refusal is None else None
+
     def frame(self) -> Frame:
         """Return the frame, which must be complete (descriptors are the reader's to add)."""
         assert self.fields is not None
         kind, _, _, _, number, _, nanoseconds, sent = self.fields
         if self.refusal is not None:
             return Frame(kind, number, nanoseconds, sent, refusal=self.refusal)
-        return Frame(kind, number, nanoseconds, sent, self.parts[0], self.parts[1:])
+        first = 2 if self.has_manifest else 1
+        return Frame(kind, number, nanoseconds, sent, self.parts[0], self.parts[first:])
 
 
 def read_header(head: bytes | bytearray) -> tuple[int, ...]:
