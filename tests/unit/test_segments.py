@@ -963,6 +963,23 @@ def test_wrong_arguments_are_refused(call, error):
         call()
 
 
+def test_nothing_is_said_at_the_end_of_a_process_that_holds_everything(run_python):
+    finished = run_python(hold_everything, options=["-X", "dev", "-W", "error"])
+    assert finished.stderr == ""
+    assert finished.value == (3, 2)
+
+
+def hold_everything():
+    pair = Pair()
+    mine, lent = buffer(MIB), buffer(MIB)
+    kept = np.frombuffer(pair.send(mine)[0])
+    pair.send(bytes(2 * MIB))
+    knot = [lent, kept, pair, mine]
+    knot.append(knot)
+    _segments.everything = knot  # there until the very end
+    return totals().held, totals().received
+
+
 # -- forks ----------------------------------------------------------------------------------------
 
 
@@ -1126,10 +1143,9 @@ def test_a_child_unmaps_nothing_but_its_own(pair, slow_sweeper):
     pair.tell()
     pair.send(block(MIB))
     pair.tell()
-    (mapping,) = (segment.mapping for segment in pair.one._free.values())
+    (address,) = [segment.mapping.address for segment in pair.one._free.values()]
 
     def drop():
-        address = mapping.address
         mapped = _segments._libc.mmap(
             address,
             MIB,
