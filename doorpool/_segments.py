@@ -456,7 +456,6 @@ class _Own(_Segment):
             self.wet = end
         else:
             _copy(self.map().address + offset, view)
-            self.warm = max(self.warm, end)
 
     def heat(self, end: int) -> None:
         """

@@ -908,6 +908,14 @@ def test_over_the_limit_a_loan_is_ordinary_memory(monkeypatch):
     assert [len(first), len(second), len(third)] == [2 * MIB, 2 * MIB, MIB]
 
 
+def test_a_loan_over_the_limit_alone_costs_no_free_segment(pair, monkeypatch, slow_sweeper):
+    monkeypatch.setattr(_segments, "BYTES_OF_PROCESS", 3 * MIB)
+    pair.send(bytes(MIB))
+    pair.tell()
+    assert not in_segment(buffer(4 * MIB))
+    assert pair.one.counts.held == 1
+
+
 def test_small_memory_is_ordinary_memory():
     assert not in_segment(buffer(_segments.THRESHOLD - 1))
     assert not in_segment(empty(100))
@@ -996,9 +1004,10 @@ class Forked:
         self._pid = os.fork()
         if self._pid == 0:
             try:
+                self._ours.close()  # so that the end of the parent is the end
                 for function in functions:
-                    theirs.recv(1)
-                    theirs.sendall(pickle.dumps(function()))
+                    if theirs.recv(1):
+                        theirs.sendall(pickle.dumps(function()))
             finally:
                 os._exit(0)
         theirs.close()
@@ -1188,6 +1197,29 @@ def test_mappings_are_not_inherited_by_default(pair, slow_sweeper):
     assert len(flags) >= 4
     assert all("dc" in each for each in flags.values())
     assert len(kept) + len(mine) == 2 * MIB
+
+
+@pytest.mark.parametrize("what", ["receive", "lend", "pass"])
+def test_nothing_is_given_to_anybody_while_a_fork_is_on_its_way(pair, slow_sweeper, what):
+    """Between the last look at what objects stand on and the fork itself nothing may come to stand."""
+    cargo = pair.one.load([memoryview(block(MIB))])
+    mine = buffer(MIB) if what == "pass" else b""
+    actions = {
+        "receive": lambda: pair.send(bytes(MIB), cargo=cargo),
+        "lend": lambda: [buffer(MIB)],
+        "pass": lambda: pair.one.load([mine]),
+    }
+    done = []
+    thread = threading.Thread(target=lambda: done.append(actions[what]()))
+    with _segments._fork_gate:
+        thread.start()
+        thread.join(0.1)
+        assert thread.is_alive()
+        assert not done
+    thread.join()
+    assert done
+    if what == "receive":
+        assert done == [[block(MIB)]]
 
 
 def test_forks_while_others_receive_and_pass(slow_sweeper, many):
