@@ -122,13 +122,14 @@ LARGE = MIB
 MOST_NEW = 60  #: New segments in one message, each of which takes a descriptor.
 MOST_SEGMENTS = 64  #: Made on one channel; each takes a descriptor at both ends.
 
-BYTES_OF_CHANNEL = 2 << 30  #: In segments made on one channel, free and passed ones together.
-BYTES_OF_PROCESS = 4 << 30  #: The same for a process, loans included.
+#: In all segments made by a process, free ones, passed ones and loans together; and on one channel.
+BYTES_OF_PROCESS = min(4 << 30, os.sysconf("SC_PHYS_PAGES") * mmap.PAGESIZE // 4)
+BYTES_OF_CHANNEL = BYTES_OF_PROCESS // 2
 
-#: What the other side may have mapped into us, on one channel.  More than its own limits would let it
-#: make, which may be larger in a version to come.
+#: What the other side may have mapped into us, on one channel.  More than its own limits let it make,
+#: which may be larger in a version to come.
 MOST_FROM_PEER = 4 * MOST_SEGMENTS
-BYTES_FROM_PEER = 2 * BYTES_OF_CHANNEL
+BYTES_FROM_PEER = 4 << 30
 
 IDLE = 5.0  #: Seconds after which a segment that nobody uses is given back to the system.
 
@@ -455,7 +456,6 @@ class _Own(_Segment):
             self.wet = end
         else:
             _copy(self.map().address + offset, view)
-            self.warm = max(self.warm, end)
 
     def heat(self, end: int) -> None:
         """
@@ -1555,7 +1555,7 @@ def buffer(nbytes: int) -> memoryview:
     would anyway; only that nothing is copied if
 
     - it has at least 256 KiB (less is ordinary memory, as is everything once the process has
-      4 GiB of such memory),
+      4 GiB of such memory, or a quarter of the machine's),
     - it was not passed before (from then on it is ordinary memory),
     - it goes to another process that speaks pickle, and was taken while serving a call of that process,
       or after calling it, or before there was any other.

@@ -13,7 +13,9 @@ import itertools
 import mmap
 import os
 import pickle
+import resource
 import socket
+import tempfile
 import threading
 import time
 
@@ -411,20 +413,14 @@ def test_a_peer_may_not_map_more_segments_into_us_than_the_limit(pair, monkeypat
 # -- shortages ------------------------------------------------------------------------------------
 
 
-def fail_with(number, *, after=0):
-    calls = iter(range(after))
-
+def fail_with(number):
     def fail(*args, **kwargs):
-        if next(calls, None) is None:
-            raise OSError(number, os.strerror(number))
-        return originals[fail](*args, **kwargs)
+        raise OSError(number, os.strerror(number))
 
     return fail
 
 
-originals = {}
-
-
+@pytest.mark.ids("D09")
 @pytest.mark.parametrize("name", ["memfd_create", "ftruncate", "pwrite"])
 @pytest.mark.parametrize("number", [errno.EMFILE, errno.ENOMEM, errno.ENOSPC, errno.EFBIG])
 def test_short_of_something_a_buffer_goes_inline_and_nothing_leaks(pair, monkeypatch, name, number):
@@ -437,6 +433,53 @@ def test_short_of_something_a_buffer_goes_inline_and_nothing_leaks(pair, monkeyp
     assert in_segment(pair.send(bytes(MIB))[0])
 
 
+@pytest.mark.ids("D09")
+def test_a_process_that_may_write_no_large_file_sends_inline(run_python):
+    assert run_python(send_with_small_files).value == [True, False, True]
+
+
+def send_with_small_files():
+    pair = Pair()
+    found = []
+    for limit in (resource.RLIM_INFINITY, 512 * KIB, resource.RLIM_INFINITY):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+        (arrived,) = pair.send(bytes(3 * MIB))
+        assert len(arrived) == 3 * MIB
+        found.append(isinstance(arrived, memoryview))
+        pair.close()
+        pair = Pair()
+    return found
+
+
+@pytest.mark.ids("D11")
+def test_a_segment_is_sealed_and_not_for_heirs(pair, slow_sweeper):
+    (number,) = pair.one.load([memoryview(bytes(MIB))]).descriptors
+    seals = fcntl.fcntl(number, fcntl.F_GET_SEALS)
+    assert seals & _segments._F_SEALS == _segments._F_SEALS
+    assert not os.get_inheritable(number)
+    if _segments._memfd_flags & _segments._MFD_NOEXEC_SEAL:
+        assert seals & 0x20  # F_SEAL_EXEC
+        assert not os.fstat(number).st_mode & 0o111
+
+
+def test_a_kernel_that_knows_no_seal_against_execution_is_asked_once(pair, monkeypatch, slow_sweeper):
+    asked = []
+    create = os.memfd_create
+
+    def old(name, flags):
+        asked.append(flags)
+        if flags & _segments._MFD_NOEXEC_SEAL:
+            raise OSError(errno.EINVAL, "before Linux 6.3")
+        return create(name, flags)
+
+    monkeypatch.setattr(_segments, "_memfd_flags", _segments._memfd_flags | _segments._MFD_NOEXEC_SEAL)
+    monkeypatch.setattr(_segments.os, "memfd_create", old)
+    pair.send(bytes(MIB), bytes(MIB))
+    assert pair.one.counts.held == 2
+    assert len(asked) == 3
+
+
+@pytest.mark.ids("D09")
 def test_out_of_descriptors_a_buffer_goes_inline(pair):
     pair.send(bytes(100 * KIB))  # the keeper is there
     with only(0):
@@ -908,6 +951,14 @@ def test_over_the_limit_a_loan_is_ordinary_memory(monkeypatch):
     assert [len(first), len(second), len(third)] == [2 * MIB, 2 * MIB, MIB]
 
 
+def test_a_loan_over_the_limit_alone_costs_no_free_segment(pair, monkeypatch, slow_sweeper):
+    monkeypatch.setattr(_segments, "BYTES_OF_PROCESS", 3 * MIB)
+    pair.send(bytes(MIB))
+    pair.tell()
+    assert not in_segment(buffer(4 * MIB))
+    assert pair.one.counts.held == 1
+
+
 def test_small_memory_is_ordinary_memory():
     assert not in_segment(buffer(_segments.THRESHOLD - 1))
     assert not in_segment(empty(100))
@@ -963,6 +1014,23 @@ def test_wrong_arguments_are_refused(call, error):
         call()
 
 
+def test_nothing_is_said_at_the_end_of_a_process_that_holds_everything(run_python):
+    finished = run_python(hold_everything, options=["-X", "dev", "-W", "error"])
+    assert finished.stderr == ""
+    assert finished.value == (3, 2)
+
+
+def hold_everything():
+    pair = Pair()
+    mine, lent = buffer(MIB), buffer(MIB)
+    kept = np.frombuffer(pair.send(mine)[0])
+    pair.send(bytes(2 * MIB))
+    knot = [lent, kept, pair, mine]
+    knot.append(knot)
+    _segments.everything = knot  # there until the very end
+    return totals().held, totals().received
+
+
 # -- forks ----------------------------------------------------------------------------------------
 
 
@@ -979,9 +1047,10 @@ class Forked:
         self._pid = os.fork()
         if self._pid == 0:
             try:
+                self._ours.close()  # so that the end of the parent is the end
                 for function in functions:
-                    theirs.recv(1)
-                    theirs.sendall(pickle.dumps(function()))
+                    if theirs.recv(1):
+                        theirs.sendall(pickle.dumps(function()))
             finally:
                 os._exit(0)
         theirs.close()
@@ -1126,10 +1195,9 @@ def test_a_child_unmaps_nothing_but_its_own(pair, slow_sweeper):
     pair.tell()
     pair.send(block(MIB))
     pair.tell()
-    (mapping,) = (segment.mapping for segment in pair.one._free.values())
+    (address,) = [segment.mapping.address for segment in pair.one._free.values()]
 
     def drop():
-        address = mapping.address
         mapped = _segments._libc.mmap(
             address,
             MIB,
@@ -1172,6 +1240,29 @@ def test_mappings_are_not_inherited_by_default(pair, slow_sweeper):
     assert len(flags) >= 4
     assert all("dc" in each for each in flags.values())
     assert len(kept) + len(mine) == 2 * MIB
+
+
+@pytest.mark.parametrize("what", ["receive", "lend", "pass"])
+def test_nothing_is_given_to_anybody_while_a_fork_is_on_its_way(pair, slow_sweeper, what):
+    """Between the last look at what objects stand on and the fork itself nothing may come to stand."""
+    cargo = pair.one.load([memoryview(block(MIB))])
+    mine = buffer(MIB) if what == "pass" else b""
+    actions = {
+        "receive": lambda: pair.send(bytes(MIB), cargo=cargo),
+        "lend": lambda: [buffer(MIB)],
+        "pass": lambda: pair.one.load([mine]),
+    }
+    done = []
+    thread = threading.Thread(target=lambda: done.append(actions[what]()))
+    with _segments._fork_gate:
+        thread.start()
+        thread.join(0.1)
+        assert thread.is_alive()
+        assert not done
+    thread.join()
+    assert done
+    if what == "receive":
+        assert done == [[block(MIB)]]
 
 
 def test_forks_while_others_receive_and_pass(slow_sweeper, many):
@@ -1223,7 +1314,7 @@ def memfd(size=MIB, seals=_segments._F_SEALS, flags=os.MFD_ALLOW_SEALING):
     return number
 
 
-def hugetlb():
+def of_huge_pages():
     number = os.memfd_create("doorpool", os.MFD_ALLOW_SEALING | os.MFD_HUGETLB | os.MFD_CLOEXEC)
     os.ftruncate(number, 2 * MIB)
     fcntl.fcntl(number, fcntl.F_ADD_SEALS, _segments._F_SEALS)
@@ -1236,6 +1327,12 @@ def reopened_for_reading():
         return os.open(f"/proc/self/fd/{number}", os.O_RDONLY | os.O_CLOEXEC)
     finally:
         os.close(number)
+
+
+def a_file_in_tmpfs():
+    with tempfile.TemporaryFile(dir="/dev/shm") as file:
+        file.truncate(MIB)
+        return os.dup(file.fileno())
 
 
 def a_pipe():
@@ -1254,6 +1351,9 @@ BAD_DESCRIPTORS = {
     "too small": lambda: memfd(MIB - 1),
     "too large": lambda: memfd(MIB + 1),
     "for reading": reopened_for_reading,
+    "of huge pages": of_huge_pages,
+    "a file in tmpfs": a_file_in_tmpfs,
+    "a device": lambda: os.open("/dev/zero", os.O_RDWR | os.O_CLOEXEC),
     "a pipe": a_pipe,
     "a file": lambda: os.open(__file__, os.O_RDONLY | os.O_CLOEXEC),
     "a folder": lambda: os.open("/", os.O_RDONLY | os.O_CLOEXEC),
@@ -1261,6 +1361,7 @@ BAD_DESCRIPTORS = {
 }
 
 
+@pytest.mark.ids("D02")
 @pytest.mark.parametrize("what", BAD_DESCRIPTORS)
 def test_what_is_no_proper_memfd_is_refused_and_closed(pair, what):
     good, bad = memfd(), BAD_DESCRIPTORS[what]()

@@ -12,6 +12,7 @@ import os
 
 import hypothesis.strategies as st
 import numpy as np
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import (
     Bundle,
@@ -239,10 +240,11 @@ class Segments(RuleBasedStateMachine):
         assert _segments.totals().held == _segments.totals().received == 0
 
 
+@pytest.mark.timeout(600)  # in the long form
 def test_whatever_happens_nobody_sees_a_change_that_is_not_his(many):
     machine = settings(
-        max_examples=many(40, 2_000),
-        stateful_step_count=many(40, 120),
+        max_examples=many(40, 1_000),
+        stateful_step_count=many(40, 100),
         suppress_health_check=list(HealthCheck),
         derandomize=True,
     )
