@@ -1,0 +1,303 @@
+"""
+What was measured, for people and for programs: a table with the bars, JSON, a plot.
+
+A value is the median, over the rounds, of what a row reads off a round's samples.  A bar is judged on the
+unrounded number.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import attrs
+
+from benchmarks import _machine
+from benchmarks._machine import Placement
+from benchmarks._run import Result
+from benchmarks._workloads import Bar, Row, Workload
+
+_TITLE, _CELL, _COUNT = 50, 16, 9
+
+LEGEND = """\
+Each column is a placement: both sides pinned, each to a CPU of its own or both to one, or left to the
+scheduler.  Numbers are medians over rounds in which all took turns; n: samples in the first column.  A bar is
+judged in one placement, as the median of the ratios of the rounds; ratios in brackets are printed
+only.  benchmarks/README.md says what is counted."""
+
+
+@attrs.frozen
+class Verdict:
+    """
+    A bar in a placement.
+    """
+
+    bar: Bar
+    placement: Placement
+    measured: float | None
+    """None: somebody whom it takes was not measured."""
+
+    @property
+    def judged(self) -> bool:
+        """Whether the bar stands in this placement; elsewhere its number is of interest only."""
+        return self.placement.key == self.bar.placement
+
+    @property
+    def word(self) -> str:
+        """Say how it stands."""
+        if self.measured is None:
+            return "not measured"
+        return "met" if self.bar.met(self.measured) else "MISSED"
+
+
+@attrs.frozen
+class Section:
+    """
+    A row of a workload, with all that was measured for it.
+    """
+
+    workload: Workload
+    row: Row
+    results: tuple[Result, ...]
+    placements: tuple[Placement, ...]
+
+    def rounds(self, placement: Placement) -> dict[str, list[float]]:
+        """Return the values of the rounds, by the peers' keys."""
+        here = (result for result in self.results if result.placement == placement)
+        return {it.peer.key: [self.row.read(samples) for samples in it.rounds] for it in here}
+
+    def values(self, placement: Placement) -> dict[str, float]:
+        """Return the values, by the peers' keys."""
+        rounds = self.rounds(placement)
+        return {key: statistics.median(values) for key, values in rounds.items() if values}
+
+    def verdicts(self) -> Iterator[Verdict]:
+        """Return every bar in every placement."""
+        for bar in self.row.bars:
+            for placement in self.placements:
+                yield Verdict(bar, placement, bar.measured(self.rounds(placement)))
+
+    def peers(self) -> dict[str, dict[str, Result]]:
+        """Return the results of each peer, by placement."""
+        found: dict[str, dict[str, Result]] = {}
+        for result in self.results:
+            found.setdefault(result.peer.key, {})[result.placement.key] = result
+        return found
+
+
+def sections(results: Sequence[Result], placements: Sequence[Placement]) -> list[Section]:
+    """Return the rows of all workloads, in their order."""
+    workloads = list({it.workload.key: it.workload for it in results}.values())
+    return [
+        Section(workload, row, tuple(it for it in results if it.workload is workload), tuple(placements))
+        for workload in workloads
+        for row in workload.rows
+    ]
+
+
+# -- the table -------------------------------------------------------------------------------------------
+
+
+def table(found: Sequence[Section], array: str) -> str:
+    """Return the table, and what is to be said beneath it."""
+    lines = [line for section in found for line in (*_section(section, array), "")]
+    return "\n".join([*lines, *_failures(found), LEGEND, "", _summary(found)])
+
+
+def _section(section: Section, array: str) -> Iterator[str]:
+    title = f"{section.row.title.format(array=array)} [{section.row.unit}]"
+    yield _line(title, [it.title for it in section.placements], "n")
+    values = {it.key: section.values(it) for it in section.placements}
+    for key, results in section.peers().items():
+        first = next(iter(results.values()))
+        cells = [_cell(results[it.key], values[it.key].get(key)) for it in section.placements]
+        yield _line(f"  {first.peer.name}", cells, _samples(first))
+    for bar in section.row.bars:
+        yield _line(f"  bar: {bar.text}", [_verdict(section, bar, it) for it in section.placements])
+
+
+def _line(title: str, cells: Iterable[str], count: str = "") -> str:
+    if len(set(cells := list(cells))) == 1 and len(cells[0]) > _CELL:
+        return f"{title:{_TITLE}}  {cells[0]}"
+    wide = len(title) - _TITLE if len(title) > _TITLE else 0
+    first = cells[0].rjust(max(_CELL - wide, len(cells[0]) + 1)) if cells else ""
+    return (
+        f"{title:{_TITLE}}{first}{''.join(cell.rjust(_CELL) for cell in cells[1:])}{count:>{_COUNT}}".rstrip()
+    )
+
+
+def _cell(result: Result, value: float | None) -> str:
+    if value is not None:
+        return number(value)
+    return "failed" if result.failed else result.note
+
+
+def _samples(result: Result) -> str:
+    return str(sum(map(len, result.rounds))) if result.rounds else ""
+
+
+def _verdict(section: Section, bar: Bar, placement: Placement) -> str:
+    verdict = Verdict(bar, placement, bar.measured(section.rounds(placement)))
+    if verdict.measured is None:
+        return verdict.word if verdict.judged else ""
+    value = number(verdict.measured) + ("x" if bar.under else "")
+    return f"{value} {verdict.word}" if verdict.judged else f"({value})"
+
+
+def number(value: float) -> str:
+    """Return three digits, or all there are before the point."""
+    if value >= 1000:
+        return f"{value:,.0f}"
+    digits = 0 if value >= 100 else 1 if value >= 10 else 2 if value >= 1 else 3
+    return f"{value:.{digits}f}"
+
+
+def _failures(found: Sequence[Section]) -> Iterator[str]:
+    told = set()
+    for result in (it for section in found for it in section.results if it.failed):
+        where = f"{result.peer.name} failed at {result.workload.key}, {result.placement.title}:"
+        if where not in told:
+            told.add(where)
+            yield f"{where}\n{result.note}\n"
+
+
+def _summary(found: Sequence[Section]) -> str:
+    words = [it.word for section in found for it in section.verdicts() if it.judged]
+    bars = sum(len(section.row.bars) for section in found)
+    unjudged = bars - words.count("met") - words.count("MISSED")
+    return f"{words.count('met')} bars met, {words.count('MISSED')} missed, {unjudged} not measured"
+
+
+# -- JSON ------------------------------------------------------------------------------------------------------
+
+
+def facts(needs: Iterable[str]) -> dict[str, object]:
+    """Return where, and with what, the numbers were taken."""
+    distributions = [
+        "doorpool",
+        *("pyzmq" if name == "zmq" else "grpcio" if name == "grpc" else name for name in needs),
+    ]
+    versions = {name: version for name in distributions if (version := _version(name))}
+    return {"machine": _machine.description(), "versions": versions, "doorpool": _doorpool()}
+
+
+def _version(distribution: str) -> str:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return ""
+
+
+def _doorpool() -> str:
+    """Return what doorpool says of itself, if it has a command line."""
+    command = [sys.executable, "-m", "doorpool", "--version"]
+    finished = subprocess.run(command, capture_output=True, text=True, check=False)
+    return finished.stdout.strip() if finished.returncode == 0 else ""
+
+
+def as_json(found: Sequence[Section], about: Mapping[str, object], array: str) -> str:
+    """Return all numbers: the values of the rounds, and the bars."""
+    rows = [_row_as_dict(section, array) for section in found]
+    return json.dumps({**about, "array": array, "rows": rows}, indent=1)
+
+
+def _row_as_dict(section: Section, array: str) -> dict[str, Any]:
+    return {
+        "workload": section.workload.key,
+        "title": section.row.title.format(array=array),
+        "unit": section.row.unit,
+        "peers": [_result_as_dict(section, result) for result in section.results],
+        "bars": [_verdict_as_dict(it) for it in section.verdicts() if it.judged],
+    }
+
+
+def _result_as_dict(section: Section, result: Result) -> dict[str, Any]:
+    rounds = [section.row.read(samples) for samples in result.rounds]
+    return {
+        "peer": result.peer.key,
+        "placement": result.placement.key,
+        "value": statistics.median(rounds) if rounds else None,
+        "rounds": rounds,
+        "samples": sum(map(len, result.rounds)),
+        "note": result.note,
+    }
+
+
+def _verdict_as_dict(verdict: Verdict) -> dict[str, Any]:
+    return {
+        "bar": verdict.bar.text,
+        "placement": verdict.placement.key,
+        "measured": verdict.measured,
+        "verdict": verdict.word,
+    }
+
+
+# -- the plot -------------------------------------------------------------------------------------------------
+
+
+_COLUMNS = 2
+_INK = {"doorpool": "#c0392b", "floor": "#7f8c8d", "peer": "#2c3e50"}
+
+
+def plot(found: Sequence[Section], path: Path, array: str) -> None:
+    """
+    Draw every row in the placement of its first bar; a dotted line is where a bar has doorpool.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    lines = -(-len(found) // _COLUMNS)
+    figure, grid = pyplot.subplots(lines, _COLUMNS, figsize=(15, 4 * lines), squeeze=False)
+    for axes in grid.flat[len(found) :]:
+        axes.remove()
+    for axes, section in zip(grid.flat, found, strict=False):
+        _draw(axes, section, array)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def _draw(axes: Any, section: Section, array: str) -> None:
+    wanted = section.row.bars[0].placement
+    placement = next((it for it in section.placements if it.key == wanted), section.placements[0])
+    values = section.values(placement)
+    names = {it.peer.key: it.peer.name for it in section.results}
+    bars = axes.barh(
+        [names[key] for key in values], list(values.values()), color=[_ink(key) for key in values]
+    )
+    axes.bar_label(bars, [number(value) for value in values.values()], padding=3, fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xscale("log")
+    axes.margins(x=0.15)
+    axes.set_title(
+        f"{section.row.title.format(array=array)} [{section.row.unit}], {placement.title}", fontsize=10
+    )
+    for bar in section.row.bars:
+        if bar.placement == placement.key and (needed := _needed(bar, values)):
+            axes.axvline(needed, linestyle=":", color=_INK["doorpool"])
+
+
+def _ink(key: str) -> str:
+    return _INK[next((kind for kind in ("doorpool", "floor") if key.startswith(kind)), "peer")]
+
+
+def _needed(bar: Bar, values: Mapping[str, float]) -> float | None:
+    """Return the value with which doorpool would just meet a bar."""
+    limit = bar.at_most if bar.at_most < float("inf") else bar.at_least
+    if not bar.under:
+        return limit
+    other = bar.over if bar.under.startswith("doorpool") else bar.under
+    if other not in values:
+        return None
+    return values[other] / limit if other == bar.over else values[other] * limit
