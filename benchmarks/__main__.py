@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -40,7 +41,7 @@ def _arguments(words: Sequence[str] | None) -> argparse.Namespace:
     add(
         "--quick",
         action="store_true",
-        help="only to see that it runs: seconds, short arrays, no extra needed",
+        help="to see that it runs: some seconds, no extra needed",
     )
     add("--out", type=Path, default=Path("benchmarks/results"), metavar="DIR", help="for JSON and plot")
     options = parser.parse_args(words)
@@ -88,11 +89,18 @@ def _measure(options: argparse.Namespace, placements: Sequence[Placement]) -> li
     """Measure everything that was asked for."""
     peers, effort, results = _peers_of(options), _effort_of(options), []
     for workload in _workloads_of(options):
-        for placement in placements:
+        few = options.quick and options.placements is None
+        for placement in _few(workload, placements) if few else placements:
             _tell(f"{workload.key}, {placement.title}")
             results += _run.measure(workload, placement, [*peers, *workload.extra], effort)
     _tell("")
     return results
+
+
+def _few(workload: Workload, placements: Sequence[Placement]) -> Sequence[Placement]:
+    """Return the placements in which a workload has bars, if this machine allows any of them."""
+    wanted = {bar.placement for row in workload.rows for bar in row.bars}
+    return [it for it in placements if it.key in wanted] or placements[:1]
 
 
 def _tell(what: str) -> None:
@@ -104,13 +112,14 @@ def _tell(what: str) -> None:
 def main(words: Sequence[str] | None = None) -> int:
     """Measure, print, write; return 1 if a peer failed."""
     options = _arguments(words)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # with nothing left behind
     for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"):
         os.environ[name] = "1"  # NumPy's threads would be in the way of a fork, and are not needed
     placements = _placements_of(options)
     about = _report.facts(it.needs for it in _peers.PEERS if it.needs)
     results = _measure(options, placements)
     found, array = _report.sections(results, placements), f"{options.megabytes} MB"
-    print(_report.table(found, array))
+    print(_report.head(about), _report.table(found, array), sep="\n\n")
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "results.json").write_text(_report.as_json(found, about, array))
     try:

@@ -39,14 +39,15 @@ def _compiled(folder: str) -> str:
 def _in_c(way: str, service: Service) -> Iterator[Round]:
     command = [_compiled(service.folder), way, ",".join(map(str, sorted(service.cpus)))]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as program:
-        assert program.stdin is not None and program.stdout is not None
+        asked, told = program.stdin, program.stdout
+        assert asked is not None
+        assert told is not None
 
         def take(turn: Turn) -> list[float]:
-            print(turn.calls, file=program.stdin, flush=True)
-            return [int(word) / 1e9 for word in program.stdout.readline().split()]
+            print(turn.calls, file=asked, flush=True)
+            return [int(word) / 1e9 for word in told.readline().split()]
 
         yield take
-        program.stdin.close()
 
 
 @contextmanager

@@ -19,6 +19,7 @@ import signal
 import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -90,7 +91,7 @@ def _read(message: Any) -> list[memoryview]:
 
 class _Ports:
     """
-    What both sides open: the requests and answers, and an event for each direction.
+    What a process opens once, and has its ports on: the requests and answers, and events.
     """
 
     def __init__(self, service: Service) -> None:
@@ -104,7 +105,9 @@ class _Ports:
         self.node = builder.signal_handling_mode(iox.SignalHandlingMode.Disabled).create(iox.ServiceType.Ipc)
         kind = iox.Slice[ctypes.c_uint8]
         calls = self._service("call").request_response(kind, kind)
-        self.calls = calls.max_clients(_CLIENTS).max_nodes(_CLIENTS).open_or_create()
+        calls = calls.max_servers(1).max_clients(_CLIENTS).max_nodes(_CLIENTS)
+        calls = calls.max_active_requests_per_client(1).max_loaned_requests(1)
+        self.calls = calls.max_response_buffer_size(1).open_or_create()
         self.strategy = iox.AllocationStrategy.PowerOfTwo
         self.patience = iox.Duration.from_millis(_LISTEN_MS)
 
@@ -117,6 +120,10 @@ class _Ports:
         """Return the event of one direction."""
         builder = self._service(name).event()
         return builder.max_listeners(_CLIENTS).max_notifiers(_CLIENTS).max_nodes(_CLIENTS).open_or_create()
+
+
+#: A node is a process's; a client is a port of it.
+_ports = lru_cache(1)(_Ports)
 
 
 def _prefix(service: Service) -> str:
@@ -178,15 +185,15 @@ def _nothing() -> None:
 
 
 def serve_busy(service: Service, ready: Ready) -> None:
-    _serve(service, ready, _Ports(service), os.sched_yield, _nothing)
+    _serve(service, ready, _ports(service), os.sched_yield, _nothing)
 
 
 def connect_busy(service: Service) -> Any:
-    return _connect(_Ports(service), os.sched_yield, _nothing)
+    return _connect(_ports(service), os.sched_yield, _nothing)
 
 
 def serve(service: Service, ready: Ready) -> None:
-    ports = _Ports(service)
+    ports = _ports(service)
     requests = ports.event("request").listener_builder().create()
     answers = ports.event("answer").notifier_builder().create()
     _serve(service, ready, ports, lambda: requests.timed_wait(ports.patience), answers.notify)
@@ -194,7 +201,7 @@ def serve(service: Service, ready: Ready) -> None:
 
 @contextmanager
 def connect(service: Service) -> Iterator[Call]:
-    ports = _Ports(service)
+    ports = _ports(service)
     requests = ports.event("request").notifier_builder().create()
     answers = ports.event("answer").listener_builder().create()
     with _connect(ports, lambda: answers.timed_wait(ports.patience), requests.notify) as call:

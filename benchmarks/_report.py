@@ -95,13 +95,27 @@ def sections(results: Sequence[Result], placements: Sequence[Placement]) -> list
     """Return the rows of all workloads, in their order."""
     workloads = list({it.workload.key: it.workload for it in results}.values())
     return [
-        Section(workload, row, tuple(it for it in results if it.workload is workload), tuple(placements))
+        Section(workload, row, tuple(_of(results, workload, row)), tuple(placements))
         for workload in workloads
         for row in workload.rows
     ]
 
 
-# -- the table -------------------------------------------------------------------------------------------
+def _of(results: Iterable[Result], workload: Workload, row: Row) -> Iterator[Result]:
+    """Return the results that a row is about."""
+    return (it for it in results if it.workload is workload and (not row.only or it.peer.key in row.only))
+
+
+def head(about: Mapping[str, Any]) -> str:
+    """Return where, and with what, the numbers were taken."""
+    machine = about["machine"]
+    cpus = ", ".join(map(str, machine["cpus"]))
+    where = f"{machine['processor']}, CPUs {cpus}, {machine['system']}, {machine['python']}"
+    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
+    return "\n".join(filter(None, (where, versions, about["doorpool"])))
+
+
+# -- the table --------------------------------------------------------------------------------------
 
 
 def table(found: Sequence[Section], array: str) -> str:
@@ -116,25 +130,26 @@ def _section(section: Section, array: str) -> Iterator[str]:
     values = {it.key: section.values(it) for it in section.placements}
     for key, results in section.peers().items():
         first = next(iter(results.values()))
-        cells = [_cell(results[it.key], values[it.key].get(key)) for it in section.placements]
+        cells = [_cell(results.get(it.key), values[it.key].get(key)) for it in section.placements]
         yield _line(f"  {first.peer.name}", cells, _samples(first))
     for bar in section.row.bars:
         yield _line(f"  bar: {bar.text}", [_verdict(section, bar, it) for it in section.placements])
 
 
 def _line(title: str, cells: Iterable[str], count: str = "") -> str:
-    if len(set(cells := list(cells))) == 1 and len(cells[0]) > _CELL:
-        return f"{title:{_TITLE}}  {cells[0]}"
-    wide = len(title) - _TITLE if len(title) > _TITLE else 0
-    first = cells[0].rjust(max(_CELL - wide, len(cells[0]) + 1)) if cells else ""
-    return (
-        f"{title:{_TITLE}}{first}{''.join(cell.rjust(_CELL) for cell in cells[1:])}{count:>{_COUNT}}".rstrip()
-    )
+    """Return a line of cells; long ones say why there is no number, the same everywhere, and once."""
+    cells = list(cells)
+    long = next((cell for cell in cells if len(cell) >= _CELL), None)
+    if long is not None:
+        return f"{title:{_TITLE}}  {long}"
+    return f"{title:{_TITLE}}{''.join(cell.rjust(_CELL) for cell in cells)}{count:>{_COUNT}}".rstrip()
 
 
-def _cell(result: Result, value: float | None) -> str:
+def _cell(result: Result | None, value: float | None) -> str:
     if value is not None:
         return number(value)
+    if result is None:
+        return "-"
     return "failed" if result.failed else result.note
 
 
@@ -174,16 +189,16 @@ def _summary(found: Sequence[Section]) -> str:
     return f"{words.count('met')} bars met, {words.count('MISSED')} missed, {unjudged} not measured"
 
 
-# -- JSON ------------------------------------------------------------------------------------------------------
+# -- JSON -------------------------------------------------------------------------------------------
 
 
-def facts(needs: Iterable[str]) -> dict[str, object]:
+_DISTRIBUTIONS = {"zmq": "pyzmq", "grpc": "grpcio"}
+
+
+def facts(needs: Iterable[str]) -> dict[str, Any]:
     """Return where, and with what, the numbers were taken."""
-    distributions = [
-        "doorpool",
-        *("pyzmq" if name == "zmq" else "grpcio" if name == "grpc" else name for name in needs),
-    ]
-    versions = {name: version for name in distributions if (version := _version(name))}
+    names = ["doorpool", *(_DISTRIBUTIONS.get(name, name) for name in needs)]
+    versions = {name: version for name in dict.fromkeys(names) if (version := _version(name))}
     return {"machine": _machine.description(), "versions": versions, "doorpool": _doorpool()}
 
 
@@ -238,7 +253,7 @@ def _verdict_as_dict(verdict: Verdict) -> dict[str, Any]:
     }
 
 
-# -- the plot -------------------------------------------------------------------------------------------------
+# -- the plot ---------------------------------------------------------------------------------------
 
 
 _COLUMNS = 2
@@ -269,23 +284,26 @@ def plot(found: Sequence[Section], path: Path, array: str) -> None:
 
 
 def _draw(axes: Any, section: Section, array: str) -> None:
-    wanted = section.row.bars[0].placement
-    placement = next((it for it in section.placements if it.key == wanted), section.placements[0])
+    placement = _placement(section)
     values = section.values(placement)
     names = {it.peer.key: it.peer.name for it in section.results}
-    bars = axes.barh(
-        [names[key] for key in values], list(values.values()), color=[_ink(key) for key in values]
-    )
+    inks = [_ink(key) for key in values]
+    bars = axes.barh([names[key] for key in values], list(values.values()), color=inks)
     axes.bar_label(bars, [number(value) for value in values.values()], padding=3, fontsize=8)
     axes.invert_yaxis()
     axes.set_xscale("log")
     axes.margins(x=0.15)
-    axes.set_title(
-        f"{section.row.title.format(array=array)} [{section.row.unit}], {placement.title}", fontsize=10
-    )
+    title = section.row.title.format(array=array)
+    axes.set_title(f"{title} [{section.row.unit}], {placement.title}", fontsize=10)
     for bar in section.row.bars:
         if bar.placement == placement.key and (needed := _needed(bar, values)):
             axes.axvline(needed, linestyle=":", color=_INK["doorpool"])
+
+
+def _placement(section: Section) -> Placement:
+    """Return the placement of a row's first bar, if it was measured."""
+    wanted = section.row.bars[0].placement
+    return next((it for it in section.placements if it.key == wanted), section.placements[0])
 
 
 def _ink(key: str) -> str:

@@ -1,10 +1,10 @@
 """
 Processes and turns.
 
-Each peer has a server process and one client process, or several, pinned from their first moment on;
-they are forked from here, where nothing was imported that has threads.  Everybody of a workload is there at the
-same time, and they take turns: a round is one short turn of each.  Between its turns a client waits for the next,
-and a server for its client; one that would poll meanwhile is stopped.
+Each peer has a server process and one client process, or several, pinned from their first moment on; they
+are forked from here, where nothing was imported that has threads.  Everybody of a workload is there at
+the same time, and they take turns: a round is one short turn of each.  Between its turns a client waits for
+the next, and a server for its client; one that would poll meanwhile is stopped.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from typing import Any
@@ -109,23 +109,24 @@ class _Child:
         return what
 
     def send_signal(self, number: int) -> None:
-        """Send it a signal."""
-        os.kill(self.pid, number)
+        """Send it a signal, if it is still there."""
+        if self._process.is_alive():
+            os.kill(self.pid, number)
 
     def close(self) -> None:
-        """End it, and all that it has started."""
+        """End it; what it has started itself ends with it."""
         self._pipe.close()
         self.send_signal(signal.SIGCONT)
-        self._process.terminate()
+        self.send_signal(signal.SIGTERM)
         self._process.join(_LEAVE)
-        with suppress(ProcessLookupError):  # nothing is left of its group
-            os.killpg(self.pid, signal.SIGKILL)
+        self.send_signal(signal.SIGKILL)
         self._process.join()
         self._process.close()
 
 
 def _run_child(pipe: Connection, body: Callable[..., None], *args: object) -> None:
-    os.setsid()  # Ctrl-C is for whoever measures; and the group can be ended as one
+    os.setsid()  # Ctrl-C is for whoever measures
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     try:
         body(pipe, *args)
     except Unavailable as error:
@@ -246,7 +247,7 @@ def measure(workload: Workload, placement: Placement, peers: Sequence[Peer], eff
     with tempfile.TemporaryDirectory(prefix="dp-") as folder, ExitStack() as stack:
         pairs = []
         for peer in peers:
-            private = os.path.join(folder, f"{placement.key}-{peer.key}-{os.getpid()}")
+            private = os.path.join(folder, f"{peer.key}-{placement.key}-{os.getpid()}")
             os.mkdir(private, 0o700)
             pair = _Pair(peer, workload, placement, private)
             pair.result.note = _why_not(peer, workload)
@@ -257,4 +258,5 @@ def measure(workload: Workload, placement: Placement, peers: Sequence[Peer], eff
         _in_step(pairs, _Pair.wait_ready)
         for _ in range(effort.rounds_of(workload)):
             _in_step(pairs, lambda pair: pair.take_turn(effort.turn(workload)))
-        return [pair.result for pair in pairs]
+            pairs.append(pairs.pop(0))  # nobody comes after the same one each time
+        return sorted((pair.result for pair in pairs), key=lambda it: peers.index(it.peer))
