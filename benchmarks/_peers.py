@@ -159,7 +159,7 @@ def send(sock: socket.socket, value: object) -> None:
 
 
 def receive(sock: socket.socket) -> Any:
-    data = sock.recv(_ONE_READ)
+    data: bytes | bytearray = sock.recv(_ONE_READ)
     if not data:
         raise EOFError
     (length,) = _LENGTH.unpack_from(data)
@@ -168,7 +168,7 @@ def receive(sock: socket.socket) -> Any:
     return pickle.loads(memoryview(data)[_LENGTH.size :])
 
 
-def _rest(sock: socket.socket, begun: bytes, length: int) -> bytearray:
+def _rest(sock: socket.socket, begun: bytes | bytearray, length: int) -> bytearray:
     whole = bytearray(length)
     whole[: len(begun)] = begun
     view, have = memoryview(whole), len(begun)

@@ -28,8 +28,8 @@ _TITLE, _CELL, _COUNT = 50, 16, 9
 LEGEND = """\
 Each column is a placement: both sides pinned, each to a CPU of its own or both to one, or left to the
 scheduler.  Numbers are medians over rounds in which all took turns; n: samples in the first column.  A bar is
-judged in one placement, as the median of the ratios of the rounds; ratios in brackets are printed
-only.  benchmarks/README.md says what is counted."""
+judged in one placement, as the median of the ratios of the rounds; numbers in brackets are printed only.
+benchmarks/README.md says what is counted."""
 
 
 @attrs.frozen
@@ -131,9 +131,11 @@ def _section(section: Section, array: str) -> Iterator[str]:
     for key, results in section.peers().items():
         first = next(iter(results.values()))
         cells = [_cell(results.get(it.key), values[it.key].get(key)) for it in section.placements]
-        yield _line(f"  {first.peer.name}", cells, _samples(first))
+        yield _line(f"  {first.peer.name}", cells, str(_samples(first) or ""))
     for bar in section.row.bars:
-        yield _line(f"  bar: {bar.text}", [_verdict(section, bar, it) for it in section.placements])
+        here = any(it.key == bar.placement for it in section.placements)
+        cells = [_verdict(section, bar, it) for it in section.placements]
+        yield _line(f"  bar: {bar.text}", cells, "" if here else "unjudged")
 
 
 def _line(title: str, cells: Iterable[str], count: str = "") -> str:
@@ -153,8 +155,9 @@ def _cell(result: Result | None, value: float | None) -> str:
     return "failed" if result.failed else result.note
 
 
-def _samples(result: Result) -> str:
-    return str(sum(map(len, result.rounds))) if result.rounds else ""
+def _samples(result: Result) -> int:
+    """Return how many there are; a turn of one call gives one, whatever it tells of it."""
+    return len(result.rounds) if result.workload.calls == 1 else sum(map(len, result.rounds))
 
 
 def _verdict(section: Section, bar: Bar, placement: Placement) -> str:
@@ -239,7 +242,7 @@ def _result_as_dict(section: Section, result: Result) -> dict[str, Any]:
         "placement": result.placement.key,
         "value": statistics.median(rounds) if rounds else None,
         "rounds": rounds,
-        "samples": sum(map(len, result.rounds)),
+        "samples": _samples(result),
         "note": result.note,
     }
 
@@ -257,6 +260,7 @@ def _verdict_as_dict(verdict: Verdict) -> dict[str, Any]:
 
 
 _COLUMNS = 2
+_LOGARITHMIC = 8  # times the smallest value; below, lengths say more on a scale from 0
 _INK = {"doorpool": "#c0392b", "floor": "#7f8c8d", "peer": "#2c3e50"}
 
 
@@ -285,13 +289,14 @@ def plot(found: Sequence[Section], path: Path, array: str) -> None:
 
 def _draw(axes: Any, section: Section, array: str) -> None:
     placement = _placement(section)
-    values = section.values(placement)
+    values = {key: value for key, value in section.values(placement).items() if value > 0}
     names = {it.peer.key: it.peer.name for it in section.results}
     inks = [_ink(key) for key in values]
     bars = axes.barh([names[key] for key in values], list(values.values()), color=inks)
     axes.bar_label(bars, [number(value) for value in values.values()], padding=3, fontsize=8)
     axes.invert_yaxis()
-    axes.set_xscale("log")
+    if max(values.values(), default=1) > _LOGARITHMIC * min(values.values(), default=1):
+        axes.set_xscale("log")
     axes.margins(x=0.15)
     title = section.row.title.format(array=array)
     axes.set_title(f"{title} [{section.row.unit}], {placement.title}", fontsize=10)

@@ -468,7 +468,6 @@ _ECHO = Workload(
     calls=30,
     seconds=0.3,
     rounds=10,
-    extra=(_floors.PICKLE,),
 )
 
 _ARGUMENT = Workload(

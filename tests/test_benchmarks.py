@@ -81,6 +81,11 @@ def values(report, title):
     return {(it["peer"], it["placement"]): it["value"] for it in row["peers"]}
 
 
+def is_a_value(value, row):
+    """Times and rates are above zero; memory that was measured may have shrunk."""
+    return value > 0 or row["workload"] == "memory"
+
+
 def placements():
     return ["two", "one", "free"] if len(os.sched_getaffinity(0)) > 1 else ["one", "free"]
 
@@ -93,7 +98,9 @@ def test_a_quick_run_has_every_row_and_bar_and_leaves_only_its_report(door_dir):
     for words in (*ROWS, *WAYS, *(f"bar: {bar}" for bar in BARS)):
         assert f"{words} " in finished.stdout
     for row in report["rows"]:
-        assert all(it["value"] > 0 and it["samples"] > 0 for it in row["peers"] if not it["note"])
+        numbers = [it for it in row["peers"] if not it["note"]]
+        assert numbers
+        assert all(it["samples"] > 0 and is_a_value(it["value"], row) for it in numbers)
     assert not [name for name in os.listdir(door_dir) if name != "out"]
 
 
