@@ -254,8 +254,12 @@ class Gate:
             if page is not None:
                 request = page.linger(self._set) if how == RECEIVE else page.take()
             if type(request) is tuple:
-                invocation.data, _, invocation._nanoseconds, sent = request
+                data, manifest, invocation._nanoseconds, sent = request
                 channel.number += 1
+                if manifest:
+                    invocation.buffers = channel.unstow(data[:manifest], (), [])
+                    data = data[manifest:]
+                invocation.data = data
             elif how == RECEIVE and request == shuttle.NOTHING:
                 return None
             else:
@@ -272,9 +276,12 @@ class Gate:
             invocation._sent, invocation._taken = sent, (taken := time.monotonic_ns())
             if served.doomed is not None or ((page is None or taken - sent > OLD) and served.poll.poll(0)):
                 self._turn_away(served, frame)
-            if frame is None and len(invocation.data) > door.max_request:
-                frame = Frame(_REQUEST, channel.number)
-                frame.refusal = Refusal(Reason.TOO_LARGE, limit=door.max_request, value=len(invocation.data))
+            size = len(invocation.data)
+            if invocation.buffers:
+                size += sum(map(len, invocation.buffers))
+            if size > door.max_request:
+                frame = frame or Frame(_REQUEST, channel.number)
+                self._refuse_size(frame, door.max_request, size)
             everyday = frame is None or (
                 frame.kind == _REQUEST and frame.refusal is None and not frame.descriptors
             )
@@ -307,8 +314,6 @@ class Gate:
         frame = channel.read(limit, how, served.limit)
         if frame is None:
             return None
-        if door.max_request < limit:  # lowered while we waited
-            self._measure(frame, door.max_request)
         if frame.number != channel.number + 1 or frame.kind not in _FROM_CALLER:
             self._complain(channel, frame)
         if channel.page is not None and not channel.page.accept():
@@ -318,9 +323,9 @@ class Gate:
         return frame
 
     @staticmethod
-    def _measure(frame: Frame, limit: int) -> None:
-        size = len(frame.data) + sum(map(len, frame.buffers))
-        if size > limit and frame.refusal is None:
+    def _refuse_size(frame: Frame, limit: int, size: int) -> None:
+        """Mark a request as too large: the limit was lowered while we waited, or segments count too."""
+        if frame.refusal is None:
             frame.refusal = Refusal(Reason.TOO_LARGE, limit=limit, value=size)
 
     @staticmethod
@@ -515,6 +520,10 @@ class Invocation:
     Modelled on: the arguments of a server procedure, door_create(3C)
     """
 
+    _nanoseconds: int
+    _sent: int
+    _taken: int
+
     __slots__ = (
         "_gate", "_nanoseconds", "_open", "_sent", "_taken", "buffers", "data", "descriptors",
         "door", "line",
@@ -526,7 +535,7 @@ class Invocation:
         self.line = served
         self.door = served.door
         self.data: bytes | bytearray = b""
-        self.buffers: Sequence[bytearray] = ()
+        self.buffers: Sequence[bytearray | memoryview] = ()
         self.descriptors: list[int] = []
 
     def take(self, frame: Frame) -> None:
@@ -649,11 +658,16 @@ class Invocation:
         served = self.line
         try:
             # step: replying
-            page = served.channel.page
-            if page is None or kind != _REPLY or buffers or descriptors or not page.answer(data, 0):
+            channel, manifest = served.channel, b""
+            page = channel.page
+            if kind == _REPLY and (buffers or channel.news):
+                manifest, buffers, descriptors = channel.stow(buffers, descriptors)
+            whole = b"".join((manifest, data)) if manifest else data
+            by_page = page is not None and kind == _REPLY and not buffers and not descriptors
+            if not by_page or not page.answer(whole, len(manifest)):  # type: ignore[union-attr]
                 if page is not None:
                     page.answer_by_socket()
-                served.channel.post(kind, served.channel.number, data, buffers, descriptors)
+                channel.post(kind, channel.number, data, buffers, descriptors, manifest=manifest)
         except OSError:
             self._gate.drop(served)  # nobody is there, or nobody reads
         except BaseException:

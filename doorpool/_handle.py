@@ -92,8 +92,11 @@ _PING, _PONG = int(Kind.PING), int(Kind.PONG)
 _LOOK_UP = int(LOOK_UP * 1e9)
 
 #: What comes back from a call: the bytes, the buffers, the descriptors; or the bytes, where there is no more.
-Whole = tuple[bytes | bytearray, Sequence[bytearray], list[int]]
+Whole = tuple[bytes | bytearray, Sequence[bytearray | memoryview], list[int]]
 Came = bytes | Whole
+
+#: A frame, or what came by the shared page: bytes; or bytes of which so many are a manifest.
+_Answer = Frame | bytes | tuple[bytes, int]
 
 _DROPPED_KNOCKS = 3  #: How often a knock is made that vanishes at a door that is there.
 
@@ -165,7 +168,7 @@ class Reply:
     """
 
     data: bytes | bytearray
-    buffers: Sequence[bytearray] = ()
+    buffers: Sequence[bytearray | memoryview] = ()
     descriptors: list[int] = attrs.field(factory=list)
 
     def close(self) -> None:
@@ -217,7 +220,8 @@ class Handle:
         deadline = deadline_after(check_seconds(open_timeout, "open_timeout"))
         self._server = None if server is None else frozenset(server)
         self._trust = trust
-        self._words = attrs.evolve(words or Knock(sys.version_info[:2]), page=shuttle.PAGE_BYTES)
+        words = words or Knock(sys.version_info[:2])
+        self._words = attrs.evolve(words, page=shuttle.PAGE_BYTES, segments=True)
         self._spin = check_spin(spin)
         self._owner: int | None = None
         self.path: str | None = None
@@ -540,7 +544,9 @@ class Handle:
         return channel
 
     def _share(self, opened: _opening.Opened) -> None:
-        """Map the page that came with an answer; if there is no memory for it, ask for none again."""
+        """Map the page that came with an answer; if there is no memory for it, ask again, for none."""
+        if opened.segments:
+            opened.channel.use_segments()
         if opened.page < 0:
             return
         try:
@@ -735,10 +741,10 @@ class Handle:
         channel.number += 1
         page = channel.page
         sent = False
-        frame: Frame | bytes | None
+        frame: _Answer | None
         try:
             # step: request-begun
-            everyday = page is not None and deadline is None and kind == _REQUEST
+            everyday = page is not None and deadline is None and kind == _REQUEST and not channel.news
             if everyday and not buffers and not descriptors and page.post(data, 0, 0) is True:  # type: ignore[union-attr]
                 posted = True
             else:
@@ -771,6 +777,8 @@ class Handle:
         if type(frame) is bytes:
             self._give_back(channel)
             return frame
+        if isinstance(frame, tuple):
+            return self._unpacked(channel, *frame)
         assert isinstance(frame, Frame)
         if frame.number == channel.number and frame.kind == (_REPLY if kind == _REQUEST else _PONG):
             self._give_back(channel)
@@ -779,6 +787,17 @@ class Handle:
             return frame.data, frame.buffers, frame.descriptors
         close_all(frame.descriptors)
         self._take_failure(channel, frame, fresh)
+
+    def _unpacked(self, channel: Channel, whole: bytes, manifest: int) -> Whole:
+        """Find the buffers of a reply that came by the shared page with a manifest."""
+        try:
+            buffers = channel.unstow(whole[:manifest], (), [])
+        except ProtocolError as error:
+            channel.close()
+            error.may_have_run = True
+            raise
+        self._give_back(channel)
+        return whole[manifest:], buffers, []
 
     @staticmethod
     def _drop(channel: Channel) -> bool:
@@ -838,16 +857,21 @@ class Handle:
             nanoseconds = int(left * 1e9) or 1
             patience = min(LOOK_UP, left)
         channel.patience = channel.send_patience = patience
-        page = channel.page
-        if page is not None and self._posted(page, kind, data, buffers, descriptors, nanoseconds):
-            return True
+        page, manifest = channel.page, b""
+        if kind == _REQUEST:
+            manifest, buffers, descriptors = channel.stow(buffers, descriptors)
+        if page is not None and kind == _REQUEST and not buffers and not descriptors:
+            whole = b"".join((manifest, data)) if manifest else data
+            if page.post(whole, len(manifest), nanoseconds) is True:
+                return True
         # Nearly all goes at once; but a body that was refused may still lie there, half thrown away.
         look_up = self._look_up_sending
         try:
             if page is not None and not page.announce():
                 self._hear_last_words(channel)
             channel.post(
-                kind, channel.number, data, buffers, descriptors, nanoseconds, now, look_up, deadline
+                kind, channel.number, data, buffers, descriptors, nanoseconds, now, look_up, deadline,
+                manifest,
             )  # fmt: skip
         except ConnectionError as error:
             if isinstance(error, DoorError):
@@ -858,16 +882,6 @@ class Handle:
                 raise
             raise BusyError(f"{self.name}: too many descriptors in flight for this user") from None
         return False
-
-    @staticmethod
-    def _posted(
-        page: shuttle.Page, kind: int, data: bytes | bytearray | memoryview,
-        buffers: Sequence[memoryview], descriptors: Sequence[int], nanoseconds: int,
-    ) -> bool:  # fmt: skip
-        """Post a request in the shared page, if it is one and fits."""
-        if kind != _REQUEST or buffers or descriptors:
-            return False
-        return page.post(data, 0, nanoseconds) is True
 
     def _hear_last_words(self, channel: Channel) -> NoReturn:
         """The request could not be sent whole, so it does not run; find out why."""
@@ -882,7 +896,7 @@ class Handle:
                 raise self._error(refusal)
         raise Hangup(unread=True)
 
-    def _await_either(self, channel: Channel, deadline: float | None) -> Frame | bytes:
+    def _await_either(self, channel: Channel, deadline: float | None) -> _Answer:
         """
         Wait for the answer to what was sent by the socket, where something may have waited before.
 
@@ -894,18 +908,18 @@ class Handle:
             frame = channel.read(MAX_REPLY, NOT)
         if frame is None:
             return self._await_shared(channel, page.wait(_nanoseconds_left(deadline)), deadline)
-        answer = page.wait(0) if frame.kind == Kind.GOODBYE else None
-        return answer if type(answer) is bytes else frame
+        answer = page.wait(0) if frame.kind == Kind.GOODBYE else 0
+        return frame if isinstance(answer, int) else answer
 
-    def _await_shared(self, channel: Channel, answer: Any, deadline: float | None) -> Frame | bytes:
+    def _await_shared(self, channel: Channel, answer: Any, deadline: float | None) -> _Answer:
         """Wait on, the shared page having said something else than an everyday reply."""
         page = channel.page
         assert page is not None
         while answer == shuttle.NOTHING:
             self._look_up(channel, deadline)
             answer = page.wait(_nanoseconds_left(deadline))
-        if type(answer) is bytes:
-            return answer
+        if not isinstance(answer, int):
+            return answer  # type: ignore[no-any-return]
         channel.patience = _nanoseconds_left(deadline) / 1e9
         if answer == shuttle.BY_SOCKET:
             return self._await_reply(channel, channel.read(MAX_REPLY, POLL, None, deadline), deadline)

@@ -173,11 +173,13 @@ class Opened:
 
     Attributes:
         page: the memory of its shared page, -1 for none; owned by whoever has this.
+        segments: segments may be used.
     """
 
     channel: Channel
     codec: Codec
     page: int = -1
+    segments: bool = False
 
     def close(self) -> None:
         """Close it, not having believed it."""
@@ -221,12 +223,14 @@ def hear_answer(ours: socket.socket) -> Opened | Refusal:
 def _opened_by(letter: Letter, answer: Answer) -> Opened:
     """Take what an answer brings: the channel, and the page behind it if there is one."""
     page = -1
+    if (answer.page or answer.segments) and answer.codec is not Codec.PICKLE:
+        raise ProtocolError("the answer to a knock shares memory where no pickle is spoken")
     if answer.page:
-        if answer.codec is not Codec.PICKLE or len(letter.descriptors) != 2:
-            raise ProtocolError("the answer to a knock brought a page where there can be none, or none")
+        if len(letter.descriptors) != 2:
+            raise ProtocolError("the answer to a knock promised a page, and brought none")
         page = letter.descriptors.pop()
     try:
-        return Opened(_channel_of(letter), answer.codec, page)
+        return Opened(_channel_of(letter), answer.codec, page, answer.segments)
     except BaseException:
         if page >= 0:
             letter.descriptors.append(page)
@@ -411,11 +415,14 @@ def admit(visitor: Visitor, codec: Codec, *, spin: int = -1) -> Channel:
         if codec is Codec.PICKLE and visitor.words.page:
             shared, memory = _make_page(visitor, ours, spin)
         # step: answering
-        answer = Answer(codec, page=shuttle.PAGE_BYTES if shared else 0)
+        segments = codec is Codec.PICKLE and visitor.words.segments
+        answer = Answer(codec, page=shuttle.PAGE_BYTES if shared else 0, segments=segments)
         gifts = [theirs.fileno(), memory] if shared else [theirs.fileno()]
         _sockets.send_letter(visitor.socket, answer.encode(), gifts)
         channel = _make_channel(visitor.letter, ours, visitor.socket)
         channel.page = shared
+        if segments:
+            channel.use_segments()
         return channel
     except BaseException:
         if shared is not None:

@@ -147,7 +147,7 @@ class _Line:
         except (RevokedError, BrokenDoorError, ClosedError) as first:
             again = functools.partial(self._exchange, args=args, kwargs=kwargs, deadline=deadline)
             reply = self._try_anew(handle, first, deadline, again)
-        if type(reply) is bytes:
+        if isinstance(reply, bytes):
             return unpack_outcome(reply)
         return unpack_outcome(reply[0], reply[1])
 
