@@ -85,4 +85,7 @@ def current_call() -> Call:
         invocation = current.get()
     except LookupError:
         raise RuntimeError("no call is being answered here: current_call() is for procedures") from None
-    return Call(invocation, invocation.door.cookie)
+    if invocation.call is None:
+        invocation.call = Call(invocation, invocation.door.cookie)
+    call: Call = invocation.call
+    return call

@@ -516,6 +516,7 @@ class Invocation:
         line: the channel it came by; in its ``memo`` the layer above may keep something.
         credentials: who is calling, as of the opening of its channel.
         words: what the caller says of itself (a claim).
+        call: the layer above may keep something here, too.
 
     Modelled on: the arguments of a server procedure, door_create(3C)
     """
@@ -525,12 +526,13 @@ class Invocation:
     _taken: int
 
     __slots__ = (
-        "_gate", "_nanoseconds", "_open", "_sent", "_taken", "buffers", "data", "descriptors",
+        "_gate", "_nanoseconds", "_open", "_sent", "_taken", "buffers", "call", "data", "descriptors",
         "door", "line",
     )  # fmt: skip
 
     def __init__(self, gate: Gate, served: Served) -> None:
         self._open = False  # until there is something to answer
+        self.call: Any = None
         self._gate = gate
         self.line = served
         self.door = served.door
