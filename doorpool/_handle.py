@@ -91,6 +91,9 @@ _PING, _PONG = int(Kind.PING), int(Kind.PONG)
 
 _LOOK_UP = int(LOOK_UP * 1e9)
 
+#: Reasons for which a request was refused before all of it was read, perhaps.
+_UNREAD = frozenset({Reason.TOO_LARGE, Reason.DESCRIPTORS_LOST})
+
 #: What comes back from a call: the bytes, the buffers, the descriptors; or the bytes, where there is no more.
 Whole = tuple[bytes | bytearray, Sequence[bytearray | memoryview], list[int]]
 Came = bytes | Whole
@@ -781,9 +784,13 @@ class Handle:
             return self._unpacked(channel, *frame)
         assert isinstance(frame, Frame)
         if frame.number == channel.number and frame.kind == (_REPLY if kind == _REQUEST else _PONG):
-            self._give_back(channel)
             if frame.refusal is not None:
+                if channel.shelf is None:
+                    self._give_back(channel)
+                else:
+                    channel.close()  # there may have been a manifest, and some of them segments
                 raise OSError(errno.EMFILE, "no free descriptors for those that the reply brought")
+            self._give_back(channel)
             return frame.data, frame.buffers, frame.descriptors
         close_all(frame.descriptors)
         self._take_failure(channel, frame, fresh)
@@ -827,7 +834,10 @@ class Handle:
             except ProtocolError:
                 channel.close()
                 raise
-            self._give_back(channel)
+            if channel.stowed and refusal.reason in _UNREAD:
+                channel.close()  # the server has not read which segments are whose
+            else:
+                self._give_back(channel)
         if refusal is None:
             channel.shutdown()
             channel.close()

@@ -114,7 +114,7 @@ MIB = 1 << 20
 #:
 #: The manifest costs 25 µs at both ends, there and back, and its frames some 20 more; from 208 KiB on a
 #: message does not fit into a socket.
-THRESHOLD = 256 << 10
+THRESHOLD = 64 << 10
 
 #: From here on a buffer has a segment of its own, so that who keeps it keeps no others.
 LARGE = MIB
