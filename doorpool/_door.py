@@ -72,7 +72,8 @@ class Door:
             takes note, and neither waits nor works.
         max_request, max_reply: bytes of data and buffers; may be changed at any time.
         max_descriptors: of a request; likewise.
-        main, doc, signature: go into the greeting.
+        attributes: further bits to be shown.
+        main, doc, signature, methods: go into the greeting.
 
     Modelled on: door_create(3C)
     """
@@ -92,9 +93,11 @@ class Door:
         max_request: int = 2**30,
         max_reply: int = 2**30,
         max_descriptors: int = MAX_DESCRIPTORS,
+        attributes: int = 0,
         main: bytes = _wire.NO_MAIN,
         doc: str = "",
         signature: str = "",
+        methods: str = "",
     ) -> None:
         self.id = os.urandom(_wire.ID_SIZE)
         self.gate = gate
@@ -112,6 +115,8 @@ class Door:
         self._main = main
         self._doc = doc
         self._signature = signature
+        self._methods = methods
+        self._attributes = attributes
         self._generation = _sockets.generation
         self._keeper = keeper()
         self._names: dict[str, Name] = {}
@@ -155,12 +160,13 @@ class Door:
         """Return what the door says of itself now."""
         return _wire.Greeting(
             id=self.id, codec=self.codec, name=self.name, python=sys.version_info[:2],
-            main=self._main, doc=self._doc, signature=self._signature, **attrs.asdict(self.limits()),
+            main=self._main, doc=self._doc, signature=self._signature, methods=self._methods,
+            **attrs.asdict(self.limits()),
         )  # fmt: skip
 
     def limits(self) -> _wire.Limits:
         """Return what the door takes now."""
-        attributes = Attribute.PRIVATE * self.private
+        attributes = self._attributes | Attribute.PRIVATE * self.private
         attributes |= Attribute.REFUSE_DESCRIPTORS * self.refuse_descriptors
         return _wire.Limits(self.max_request, self.max_descriptors, attributes)
 

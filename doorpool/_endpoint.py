@@ -35,7 +35,7 @@ import threading
 import traceback
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from doorpool import _sockets
@@ -56,8 +56,9 @@ from doorpool._marshal import (
     unpack_arguments,
 )
 from doorpool._names import absolute_path
+from doorpool._objects import Facade, encode_table, facade_of, signature_text
 from doorpool._threads import Interrupt
-from doorpool._wire import Reason, Refusal
+from doorpool._wire import Attribute, Reason, Refusal
 from doorpool.door import Codec, Door, Invocation
 
 if TYPE_CHECKING:
@@ -83,8 +84,8 @@ class Endpoint:
     Offer a procedure to other processes.
 
     Args:
-        target: what is called: anything callable with the caller's arguments.  It runs in a
-            server thread, several at once if several call.
+        target: what is called: anything callable with the caller's arguments; or an object, whose
+            public methods are.  It runs in a server thread, several at once if several call.
         name: what messages call the door; the target's ``__qualname__`` by default.
         mode: of the names it gets, as ``ls -l`` shows it.  Connecting takes *write*
             permission on Linux, so ``0o666`` lets everybody knock.  (Only processes of our
@@ -94,6 +95,8 @@ class Endpoint:
             can say.  "uid": the same user is enough, a sandboxed one included.
         threads: how many threads of its own it has at most; without it its calls are run by
             the server's, which it shares with the other endpoints.
+        expose: the names of the object's methods that callers may reach, "__call__" among them if
+            it may be called itself; by default all that do not begin with an underscore.
         refuse_descriptors: refuse every call that brings a descriptor.
         max_request, max_reply: bytes; over it is a ``LimitError`` for the caller.  May be
             set at any time.
@@ -106,7 +109,8 @@ class Endpoint:
             you take the last one away.
 
     Raises:
-        TypeError: the target cannot be called, or only from ``async`` code.
+        TypeError: the target cannot be called, or only from ``async`` code, and has no public
+            methods either.
         ValueError: an option is out of its range.
 
     Modelled on: door_create(3C), with DOOR_PRIVATE for ``threads``, DOOR_UNREF for
@@ -116,6 +120,7 @@ class Endpoint:
     def __init__(
         self, target: Callable[..., Any], *, name: str | None = None, mode: int = 0o600,
         codec: str = "pickle", trust: str = "namespace", threads: int | None = None,
+        expose: Iterable[str] | None = None,
         refuse_descriptors: bool = False, max_request: int = 2**30, max_reply: int = 2**30,
         max_descriptors: int = 253, on_unref: Callable[[], object] | None = None, linger: bool = False,
     ) -> None:  # fmt: skip
@@ -125,7 +130,7 @@ class Endpoint:
         self._closed = False
         self._making = threading.RLock()
         self._generation = _sockets.generation
-        self.target = _checked_target(target)
+        self.target = facade_of(target, expose) or _checked_target(target)
         self.name = _checked_name(name, target)
         self.mode = check_mode(mode)
         self._trust = _checked_choice("trust", trust, ("namespace", "uid"))
@@ -278,16 +283,16 @@ class Endpoint:
         if self._door is None:
             assert self._server is not None
             # May run foreign code: no lock is held.
-            doc, signature = inspect.getdoc(self.target) or "", _signature(self.target)
+            words = _describe(self.target)
             with self._making:
                 self._check_open()
                 if self._door is None:
-                    self._make_door(self._server, doc, signature)
+                    self._make_door(self._server, words)
             self._server._await_set_up(self)
         assert self._door is not None
         return self._door
 
-    def _make_door(self, server: Server, doc: str, signature: str) -> None:
+    def _make_door(self, server: Server, words: dict[str, Any]) -> None:
         private = self._threads is not None
         self._pool = (
             server._make_private_pool(self.name, self._threads) if self._threads else server._shared_pool
@@ -305,8 +310,7 @@ class Endpoint:
             max_reply=self._max_reply,
             max_descriptors=self._max_descriptors,
             main=own_dialect().main,
-            doc=doc,
-            signature=signature,
+            **words,
         )
         _endpoints[self._door.id] = self
 
@@ -418,6 +422,7 @@ class Endpoint:
             door.revoke()
         if self._server is not None:
             self._server._forget(self)
+        self._abandon()
 
     def _retire(self, refusal: Refusal) -> None:
         """Close because the server closes; callers are told this reason."""
@@ -426,6 +431,15 @@ class Endpoint:
             door = self._door
         if door is not None:
             door.revoke(refusal)
+
+    def _abandon(self) -> None:
+        """Leave a context manager that callers have entered and will never leave; for ``Server`` too."""
+        if not isinstance(self.target, Facade):
+            return
+        try:
+            self.target.abandon(f"{self.name}: whoever had entered it is gone")
+        except BaseException as error:
+            log.error("%s: leaving it for a caller who is gone has failed", self.name, exc_info=error)
 
     # -- unreferenced ------------------------------------------------------------------------
 
@@ -438,6 +452,7 @@ class Endpoint:
         """Tell, and close if it does not linger, unless somebody has got hold of it again."""
         if self._closed or not self.unreferenced:
             return
+        self._abandon()
         if self._on_unref is not None:
             assert self._pool is not None
             self._pool.see_to_a_waiter()
@@ -650,8 +665,12 @@ def check_mode(mode: int) -> int:
     return mode
 
 
-def _signature(target: Callable[..., Any]) -> str:
-    try:
-        return str(inspect.signature(target))
-    except (TypeError, ValueError):
-        return ""
+def _describe(target: Callable[..., Any]) -> dict[str, Any]:
+    """Return what a door's greeting says of what it leads to."""
+    if not isinstance(target, Facade):
+        return {"doc": inspect.getdoc(target) or "", "signature": signature_text(target)}
+    attributes = Attribute.OBJECT | Attribute.CONTEXT_MANAGER * target.is_context_manager
+    return {
+        "doc": target.doc(), "signature": target.signature(), "methods": encode_table(target.table()),
+        "attributes": attributes,
+    }  # fmt: skip

@@ -22,8 +22,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import os
 import sys
+import textwrap
 import threading
 import time
 import warnings
@@ -41,14 +43,17 @@ from doorpool._errors import (
     CallTimeoutError,
     ClosedError,
     DoorError,
+    NotADoorError,
     Path,
+    ProtocolError,
     RevokedError,
 )
 from doorpool._handle import FOREVER, Came, check_seconds, check_spin, deadline_after
 from doorpool._info import DoorInfo, describe
 from doorpool._marshal import Dialect, own_dialect, pack_arguments, unpack_outcome
+from doorpool._objects import CALL, ENTER, EXIT, METHODS, Table, checked_table, decode_table, read_signature
 from doorpool._threads import waiting_for
-from doorpool._wire import Knock
+from doorpool._wire import Attribute, Knock
 from doorpool.door import Codec, Handle
 
 __all__ = ["Proxy"]
@@ -88,8 +93,8 @@ class _Line:
         self.handle = self._open(door, open_timeout)
         self.reopens = reopens and self.handle.path is not None
         self.id = self.handle.greeting.id
-        self._believed = self.handle.server.uid, self.handle.greeting.codec
         self._take(self.handle)
+        self._believed = self.handle.server.uid, self.handle.greeting.codec
         self._reset()
 
     def _reset(self) -> None:
@@ -142,6 +147,10 @@ class _Line:
         self.dialect = Dialect(handle.greeting.python, handle.greeting.main)
         home = endpoint_with_id(handle.greeting.id) if handle.is_local else None
         self._pool = home._pool if home is not None else None  # of this very process, if the door is
+        self._table: Table | None = None
+        self.is_object = bool(handle.greeting.attributes & Attribute.OBJECT)
+        if self.is_object:
+            self.__class__ = _ObjectLine  # a bound method here would make a ring
         self.handle = handle  # last: who calls by it marshals for it
 
     def call(self, args: tuple[Any, ...], kwargs: dict[str, Any], deadline: float | None) -> Any:
@@ -159,6 +168,34 @@ class _Line:
         if isinstance(reply, bytes):
             return unpack_outcome(reply)
         return unpack_outcome(reply[0], reply[1])
+
+    def call_method(
+        self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], deadline: float | None
+    ) -> Any:
+        """Call a method of the object that the door leads to."""
+        return _Line.call(self, (name, *args), kwargs, deadline)
+
+    def methods(self) -> Table:
+        """Return what may be called, as far as the door has said when it was opened."""
+        if self._table is None:
+            self._table = decode_table(self.handle.greeting.methods)
+        return self._table if self._table is not None else self._ask_methods()
+
+    def all_methods(self) -> Table:
+        """Return what may be called, with signatures and docstrings, asking for what was left out."""
+        table = self.methods()
+        if None in table.values():
+            with contextlib.suppress(DoorError):  # of a door that is gone, what is known must do
+                return self._ask_methods()
+        return table
+
+    def _ask_methods(self) -> Table:
+        deadline = deadline_after(check_seconds(self.open_timeout, "open_timeout"))
+        table = checked_table(self.call_method(METHODS, (), {}, deadline))
+        if table is None:
+            raise ProtocolError(f"{self.handle.name} says that it is an object, and not what its methods are")
+        self._table = table
+        return table
 
     def ping(self, deadline: float | None) -> None:
         """Have the server answer; reopened like a call."""
@@ -233,13 +270,19 @@ class _Line:
         timeouts = [seconds for seconds in (self.open_timeout, _left(deadline)) if seconds is not None]
         handle = self._open(gone.path, min(timeouts, default=None))
         believed = handle.server.uid, handle.greeting.codec
-        if believed == self._believed:
-            return handle
-        handle.close()
-        raise AccessError(
-            f"{gone.name} is served by uid {believed[0]} with codec {believed[1].name} now, and "
-            f"was opened with uid {self._believed[0]} and codec {self._believed[1].name}"
-        )
+        if believed != self._believed:
+            handle.close()
+            raise AccessError(
+                f"{gone.name} is served by uid {believed[0]} with codec {believed[1].name} now, and "
+                f"was opened with uid {self._believed[0]} and codec {self._believed[1].name}"
+            )
+        if bool(handle.greeting.attributes & Attribute.OBJECT) != self.is_object:
+            handle.close()
+            raise NotADoorError(
+                f"{gone.name} was opened as the door of {_kind(self.is_object)}, and is one of "
+                f"{_kind(not self.is_object)} now", filename=gone.path,
+            )  # fmt: skip
+        return handle
 
     def executor(self) -> ThreadPoolExecutor:
         """Return the threads in which ``submit`` calls."""
@@ -260,6 +303,18 @@ class _Line:
             executor.shutdown(wait=False, cancel_futures=True)
 
 
+class _ObjectLine(_Line):
+    """What the views of an object's door share: a call names the method first."""
+
+    def call(self, args: tuple[Any, ...], kwargs: dict[str, Any], deadline: float | None) -> Any:
+        """Call the object itself."""
+        return self.call_method(CALL, args, kwargs, deadline)
+
+
+def _kind(is_object: bool) -> str:
+    return "an object" if is_object else "a function"
+
+
 _crossing = threading.Lock()
 
 
@@ -277,6 +332,9 @@ class Proxy:
 
     Opening happens here and fails here.  Any number of threads may call at once; each call
     has a channel of its own.  In a forked child the proxy goes on with channels of its own.
+
+    The door of an object has the object's public methods besides: ``bank.deposit(10)``.  What
+    a proxy has itself (``close``, ``options``, ...) comes first; ``method`` reaches the rest.
 
     Args:
         door: a path; or the number or ``Descriptor`` of an open door, taken over if this
@@ -304,9 +362,10 @@ class Proxy:
     Modelled on: door_call(3C)
     """
 
-    __slots__ = ("__weakref__", "_line", "_timeout")
+    __slots__ = ("__weakref__", "_line", "_methods", "_timeout")
 
     _line: _Line
+    _methods: dict[str, RemoteMethod] | None
 
     def __init__(
         self, door: Path | int | Descriptor | Endpoint | Proxy, *, timeout: float | None = None,
@@ -314,6 +373,7 @@ class Proxy:
         trust: str = "namespace", spin: float | None = None,
     ) -> None:  # fmt: skip
         check_spin(spin)
+        self._methods = None
         self._timeout = check_seconds(timeout, "timeout")
         wait = _checked_wait(wait)
         if trust not in ("namespace", "uid"):
@@ -349,7 +409,7 @@ class Proxy:
         Closing any view closes the door for all of them.
         """
         view = object.__new__(Proxy)
-        view._line = self._line
+        view._line, view._methods = self._line, None
         absent = isinstance(timeout, _Unchanged)
         view._timeout = self._timeout if absent else check_seconds(timeout, "timeout")  # type: ignore[arg-type]
         return view
@@ -387,6 +447,46 @@ class Proxy:
         """
         seconds = self._timeout if timeout is None else check_seconds(timeout, "timeout")
         self._line.ping(deadline_after(seconds))
+
+    # -- the methods of an object --------------------------------------------------------------
+
+    def method(self, name: str) -> RemoteMethod:
+        """
+        Return a method of the object that the door leads to, to be called like one's own.
+
+        ``bank.method("close")`` reaches one whose name the proxy has for itself; any other is
+        ``bank.deposit`` as well.
+
+        Raises:
+            AttributeError: the object has no such method, or none for callers.
+        """
+        known = self._methods
+        if known is None:
+            known = self._methods = {}
+        found = known.get(name)
+        if found is None:
+            if not self._line.is_object or name not in self._line.methods():
+                raise AttributeError(f"{self!r} has no method {name!r}", name=name, obj=self)
+            found = known[name] = RemoteMethod(self.options(), name)  # of a view: itself would make a ring
+        return found
+
+    def __getattr__(self, name: str) -> RemoteMethod:
+        if name.startswith("_"):  # no look-up of Python's own ever leaves the process
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}", name=name, obj=self)
+        return self.method(name)
+
+    def __dir__(self) -> Iterable[str]:
+        names = set(object.__dir__(self))
+        if self._line.is_object:
+            names.update(name for name in self._line.methods() if not name.startswith("_"))
+        return names
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        signature = read_signature(self._line.info.signature)
+        if signature is None:
+            raise AttributeError("the door says nothing of its signature")
+        return signature
 
     # -- the door ------------------------------------------------------------------------------
 
@@ -441,6 +541,110 @@ class Proxy:
             f"{self!r} is an open door and cannot be pickled: open a Proxy of the path where it is "
             "needed, or pass it as an argument of multiprocessing.Process"
         )
+
+
+class _Doc:
+    """The docstring of a class, and of its instances what their doors say."""
+
+    def __init__(self, text: str | None) -> None:
+        self._text = text
+
+    def __get__(self, proxy: Proxy | None, _: type | None = None) -> str | None:
+        if proxy is None:
+            return self._text
+        line = proxy._line
+        doc = f"{line.info.name}{line.info.signature}\n\n{line.info.doc}".rstrip()
+        if line.is_object:
+            doc += "\n\nMethods:\n"
+            for name, (signature, text) in sorted(_told(line.all_methods())):
+                doc += f"\n    {name}{signature}\n" + textwrap.indent(text, " " * 8) + "\n"
+        return doc
+
+
+def _told(table: Table) -> Iterator[tuple[str, tuple[str, str]]]:
+    for name, entry in table.items():
+        yield name, entry or ("(...)", "")
+
+
+Proxy.__doc__ = _Doc(Proxy.__doc__)  # type: ignore[assignment]
+
+
+class RemoteMethod:
+    """
+    A method of an object behind a door; made by ``Proxy``, which see.
+
+    It may be called, handed around like any function, and passed through a door.
+    """
+
+    __slots__ = ("__weakref__", "_name", "_proxy")
+
+    def __init__(self, proxy: Proxy, name: str) -> None:
+        self._proxy = proxy
+        self._name = name
+
+    def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
+        """Call the method; as ``Proxy.__call__``."""
+        proxy = self._proxy
+        timeout = proxy._timeout
+        deadline = None if timeout is None else deadline_after(timeout)
+        return proxy._line.call_method(self._name, args, kwargs, deadline)
+
+    def options(self, **options: Any) -> RemoteMethod:
+        """Return the method with other options; as ``Proxy.options``."""
+        return RemoteMethod(self._proxy.options(**options), self._name)
+
+    def submit(self, /, *args: Any, **kwargs: Any) -> Future[Any]:
+        """Call in a thread of this process; as ``Proxy.submit``."""
+        return self._proxy._line.executor().submit(self, *args, **kwargs)
+
+    def map(self, *iterables: Iterable[Any], timeout: float | None = None) -> Iterator[Any]:
+        """Call once for each set of arguments, many at once; as ``Proxy.map``."""
+        return self._proxy._line.executor().map(self, *iterables, timeout=timeout)
+
+    @property
+    def __self__(self) -> Proxy:
+        return self._proxy
+
+    @property
+    def __name__(self) -> str:
+        return self._name
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        signature = read_signature(self._entry()[0])
+        if signature is None:
+            raise AttributeError("the door says nothing of the signature")
+        return signature
+
+    def _entry(self) -> tuple[str, str]:
+        return self._proxy._line.all_methods().get(self._name) or ("", "")
+
+    def __get__(self, instance: object, owner: type | None = None) -> RemoteMethod:
+        return self  # bound already; that there is this tells ``help`` that it is a routine
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, RemoteMethod):
+            return NotImplemented
+        return (self._proxy, self._name) == (other._proxy, other._name)
+
+    def __hash__(self) -> int:
+        return hash((self._proxy, self._name))
+
+    def __reduce__(self) -> Any:
+        return Proxy.method, (self._proxy, self._name)
+
+    def __repr__(self) -> str:
+        return f"<method {self._name!r} of {self._proxy!r}>"
+
+
+class _MethodDoc(_Doc):
+    """The docstring of ``RemoteMethod``, and of each the method's own."""
+
+    def __get__(self, method: Any, _: type | None = None) -> str | None:
+        return self._text if method is None else method._entry()[1]
+
+
+RemoteMethod.__doc__ = _MethodDoc(RemoteMethod.__doc__)  # type: ignore[assignment]
 
 
 def _left(deadline: float | None) -> float | None:

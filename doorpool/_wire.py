@@ -13,6 +13,7 @@ peeked at): what the door says of itself.  A claim, good for choosing how to mar
      8 16  door id                            56  4+n  name, UTF-8, behind its length
     24  2  Python major, minor                    4+n  doc        (the same)
     26 14  0                                      4+n  signature  (the same)
+                                                  4+n  methods    (the same; see ``_objects``)
                                               end 16   identity of __main__ (0: none)
 
 *Knock* (client -> server on a descriptor, one message, with one end of a fresh stream
@@ -119,6 +120,8 @@ class Attribute(IntEnum):
 
     PRIVATE = 1
     REFUSE_DESCRIPTORS = 2
+    OBJECT = 4
+    CONTEXT_MANAGER = 8
 
 
 class Kind(IntEnum):
@@ -179,6 +182,7 @@ class Greeting:
     attributes: int = 0
     doc: str = ""
     signature: str = ""
+    methods: str = ""
 
     def encode(self) -> bytes:
         """Write the greeting as one message of at most ``GREETING_SIZE`` bytes."""
@@ -186,7 +190,9 @@ class Greeting:
             GREETING_MAGIC, VERSION, self.codec, 0, self.id, *self.python,
             self.max_request, self.max_descriptors, self.attributes, 0,
         )  # fmt: skip
-        texts = [(self.name, 1_024), (self.doc, 32_768), (self.signature, 16_384)]
+        texts = [
+            (self.name, 1_024), (self.doc, 32_768), (self.signature, 16_384), (self.methods, 14_000),
+        ]  # fmt: skip
         fields = [_stretch(text.encode("utf-8", "replace"), size) for text, size in texts]
         return head + b"".join(_LENGTH.pack(len(f)) + f for f in fields) + self.main
 
@@ -229,7 +235,7 @@ def _decode_greeting(data: bytes) -> Greeting:
     fields = _GREETING.unpack_from(data)
     _, _, codec, _, door_id, major, minor, max_request, max_descriptors, attributes, _ = fields
     texts, at = [], _GREETING.size
-    for _ in range(3):
+    for _ in range(4):
         (length,) = _LENGTH.unpack_from(data, at)
         at += _LENGTH.size
         if at + length > len(data):
@@ -238,10 +244,10 @@ def _decode_greeting(data: bytes) -> Greeting:
         at += length
     if len(data) != at + 16:
         raise ValueError(f"{len(data)} bytes, not {at + 16}")
-    name, doc, signature = texts
+    name, doc, signature, methods = texts
     return Greeting(
         door_id, Codec(codec), name, (major, minor), data[at:], max_request, max_descriptors,
-        attributes, doc, signature,
+        attributes, doc, signature, methods,
     )  # fmt: skip
 
 

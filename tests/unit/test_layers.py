@@ -34,6 +34,7 @@ LAYERS = [
     {"_handle"},
     {"door"},
     {"_info"},
+    {"_objects"},
     {"_exceptions"},
     {"_marshal"},
     {"_threads"},
