@@ -35,6 +35,7 @@ LAYERS = [
     {"door"},
     {"_info"},
     {"_exceptions"},
+    {"_passing"},
     {"_marshal"},
     {"_threads"},
     {"_call"},
