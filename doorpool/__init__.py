@@ -15,6 +15,7 @@ The rooms of the house, from the roof down; each leans only on those below it:
     _info        DoorInfo
     _threads     server threads: how many, when they come and go
     _marshal     objects <-> bytes and buffers          _exceptions  what leaves a procedure
+    _passing     take; what crosses with its descriptor
     door         the raw layer, public: bytes, buffers and descriptors
     _handle      the caller's side of it    _door       the server's: names, ports, knocks
     _gate        where server threads wait for calls
@@ -57,6 +58,7 @@ from doorpool._errors import (
     RevokedError,
 )
 from doorpool._info import DoorInfo
+from doorpool._passing import take
 from doorpool._proxy import Proxy
 from doorpool._segments import buffer, empty
 from doorpool._server import Server, Statistics
@@ -86,6 +88,7 @@ __all__ = [
     "buffer",
     "current_call",
     "empty",
+    "take",
 ]
 
 __version__ = "0.1.0.dev0"

@@ -6,6 +6,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 __all__ = ["Descriptor"]
 
@@ -47,6 +48,10 @@ class Descriptor:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def __reduce__(self) -> Any:
+        # Or a pickle would carry the bare number, which is somebody else's over there.
+        raise TypeError(f"cannot pickle a {type(self).__qualname__}: it can only cross a door")
 
     @property
     def closed(self) -> bool:

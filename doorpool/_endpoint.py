@@ -488,6 +488,9 @@ class Endpoint:
             log.error("%s: %s", self.name, error, exc_info=error)
             invocation.fail(Reason.REPLY_TOO_LARGE, str(error), limit=error.limit, value=error.value)
             returned = False
+        finally:
+            if descriptors:
+                descriptors.close()
         if interrupt is not None:
             raise Interrupt(interrupt)
         return returned
@@ -502,7 +505,7 @@ class Endpoint:
             What to answer, whether it returned, and what is to leave ``run`` besides.
         """
         try:
-            args, kwargs = unpack_arguments(invocation.data, invocation.buffers)
+            args, kwargs = unpack_arguments(invocation.data, invocation.buffers, invocation.descriptors)
         except BaseException as error:  # an argument's own code may do anything while it is rebuilt
             refusal = _marshal_error("the arguments", error, may_have_run=False)
             log.warning("%s: %s: %s", self.name, invocation.credentials, refusal)

@@ -50,7 +50,7 @@ from doorpool._errors import (
 )
 from doorpool._handle import FOREVER, Came, check_seconds, check_spin, deadline_after
 from doorpool._info import DoorInfo, describe
-from doorpool._marshal import Dialect, own_dialect, pack_arguments, unpack_outcome
+from doorpool._marshal import Dialect, Parcel, own_dialect, pack_arguments, unpack_outcome
 from doorpool._objects import CALL, ENTER, EXIT, METHODS, Table, checked_table, decode_table, read_signature
 from doorpool._threads import waiting_for
 from doorpool._wire import Attribute, Knock
@@ -156,18 +156,21 @@ class _Line:
     def call(self, args: tuple[Any, ...], kwargs: dict[str, Any], deadline: float | None) -> Any:
         """Make one call; see "Reopening" above."""
         handle = self.handle
+        data, buffers, descriptors = pack_arguments(args, kwargs, self.dialect)
         try:
             if self._pool is None:  # as ``_exchange`` does, in one function less
-                data, buffers, descriptors = pack_arguments(args, kwargs, self.dialect)
                 reply = handle.call_until(deadline, data, buffers, descriptors)
             else:
-                reply = self._exchange(handle, args, kwargs, deadline)
+                reply = self._exchange(handle, (data, buffers, descriptors), deadline)
         except (RevokedError, BrokenDoorError, ClosedError) as first:
-            again = functools.partial(self._exchange, args=args, kwargs=kwargs, deadline=deadline)
+            again = functools.partial(self._pack_again, args=args, kwargs=kwargs, deadline=deadline)
             reply = self._try_anew(handle, first, deadline, again)
+        finally:
+            if descriptors:
+                descriptors.close()
         if isinstance(reply, bytes):
             return unpack_outcome(reply)
-        return unpack_outcome(reply[0], reply[1])
+        return unpack_outcome(*reply)
 
     def call_method(
         self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], deadline: float | None
@@ -205,14 +208,22 @@ class _Line:
         except (RevokedError, BrokenDoorError, ClosedError) as first:
             self._try_anew(handle, first, deadline, lambda it: it.ping(timeout=_left(deadline)))
 
-    def _exchange(
-        self, handle: Handle, args: tuple[Any, ...], kwargs: dict[str, Any], deadline: float | None
-    ) -> Came:
-        parcel = pack_arguments(args, kwargs, self.dialect)
+    def _exchange(self, handle: Handle, parcel: Parcel, deadline: float | None) -> Came:
         if self._pool is None:
             return handle.call_until(deadline, *parcel)
         with waiting_for(self._pool, handle.name):
             return handle.call_until(deadline, *parcel)
+
+    def _pack_again(
+        self, handle: Handle, args: tuple[Any, ...], kwargs: dict[str, Any], deadline: float | None
+    ) -> Came:
+        """Marshal for whom the door leads to now, and call."""
+        data, buffers, descriptors = pack_arguments(args, kwargs, self.dialect)
+        try:
+            return self._exchange(handle, (data, buffers, descriptors), deadline)
+        finally:
+            if descriptors:
+                descriptors.close()
 
     def _try_anew(
         self, gone: Handle, first: DoorError, deadline: float | None, attempt: Callable[[Handle], _T]

@@ -36,6 +36,7 @@ LAYERS = [
     {"_info"},
     {"_objects"},
     {"_exceptions"},
+    {"_passing"},
     {"_marshal"},
     {"_threads"},
     {"_call"},

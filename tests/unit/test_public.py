@@ -45,6 +45,7 @@ PUBLIC = ERRORS | {
     "buffer",
     "current_call",
     "empty",
+    "take",
 }
 
 #: Of ``doorpool.door``.
