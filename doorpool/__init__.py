@@ -11,9 +11,11 @@ Doors for Python on Linux: call a function of another process on the same machin
 The rooms of the house, from the roof down; each leans only on those below it:
 
     _server      Server                     _proxy      Proxy
+    _doors       doors as arguments and results
     _endpoint    Endpoint                   _call       Call, current_call
     _info        DoorInfo
     _threads     server threads: how many, when they come and go
+    _objects     objects behind doors: their methods
     _marshal     objects <-> bytes and buffers          _exceptions  what leaves a procedure
     _passing     take; what crosses with its descriptor
     door         the raw layer, public: bytes, buffers and descriptors
@@ -38,6 +40,7 @@ import sys as _sys
 if not _sys.platform.startswith("linux"):
     raise ImportError(f"doorpool needs Linux 5.4 or newer, and this is {_sys.platform}")
 
+from doorpool import _doors as _doors
 from doorpool._call import Call, current_call
 from doorpool._credentials import Credentials
 from doorpool._descriptor import Descriptor

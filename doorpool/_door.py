@@ -28,6 +28,7 @@ import logging
 import os
 import socket
 import sys
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -121,6 +122,7 @@ class Door:
         self._keeper = keeper()
         self._names: dict[str, Name] = {}
         self._ports: set[socket.socket] = set()
+        self._cookies: dict[socket.socket, int] = {}  # of the descriptors whose ports these are
         with self._keeper.lock:
             self._guests = guests()
         self._channels: set[Served] = set()
@@ -183,11 +185,29 @@ class Door:
             ClosedError: the door was revoked.
         """
         self._check_open()
+        return self._open(None)
+
+    def open_for(self, uid: int | None) -> int:
+        """
+        Do as ``open`` for somebody who has asked for it, unless he is strange and has too many.
+
+        Raises:
+            OSError: ``EMFILE``: he has.
+        """
+        return self._open(uid)
+
+    def _open(self, uid: int | None) -> int:
         holder, port = _sockets.door_pair()
         try:
             with self._keeper.lock:
                 self._check_open()
+                if uid is not None and not self._guests.has_room(uid):
+                    raise OSError(errno.EMFILE, "others than our own user hold all that they may")
                 self._add_port(port)
+                if uid is not None:
+                    self._guests.add_port(port, uid)
+                self._cookies[port] = cookie = _sockets.cookie_of(holder.fileno())
+                _made[cookie] = self
         except BaseException:
             holder.close()
             port.close()
@@ -404,6 +424,7 @@ class Door:
 
     def _close_port(self, port: socket.socket) -> None:
         self._ports.discard(port)
+        _made.pop(self._cookies.pop(port, 0), None)
         self._guests.forget_port(port)
         self._keeper.unwatch(port.fileno())
         _opening.close_port(port)
@@ -573,3 +594,22 @@ class Door:
         self._close_port(port)
 
     close = revoke
+
+
+#: The doors of this process, by the cookies of the descriptors of them that it has made.
+_made: weakref.WeakValueDictionary[int, Door] = weakref.WeakValueDictionary()
+
+_sockets.on_fork(_made.clear)
+
+
+def door_made_with(number: int) -> Door | None:
+    """
+    Return the door of this process of which it has made a descriptor that is open by this number.
+
+    By the kernel's word, not the descriptor's: None of one that another process has made, or
+    somebody else's connection to a name.
+    """
+    try:
+        return _made.get(_sockets.cookie_of(number))
+    except OSError:
+        return None

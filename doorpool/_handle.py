@@ -634,6 +634,24 @@ class Handle:
         came = self.call_until(deadline, data, buffers, descriptors)
         return Reply(*came) if isinstance(came, tuple) else Reply(came)
 
+    def open_channel(self, deadline: float | None) -> None:
+        """Open a channel and keep it for the next call: it is known then who the server is."""
+        self._give_back(self._dial(deadline))
+
+    def ask_descriptor(self, deadline: float | None) -> int:
+        """
+        Have the server make a descriptor of the door that shares its fate with no other.
+
+        Raises:
+            DoorError: it did not.
+        """
+        came = self.call_until(deadline, _wire.HAND_OUT, kind=_PING)
+        descriptors = came[2] if isinstance(came, tuple) else []
+        if len(descriptors) != 1:
+            close_all(descriptors)
+            raise BusyError(f"{self.name}: the server has made no descriptor of its door")
+        return descriptors.pop()
+
     def call_until(
         self,
         deadline: float | None,

@@ -36,7 +36,7 @@ import threading
 import types
 import weakref
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, TypeVar
 
 from doorpool._errors import BrokenDoorError, RemoteError
 
@@ -53,6 +53,13 @@ _VALUES = (str, bytes, bytearray, int, float, complex, bool, types.NoneType, tup
 
 #: A table: the signature and the docstring of each method; None where they were left out.
 Table = dict[str, tuple[str, str] | None]
+
+#: What is known of classes: the public methods, and the table of those whose instances show all that
+#: they have.  To find it out takes 20 µs a method, and a session may be made for each caller.
+_names: weakref.WeakKeyDictionary[type, tuple[str, ...]] = weakref.WeakKeyDictionary()
+_tables: weakref.WeakKeyDictionary[type, Table] = weakref.WeakKeyDictionary()
+
+_T = TypeVar("_T")
 
 
 def is_object(target: Any) -> bool:
@@ -85,7 +92,7 @@ def _checked_names(target: Any, expose: Iterable[str]) -> frozenset[str]:
         raise TypeError(f"expose is a list of methods' names, not {expose!r}")
     names = frozenset(expose)
     for name in names:
-        if not isinstance(name, str):
+        if type(name) is not str:
             raise TypeError(f"expose lists names, and {name!r} is none")
         if not hasattr(target, name):
             raise ValueError(f"expose lists {name!r}, which {target!r} has not")
@@ -105,14 +112,25 @@ def _is_async(function: Any) -> bool:
     return inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function)
 
 
-@functools.lru_cache(maxsize=256)
 def _public_methods(kind: type) -> tuple[str, ...]:
     """Return the names of a class's public methods; no property is run."""
-    return tuple(
-        name
-        for name in dir(kind)
-        if not name.startswith("_") and _is_method(inspect.getattr_static(kind, name, None))
-    )
+
+    def look() -> tuple[str, ...]:
+        names = [name for name in dir(kind) if not name.startswith("_")]
+        return tuple(name for name in names if _is_method(inspect.getattr_static(kind, name, None)))
+
+    return _remembered(_names, kind, look)
+
+
+def _remembered(cache: weakref.WeakKeyDictionary[type, _T], kind: type, make: Callable[[], _T]) -> _T:
+    """Return what is known of a class, finding it out the first time."""
+    try:
+        return cache[kind]
+    except KeyError:
+        cache[kind] = found = make()
+        return found
+    except TypeError:  # of a metaclass whose classes have no hash
+        return make()
 
 
 def _is_method(value: Any) -> bool:
@@ -122,7 +140,8 @@ def _is_method(value: Any) -> bool:
         return not _is_async(value.func)
     if isinstance(value, functools.singledispatchmethod):
         return True
-    return inspect.isroutine(value) and callable(value) and not _is_async(value)
+    # A ``cached_property`` has a ``__get__``, as routines have; but it is not called.
+    return callable(value) and inspect.isroutine(value) and not _is_async(value)
 
 
 class Facade:
@@ -221,18 +240,9 @@ class Facade:
 
     def table(self) -> Table:
         """Return the signature and the docstring of each method that may be reached."""
-        kind = self._kind
-        if kind is None:
+        if self._kind is None:
             return self._make_table()
-        try:
-            return _tables[kind]
-        except (KeyError, TypeError):
-            table = self._make_table()
-        try:
-            _tables[kind] = table
-        except TypeError:  # a class that cannot be referred to weakly
-            return table
-        return table
+        return _remembered(_tables, self._kind, self._make_table)
 
     def _make_table(self) -> Table:
         table: Table = {}
@@ -248,10 +258,6 @@ class Facade:
     def signature(self) -> str:
         """Return the signature of calling the object itself, if that is possible."""
         return signature_text(self.object) if CALL in self.names else ""
-
-
-#: Tables of classes whose instances show all that they have: making one takes 20 µs a method.
-_tables: weakref.WeakKeyDictionary[type, Table] = weakref.WeakKeyDictionary()
 
 
 def resolve(target: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Callable[..., Any], tuple[Any, ...]]:
@@ -385,7 +391,7 @@ def read_signature(text: str) -> inspect.Signature | None:
 
 def _parameters(args: ast.arguments) -> list[inspect.Parameter]:
     kinds = inspect.Parameter
-    plain = [(it, kinds.POSITIONAL_ONLY) for it in args.posonlyargs]
+    plain: list[tuple[ast.arg, Any]] = [(it, kinds.POSITIONAL_ONLY) for it in args.posonlyargs]
     plain += [(it, kinds.POSITIONAL_OR_KEYWORD) for it in args.args]
     missing: list[ast.expr | None] = [None] * (len(plain) - len(args.defaults))
     defaults = [*missing, *args.defaults]

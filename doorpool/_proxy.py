@@ -1,7 +1,7 @@
 """
 A proxy: somebody else's procedure, to be called like one's own.
 
-All views of one open door (``options``) share a ``_Line``: the handle, who was believed
+All views of one open door (``options``) share a ``Line``: the handle, who was believed
 when it was opened, and how to open the path anew when the server has been restarted.
 
 Opening
@@ -43,11 +43,13 @@ from doorpool._errors import (
     CallTimeoutError,
     ClosedError,
     DoorError,
+    MarshalError,
     NotADoorError,
     Path,
     ProtocolError,
     RevokedError,
 )
+from doorpool._exceptions import text_of
 from doorpool._handle import FOREVER, Came, check_seconds, check_spin, deadline_after
 from doorpool._info import DoorInfo, describe
 from doorpool._marshal import Dialect, Parcel, own_dialect, pack_arguments, unpack_outcome
@@ -78,7 +80,7 @@ class _Unchanged:
 _UNCHANGED = _Unchanged()
 
 
-class _Line:
+class Line:
     """What the views of one open door share."""
 
     def __init__(
@@ -90,12 +92,18 @@ class _Line:
         self.trust = trust
         self.closed = False
         self.warns = True  # when it is collected open
+        self.enters = False  # ``with`` enters the object, and does not only close the door
         self.handle = self._open(door, open_timeout)
         self.reopens = reopens and self.handle.path is not None
         self.id = self.handle.greeting.id
         self._take(self.handle)
         self._believed = self.handle.server.uid, self.handle.greeting.codec
         self._reset()
+
+    @property
+    def identity(self) -> tuple[bytes, int | None]:
+        """The door's id, and the user whose word it is."""
+        return self.id, self._believed[0]
 
     def _reset(self) -> None:
         """Begin anew: at first, and in a forked child, where the parent's threads are not."""
@@ -123,24 +131,26 @@ class _Line:
 
     def _open(self, door: Path | int, open_timeout: float | None) -> Handle:
         """Open the door; see "Opening" above."""
-        own = own_dialect()
-        words = Knock(own.python, own.main)
         deadline = deadline_after(check_seconds(open_timeout, "open_timeout"))
         last = isinstance(door, int)
         while True:
             try:
-                return Handle(
-                    door,
-                    open_timeout=_left(deadline),
-                    trust=self.trust,
-                    codec=Codec.PICKLE,
-                    words=words,
-                    spin=self.spin,
-                )
+                return self._make_handle(door, _left(deadline))
             except (RevokedError, BrokenDoorError):
                 if last:
                     raise
             last = True
+
+    def _make_handle(self, door: Path | int, open_timeout: float | None, **options: Any) -> Handle:
+        own = own_dialect()
+        return Handle(
+            door, open_timeout=open_timeout, trust=self.trust, codec=Codec.PICKLE,
+            words=Knock(own.python, own.main), spin=self.spin, **options,
+        )  # fmt: skip
+
+    def _find_home(self) -> Endpoint | None:
+        """Return the endpoint that the door leads to, if it is known to be of this very process."""
+        return endpoint_with_id(self.handle.greeting.id) if self.handle.is_local else None
 
     def _take(self, handle: Handle) -> None:
         self.info = describe(handle.greeting, handle.path, handle.server, local=handle.is_local)
@@ -149,7 +159,7 @@ class _Line:
         self._pool = home._pool if home is not None else None  # of this very process, if the door is
         self._table: Table | None = None
         self.is_object = bool(handle.greeting.attributes & Attribute.OBJECT)
-        if self.is_object:
+        if self.is_object and type(self) is Line:
             self.__class__ = _ObjectLine  # a bound method here would make a ring
         self.handle = handle  # last: who calls by it marshals for it
 
@@ -176,7 +186,7 @@ class _Line:
         self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], deadline: float | None
     ) -> Any:
         """Call a method of the object that the door leads to."""
-        return _Line.call(self, (name, *args), kwargs, deadline)
+        return Line.call(self, (name, *args), kwargs, deadline)
 
     def methods(self) -> Table:
         """Return what may be called, as far as the door has said when it was opened."""
@@ -314,7 +324,7 @@ class _Line:
             executor.shutdown(wait=False, cancel_futures=True)
 
 
-class _ObjectLine(_Line):
+class _ObjectLine(Line):
     """What the views of an object's door share: a call names the method first."""
 
     def call(self, args: tuple[Any, ...], kwargs: dict[str, Any], deadline: float | None) -> Any:
@@ -375,7 +385,7 @@ class Proxy:
 
     __slots__ = ("__weakref__", "_line", "_methods", "_timeout")
 
-    _line: _Line
+    _line: Line
     _methods: dict[str, RemoteMethod] | None
 
     def __init__(
@@ -390,8 +400,8 @@ class Proxy:
         if trust not in ("namespace", "uid"):
             raise ValueError(f"trust is 'namespace' or 'uid', not {trust!r}")
 
-        def connect(opened: Path | int) -> _Line:
-            return _Line(opened, open_timeout=open_timeout, reopens=reopen, trust=trust, spin=spin)
+        def connect(opened: Path | int) -> Line:
+            return Line(opened, open_timeout=open_timeout, reopens=reopen, trust=trust, spin=spin)
 
         if isinstance(door, int | Descriptor | Endpoint | Proxy):
             self._line = _connect_descriptor(door, connect)
@@ -483,7 +493,9 @@ class Proxy:
 
     def __getattr__(self, name: str) -> RemoteMethod:
         if name.startswith("_"):  # no look-up of Python's own ever leaves the process
-            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}", name=name, obj=self)
+            raise AttributeError(
+                f"{type(self).__name__!r} object has no attribute {name!r}", name=name, obj=self
+            )
         return self.method(name)
 
     def __dir__(self) -> Iterable[str]:
@@ -532,17 +544,34 @@ class Proxy:
         """
         self._line.close()
 
-    def __enter__(self) -> Proxy:
-        return self
+    def __enter__(self) -> Any:
+        line = self._line
+        if not line.enters:
+            return self
+        timeout = self._timeout
+        itself, value = line.call_method(ENTER, (), {}, deadline_after(timeout))
+        return self if itself else value
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> Any:
+        with contextlib.closing(self):
+            return self._leave(error) if self._line.enters else None
+
+    def _leave(self, error: BaseException | None) -> bool:
+        """Leave the object that was entered; return whether it has dealt with the error."""
+        line, deadline = self._line, deadline_after(self._timeout)
+        try:
+            return bool(line.call_method(EXIT, () if error is None else (error,), {}, deadline))
+        except MarshalError as failed:
+            if error is None or failed.may_have_run:
+                raise
+        text = f"{type(error).__qualname__}: {text_of(error)}"
+        return bool(line.call_method(EXIT, (text,), {}, deadline))
 
     def __repr__(self) -> str:
         return repr(self._line)
 
     def __eq__(self, other: object) -> bool:
-        return self._line.id == other._line.id if isinstance(other, Proxy) else NotImplemented
+        return self._line.identity == other._line.identity if isinstance(other, Proxy) else NotImplemented
 
     def __hash__(self) -> int:
         return hash(self._line.id)
@@ -658,6 +687,13 @@ class _MethodDoc(_Doc):
 RemoteMethod.__doc__ = _MethodDoc(RemoteMethod.__doc__)  # type: ignore[assignment]
 
 
+def proxy_of(line: Line) -> Proxy:
+    """Make the first view of a door that was opened otherwise."""
+    proxy = object.__new__(Proxy)
+    proxy._line, proxy._methods, proxy._timeout = line, None, None
+    return proxy
+
+
 def _left(deadline: float | None) -> float | None:
     """Return the seconds until then; at least a moment, which suffices for finding it over."""
     return None if deadline is None else max(1e-9, deadline - time.monotonic())
@@ -669,7 +705,7 @@ def _checked_wait(wait: float) -> float:
     return check_seconds(wait, "wait") or FOREVER
 
 
-def _connect_path(path: Path, connect: Callable[[Path], _Line], wait: float) -> _Line:
+def _connect_path(path: Path, connect: Callable[[Path], Line], wait: float) -> Line:
     """Open a path, trying again for a while if no door is there yet."""
     until = time.monotonic() + wait
     while True:
@@ -684,7 +720,7 @@ def _connect_path(path: Path, connect: Callable[[Path], _Line], wait: float) -> 
         time.sleep(_RETRY)
 
 
-def _connect_descriptor(door: int | Descriptor | Endpoint | Proxy, connect: Callable[[int], _Line]) -> _Line:
+def _connect_descriptor(door: int | Descriptor | Endpoint | Proxy, connect: Callable[[int], Line]) -> Line:
     """Open a descriptor; one that was given is taken over only if this succeeds."""
     if isinstance(door, int):
         return connect(door)

@@ -30,6 +30,8 @@ shared page if there is one, and the server's credentials attached; a refusal br
      6  1  0 accepted, 1 refused              16  …  refusal, where the answer is one
      7  1  codec
 
+A *ping* may carry the word "open": its answer then brings a fresh descriptor of the door.
+
 *Bell* (both ways, one message of one byte, "B"): there is something in the shared page; no part
 of a frame, and behind none that is not whole.
 
@@ -106,6 +108,9 @@ ANSWER_MAGIC = b"dpAN"
 FAREWELL_MAGIC = b"dpBY"
 
 BELL = b"B"
+
+#: The data of a ping whose answer shall bring a fresh descriptor of the door.
+HAND_OUT = b"open"
 
 
 class Codec(IntEnum):

@@ -43,6 +43,7 @@ LAYERS = [
     {"_endpoint"},
     {"_workers"},
     {"_proxy"},
+    {"_doors"},
     {"_server"},
     {"_aio"},
     {"_executor"},
