@@ -128,6 +128,7 @@ class Endpoint:
         self._door: Door | None = None
         self._pool: Pool | None = None  # the threads that run its calls, once there is a door
         self._closed = False
+        self._expired = False
         self._making = threading.RLock()
         self._generation = _sockets.generation
         self.target = facade_of(target, expose) or _checked_target(target)
@@ -272,7 +273,8 @@ class Endpoint:
 
     def _check_open(self) -> None:
         if self._closed or self._generation != _sockets.here():
-            raise ClosedError(f"{self!r} is closed")
+            hint = ": nobody could reach it any more; linger=True would have kept it" if self._expired else ""
+            raise ClosedError(f"{self!r} is closed{hint}")
 
     def _ready_door(self) -> Door:
         """Return the door, made now if this is the first time it is needed."""
@@ -465,6 +467,7 @@ class Endpoint:
             if self._generation != _sockets.here():
                 _leave_forked_child(None)
         if not self._linger and self._door is not None and self._door.revoke_unreferenced():
+            self._expired = True
             self.close()
 
     # -- answering ---------------------------------------------------------------------------

@@ -498,18 +498,14 @@ class Proxy:
             )
         return self.method(name)
 
+    def _signature_text(self) -> str:
+        return self._line.info.signature
+
     def __dir__(self) -> Iterable[str]:
         names = set(object.__dir__(self))
         if self._line.is_object:
             names.update(name for name in self._line.methods() if not name.startswith("_"))
         return names
-
-    @property
-    def __signature__(self) -> inspect.Signature:
-        signature = read_signature(self._line.info.signature)
-        if signature is None:
-            raise AttributeError("the door says nothing of its signature")
-        return signature
 
     # -- the door ------------------------------------------------------------------------------
 
@@ -601,12 +597,24 @@ class _Doc:
         return doc
 
 
+class _Signature:
+    """The signature of what a proxy leads to; of its class, none that ``inspect`` would not find itself."""
+
+    def __get__(self, it: Any, _: type | None = None) -> inspect.Signature:
+        text = "" if it is None else it._signature_text()
+        signature = read_signature(text) if text else None
+        if signature is None:
+            raise AttributeError("nothing is said of its signature", name="__signature__", obj=it)
+        return signature
+
+
 def _told(table: Table) -> Iterator[tuple[str, tuple[str, str]]]:
     for name, entry in table.items():
         yield name, entry or ("(...)", "")
 
 
 Proxy.__doc__ = _Doc(Proxy.__doc__)  # type: ignore[assignment]
+Proxy.__signature__ = _Signature()  # type: ignore[attr-defined]
 
 
 class RemoteMethod:
@@ -649,12 +657,8 @@ class RemoteMethod:
     def __name__(self) -> str:
         return self._name
 
-    @property
-    def __signature__(self) -> inspect.Signature:
-        signature = read_signature(self._entry()[0])
-        if signature is None:
-            raise AttributeError("the door says nothing of the signature")
-        return signature
+    def _signature_text(self) -> str:
+        return self._entry()[0]
 
     def _entry(self) -> tuple[str, str]:
         return self._proxy._line.all_methods().get(self._name) or ("", "")
@@ -685,6 +689,7 @@ class _MethodDoc(_Doc):
 
 
 RemoteMethod.__doc__ = _MethodDoc(RemoteMethod.__doc__)  # type: ignore[assignment]
+RemoteMethod.__signature__ = _Signature()  # type: ignore[attr-defined]
 
 
 def proxy_of(line: Line) -> Proxy:
