@@ -59,6 +59,8 @@ Table = dict[str, tuple[str, str] | None]
 _names: weakref.WeakKeyDictionary[type, tuple[str, ...]] = weakref.WeakKeyDictionary()
 _tables: weakref.WeakKeyDictionary[type, Table] = weakref.WeakKeyDictionary()
 
+_JSON = json.JSONDecoder()
+
 _T = TypeVar("_T")
 
 
@@ -294,7 +296,7 @@ def encode_table(table: Table) -> str:
 def decode_table(text: str) -> Table | None:
     """Read a table that a door tells; None if it had no room for it, or tells nonsense."""
     try:
-        return checked_table(json.loads(text))
+        return checked_table(_JSON.decode(text))
     except (ValueError, RecursionError):
         return None
 
