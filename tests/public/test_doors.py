@@ -282,7 +282,7 @@ def test_a_door_that_nobody_answers_delays_nobody(far, serve, connect, closing, 
         backend = far("backend")()
         far.child.kill()
     else:
-        endpoint = Endpoint(echo, name="revoked", linger=True)
+        endpoint = closing.enter_context(Endpoint(echo, name="revoked", linger=True))
         backend = closing.enter_context(Proxy(endpoint))
         endpoint.revoke()
     before = time.monotonic()
@@ -682,9 +682,10 @@ def test_a_router_is_out_of_the_way(three, far, door_dir):
 def test_a_client_that_is_killed_leaves_nothing_behind(three, far, door_dir):
     backend, _, client = three
     with Proxy(door_dir / "front.door") as front:
-        before = far("fds")()
+        fds = far("fds")
+        before = fds()
         client.kill()
-        wait_until(lambda: far("fds")() < before)
+        wait_until(lambda: fds() < before)
         assert front("backend").pid() == backend.pid
 
 
