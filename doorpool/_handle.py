@@ -232,12 +232,16 @@ class Handle:
         self._reset()
         self._socket = self._reach(door, deadline)
         self.server: Credentials
+        self._codec = codec
+        self._met = False
         try:
-            self.greeting = self._peek(deadline)
-            self._limits = _limits_in(self.greeting)
-            self._check_codec(codec)
-            self.server = credentials_of(unpack_ids(peer_ucred(self._socket)), None)
-            if not lazy:
+            # On a connection of our own we knock at once, so that the server wakes up once for both.
+            # A descriptor may be anybody's of whatever kind: that it is a door, it says first.
+            if self.path is None or lazy:
+                self._meet(deadline)
+            if lazy:
+                self.server = credentials_of(unpack_ids(peer_ucred(self._socket)), None)
+            else:
                 self._give_back(self._dial(deadline))
         except BaseException:
             if self.path is None:
@@ -342,6 +346,15 @@ class Handle:
         if listener.uid != 0:
             self._believe(Codec.RAW if self._server is not None else None, listener, -1)
 
+    def _meet(self, deadline: float | None) -> None:
+        """Look, once, whether this is a door, and such as it should be."""
+        if self._met:
+            return
+        self.greeting = self._peek(deadline)
+        self._limits = _limits_in(self.greeting)
+        self._check_codec()
+        self._met = True
+
     def _peek(self, deadline: float | None) -> Greeting:
         """Look at the greeting, which stays in the queue for every other holder."""
         data = b""
@@ -373,12 +386,12 @@ class Handle:
                     break
         return b""
 
-    def _check_codec(self, codec: Codec | None) -> None:
+    def _check_codec(self) -> None:
         """Refuse a door that speaks something else; that it answers so too is seen at each opening."""
         spoken = self.greeting.codec
-        if codec is not None and spoken is not codec:
+        if self._codec is not None and spoken is not self._codec:
             raise NotADoorError(
-                f"{self.name} is a {spoken.name.lower()} door and not a {codec.name.lower()} one",
+                f"{self.name} is a {spoken.name.lower()} door and not a {self._codec.name.lower()} one",
                 filename=self.path,
             )
 
@@ -448,6 +461,7 @@ class Handle:
         try:
             ours = self._knock(door, deadline)
             try:
+                self._meet(deadline)  # before anything of the answer is looked at
                 return self._hear(door, ours, deadline)
             finally:
                 close_socket(ours)  # there may be an answer in it that we could not take
@@ -471,6 +485,7 @@ class Handle:
                 self._check_alive(door)
                 self._await(door, select.POLLOUT, deadline, "has too many knocks to hear yet")
             except ConnectionError:
+                self._meet(deadline)  # it was none, perhaps
                 raise self._gone(door) from None
             except OSError as error:
                 if error.errno != errno.ETOOMANYREFS:
