@@ -203,7 +203,8 @@ def _pair(kind: int, *, pidfds: bool = True) -> tuple[socket.socket, socket.sock
     one, other = socket.socketpair(socket.AF_UNIX, kind)
     try:
         for end in (one, other):
-            end.settimeout(None)  # whatever socket.setdefaulttimeout() says
+            if end.gettimeout() is not None:  # socket.setdefaulttimeout() says so
+                end.settimeout(None)
             _ask_for_credentials(end, pidfds=pidfds)
     except BaseException:
         one.close()
