@@ -120,6 +120,7 @@ class Door:
             self._guests = guests()
         self._channels: set[Served] = set()
         self._revoked: Refusal | None = None
+        self._greeted: tuple[_wire.Limits, bytes] | None = None
         self._handed_out = False
         self._told = False  # that there is no reference any more, since it was last handed out
 
@@ -216,6 +217,7 @@ class Door:
             with self._keeper.lock:
                 self._check_open()
                 self._keeper.watch(name.listener.fileno(), lambda: self._accept_one(name))
+                self._keeper.prefer(name.listener.fileno())
                 if name.path in self._names:  # replaced by ourselves
                     self._stop_listening(self._names.pop(name.path))
                 self._names[name.path] = name
@@ -338,7 +340,14 @@ class Door:
 
     def _greet(self, port: socket.socket) -> None:
         with contextlib.suppress(OSError):  # a holder that is gone already; the port will say so
-            port.send(self.greeting().encode(), _sockets.DONTWAIT)
+            port.send(self._encoded_greeting(), _sockets.DONTWAIT)
+
+    def _encoded_greeting(self) -> bytes:
+        """Return what ``greeting`` does, encoded; anew only when the limits have been changed."""
+        limits = self.limits()
+        if self._greeted is None or self._greeted[0] != limits:
+            self._greeted = limits, self.greeting().encode()
+        return self._greeted[1]
 
     def _hear(self, port: socket.socket) -> None:
         """Hear one knock, if there is one."""
