@@ -424,7 +424,7 @@ class Door:
         if refusal is not None:
             return refusal
         try:
-            return _opening.admit(knock, self.codec)
+            return _opening.admit(knock, self.codec, spin=self.gate.spin)
         except OSError as error:
             if error.errno in SHORTAGE:
                 raise

@@ -1554,7 +1554,7 @@ def buffer(nbytes: int) -> memoryview:
     Its content is arbitrary.  Passed as an argument, or returned, it arrives as a ``memoryview``, as it
     would anyway; only that nothing is copied if
 
-    - it has at least 256 KiB (less is ordinary memory, as is everything once the process has
+    - it has at least 64 KiB (less is ordinary memory, as is everything once the process has
       4 GiB of such memory, or a quarter of the machine's),
     - it was not passed before (from then on it is ordinary memory),
     - it goes to another process that speaks pickle, and was taken while serving a call of that process,
