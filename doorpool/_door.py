@@ -323,6 +323,7 @@ class Door:
             logging.WARNING, "%s: cannot %s: %s; trying again", self.name, what, error.strerror,
             about=(self.id, what),
         )  # fmt: skip
+        self._guests.look_round()  # some may have left
         if not self._keeper.starve(sock.fileno()) or error.errno not in (errno.EMFILE, errno.ENFILE):
             return
         with contextlib.suppress(OSError):  # a listener's: whoever connects is not a caller yet
