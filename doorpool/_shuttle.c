@@ -53,9 +53,9 @@
  * the copy is checked and used; a state that cannot be ends the channel; no wait is without end,
  * for the caller looks after the process at the other end while it is parked.  A page is not
  * mapped in forked children (MADV_DONTFORK): a child that has changed its user could write to it.
- * A bell says who rang.  And whoever is about to ring, or takes a channel out of the set, looks
- * whether the other side is still the user it was (Linux 6.13): a process that has given up its
- * user could misuse a page only in the microseconds between two such looks.
+ * A bell says who rang.  And whoever is about to ring, takes a channel out of the set, or has heard
+ * nothing for 0.1 ms, looks whether the other side is still the user it was (Linux 6.13): a process
+ * that has given up its user could misuse a page only in the moment between two such looks.
  *
  * Two halves.  `shuttle_*` knows no Python and runs without the interpreter's lock; `Page_*` wraps it.
  * The twin of this file is _shuttle_py.py, which makes no page, so that all goes over the socket.
@@ -174,6 +174,7 @@ enum outcome {
 #define SPIN_LEAST 2000    /* ns: below this a wait does not look at all */
 #define TRY_AGAIN 32       /* waits after which one looks for the full time again */
 #define BELL_MOST 100      /* ms: for a bell that is being rung by somebody who has lost the CPU */
+#define TRUSTED_FOR 100000 /* ns: after which one looks again who is at the other end */
 #define SLICE 1000000      /* ns: of a long look, after which signals are heard */
 #define LOOKS 8            /* looks between two yields, where both sides have a CPU */
 #define FIRST_LOOKS 80     /* and before the first: a yield takes 0.5 us, a look 0.025, a small call 2 */
@@ -973,7 +974,8 @@ Page_post(Page *self, PyObject *const *args, Py_ssize_t count)
     atomic_store_explicit(&s->words->request_bytes, size, memory_order_relaxed);
     atomic_store_explicit(&s->words->request_manifest, manifest, memory_order_relaxed);
     atomic_store_explicit(&s->words->nanoseconds, (uint64_t)left, memory_order_relaxed);
-    if (atomic_load_explicit(&s->words->server_parked, memory_order_relaxed)) {
+    if (atomic_load_explicit(&s->words->server_parked, memory_order_relaxed)
+        || now_ns() - s->clock > TRUSTED_FOR) {
         enum outcome seen = look_again(s);
         if (seen == NOTHING)
             seen = hear_bell(s, MSG_PEEK);
@@ -1114,15 +1116,18 @@ Page_linger(Page *self, PyObject *number)
     struct shuttle *s = &self->shuttle;
     enum outcome seen = NOTHING;
     PyObject *result;
-    int64_t set, look;
+    int64_t set, look, started;
 
     if (as_i64(number, &set) != 0 || Page_enter(self) != 0)
         return NULL;
     look = spin_time(s);
     Py_BEGIN_ALLOW_THREADS
+    started = now_ns();
     if (look > 0)
         seen = look_for(s, look_for_request, is_elsewhere(&s->words->server_cpu, &s->words->client_cpu), look,
                         (int)set);
+    if (seen == GOT && s->clock - started > TRUSTED_FOR && look_again(s) == FAULT)
+        seen = FAULT;
     Py_END_ALLOW_THREADS
     result = Page_request(self, seen);
     Page_leave(self);
