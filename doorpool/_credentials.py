@@ -255,9 +255,9 @@ def is_strange(uid: int | None) -> bool:
 def pickle_bar_here() -> str | None:
     """Say why this process must not unpickle for a peer; None if nothing speaks against it."""
     uids, gids = os.getresuid(), os.getresgid()
-    if len(set(uids)) > 1:
+    if not uids[0] == uids[1] == uids[2]:
         return f"real, effective and saved uid of this process are {uids}, not one"
-    if len(set(gids)) > 1:
+    if not gids[0] == gids[1] == gids[2]:
         return f"real, effective and saved gid of this process are {gids}, not one"
     if _libc.getauxval(_AT_SECURE):
         return "this process got privileges from its program file (set-uid, set-gid or capabilities)"

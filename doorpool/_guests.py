@@ -43,7 +43,8 @@ GREETING_PATIENCE = 30.0
 _SECOND_LOOK = 0.05
 
 #: How long a trusted guest is left alone, seconds.  By then he has nearly always read his answer, and goes
-#: unwatched: a watch, a timer and a wake-up for each took 60 µs of an opening.
+#: unwatched: a watch, a timer and a wake-up for each took 60 µs of an opening.  Nor is his process watched
+#: before: many a client is gone by then.
 _FIRST_LOOK = 0.002
 
 MOST_UNREAD = 16  #: Answers that a strange uid may leave unread.
@@ -154,6 +155,7 @@ class Guests:
         guest = _Guest(visitor.socket, visitor.credentials.uid, served)
         self._guests[served] = guest
         if is_strange(guest.uid):
+            served.door.watch_caller(served)
             self._watch(guest)
             return
         if not self._fresh:
@@ -164,6 +166,7 @@ class Guests:
         """Let those trusted guests go that have read their answers; watch the others from now on."""
         guests, self._fresh = self._fresh, []
         for guest in guests:
+            guest.served.door.watch_caller(guest.served)
             if guest.socket.fileno() >= 0 and not self._has_left(guest):
                 self._watch(guest)
 

@@ -88,7 +88,7 @@ def take_socket(letter: Letter, what: str, kind: int) -> socket.socket:
     if letter.ids is None or (letter.ids[0] <= 0 and letter.pidfd < 0):
         raise ProtocolError(f"{what} came without the sender's credentials")
     letter.forged = True  # unless it turns out that it is not
-    sock = _adopt(letter, what)
+    sock = _adopt(letter, what, kind)
     try:
         _check_maker(sock, letter, what, kind)
     except BaseException:
@@ -98,13 +98,13 @@ def take_socket(letter: Letter, what: str, kind: int) -> socket.socket:
     return _sockets.own(sock)
 
 
-def _adopt(letter: Letter, what: str) -> socket.socket:
+def _adopt(letter: Letter, what: str, kind: int) -> socket.socket:
     assert letter.ids is not None
     number = letter.descriptors.pop()  # at no moment two owners: Ctrl-C may come at any
     why = "local socket"
     try:
         if not is_strange(letter.ids[1]) or _sockets.domain_of(number) == socket.AF_UNIX:
-            return _sockets.adopt(number)
+            return _sockets.adopt(number, kind)
     except OSError as error:
         why = f"socket ({error.strerror})"
     letter.descriptors.append(number)

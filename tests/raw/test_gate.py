@@ -324,6 +324,8 @@ def test_a_channel_that_the_set_has_no_room_for_is_ended(gate, monkeypatch, numb
         def modify(self, *_):
             raise OSError(number, os.strerror(number))
 
+        register = modify
+
         def __getattr__(self, name):
             return getattr(epoll, name)
 
