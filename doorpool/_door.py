@@ -187,7 +187,7 @@ class Door:
             ClosedError: the door was revoked.
         """
         self._check_open()
-        return self._open(None)
+        return self._open(None, asked=False)
 
     def open_for(self, uid: int | None) -> int:
         """
@@ -196,20 +196,20 @@ class Door:
         Raises:
             OSError: ``EMFILE``: he has.
         """
-        return self._open(uid)
+        return self._open(uid, asked=True)
 
-    def _open(self, uid: int | None) -> int:
+    def _open(self, uid: int | None, *, asked: bool) -> int:
         holder, port = _sockets.door_pair()
         try:
             with self._keeper.lock:
                 self._check_open()
-                if uid is not None and not self._guests.has_room(uid):
+                if asked and not self._guests.has_room(uid):
                     raise OSError(errno.EMFILE, "others than our own user hold all that they may")
+                cookie = _sockets.cookie_of(holder.fileno())
                 self._add_port(port)
-                if uid is not None:
+                self._cookies[port], _made[cookie] = cookie, self
+                if asked:
                     self._guests.add_port(port, uid)
-                self._cookies[port] = cookie = _sockets.cookie_of(holder.fileno())
-                _made[cookie] = self
         except BaseException:
             holder.close()
             port.close()
