@@ -25,7 +25,9 @@ to be is never asked (S21).
 
 Deadlines.  A call through a door that arrived is made on behalf of whoever passed it, so within a
 procedure it ends when that procedure's caller gives up: the earlier one of its own time and the
-caller's.  A proxy that the procedure has opened by itself keeps its own.
+caller's.  A proxy that the procedure has opened by itself keeps its own.  When the inherited one is
+over, the caller is let give up first: he is to see his own time-out, and not, by a race, the one that
+leaves the procedure as its exception.
 """
 
 from __future__ import annotations
@@ -49,6 +51,9 @@ from doorpool._wire import Attribute
 
 #: Seconds for the first knock at a door that arrived, as for opening a path.
 _OPENING = 5.0
+
+#: Seconds for which a caller whose time is over is let give up before it is said here that it is.
+_FIRST = 0.1
 
 
 class _ArrivedLine(Line):
@@ -85,31 +90,37 @@ class _ArrivedLine(Line):
 
     def call(self, args: tuple[Any, ...], kwargs: dict[str, Any], deadline: float | None) -> Any:
         """Make one call, having knocked if this is the first."""
-        if self.is_object:
-            args = (CALL, *args)
-        return super().call(args, kwargs, self._prepare(deadline))
+        return self._call((CALL, *args) if self.is_object else args, kwargs, deadline)
 
     def call_method(
         self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], deadline: float | None
     ) -> Any:
         """Call a method of the object that the door leads to; likewise."""
-        return super().call((name, *args), kwargs, self._prepare(deadline))
+        return self._call((name, *args), kwargs, deadline)
+
+    def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any], deadline: float | None) -> Any:
+        invocation = current.get(None)
+        inherited = None if invocation is None else invocation.deadline
+        if inherited is None or (deadline is not None and deadline <= inherited):
+            self._prepare(deadline)
+            return super().call(args, kwargs, deadline)
+        try:
+            self._prepare(inherited)
+            return super().call(args, kwargs, inherited)
+        except CallTimeoutError:
+            assert invocation is not None
+            invocation.wait_cancelled(_FIRST)
+            raise
 
     def ping(self, deadline: float | None) -> None:
         """Have the server answer; likewise."""
-        super().ping(self._prepare(deadline))
+        self._prepare(deadline)
+        super().ping(deadline)
 
-    def _prepare(self, deadline: float | None) -> float | None:
-        """Return when the call must end, having opened the first channel."""
-        invocation = current.get(None)
-        inherited = None if invocation is None else invocation.deadline
-        if inherited is not None and (deadline is None or inherited < deadline):
-            deadline = inherited
-        if not self._proven:
-            self._prove(deadline)
-        return deadline
-
-    def _prove(self, deadline: float | None) -> None:
+    def _prepare(self, deadline: float | None) -> None:
+        """Open the first channel, if this is the first call."""
+        if self._proven:
+            return
         if self.closed:
             raise ClosedError(f"{self.handle.name}: this proxy is closed")
         until = time.monotonic() + _OPENING

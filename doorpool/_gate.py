@@ -624,6 +624,15 @@ class Invocation:
         channel = self.line.channel
         return channel.closed or self.line.hung_up() or process_is_gone(channel.pidfd)
 
+    def wait_cancelled(self, seconds: float) -> bool:
+        """Wait until the caller has given up, or is dead, or the time is over; return whether he has."""
+        poll = select.poll()
+        channel = self.line.channel
+        if not channel.closed:
+            poll.register(self.line.fd, _GONE)
+            poll.poll(seconds * 1000)
+        return self.cancelled
+
     def reply(
         self,
         data: bytes | bytearray | memoryview = b"",
