@@ -36,6 +36,7 @@ LAYERS = [
     {"_info"},
     {"_exceptions"},
     {"_passing"},
+    {"_kinds"},
     {"_marshal"},
     {"_threads"},
     {"_call"},
