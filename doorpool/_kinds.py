@@ -71,11 +71,13 @@ def _reduce_buffered(file: Buffered, departure: Departure) -> Recipe:
 def _reduce_text(file: io.TextIOWrapper, departure: Departure) -> Recipe:
     buffer = file.buffer
     raw = _raw(file, buffer)
-    file.flush()
     where = None
     if file.seekable():
-        where = file.tell()  # more than a number of bytes: the state of the decoder is in it
+        # More than a number of bytes: the state of the decoder is in it.  Before any ``flush``, behind
+        # which a file that is being iterated would tell what is not so, and not refuse.
+        where = file.tell()
         file.seek(where)
+    file.flush()
     _settle(buffer)  # type: ignore[arg-type]
     departure.add(raw.fileno())
     how = file.encoding, file.errors, _newline(file), file.line_buffering, file.write_through
@@ -149,6 +151,7 @@ def _rebuild_file(
             file.mode = text_mode  # type: ignore[misc]  # as ``open`` does
         if where is not None:
             file.seek(where)
+            _settle(buffer)  # its decoder may have had to see a few bytes again
         return file
     except BaseException:
         raw.close()

@@ -269,7 +269,7 @@ def take(obj: _T) -> _T:
     """
     look_for_late()
     if type(table.get(type(obj))) is not Kind or type(obj) is Taken:
-        raise TypeError(f"take() is for files, sockets and the like, not for {obj!r}")
+        raise TypeError(f"take() is for files, sockets and the like, not for {type(obj).__qualname__}")
     return Taken(obj)  # type: ignore[return-value]
 
 

@@ -27,6 +27,33 @@ Make = Callable[[Path, contextlib.ExitStack], Any]
 LINES = "first line\nsecond: \u00e4\u00f6\u00fc\nthird\n"
 
 
+class Parcel:
+    """The writing end of a pipe, to be passed, and the way to know whether anybody has a copy of it."""
+
+    def __init__(self) -> None:
+        self._reader, self._writer = os.pipe()
+
+    def give(self) -> Descriptor:
+        """Give it away; once."""
+        number, self._writer = self._writer, -1
+        return Descriptor(number)
+
+    @property
+    def somewhere(self) -> bool:
+        """Whether somebody has it, or it is on its way."""
+        return not self.wait_closed(0)
+
+    def wait_closed(self, seconds: float) -> bool:
+        poll = select.poll()
+        poll.register(self._reader, 0)
+        return bool(poll.poll(seconds * 1000))
+
+    def close(self) -> None:
+        os.close(self._reader)
+        if self._writer >= 0:
+            os.close(self._writer)
+
+
 class Holder:
     """Has an attribute."""
 
@@ -59,6 +86,15 @@ def unnest(value: dict[str, Any]) -> Any:
 def descriptors() -> int:
     """How many this process has."""
     return len(os.listdir("/proc/self/fd")) - 1  # the listing's own
+
+
+def held() -> list[tuple[str, str]]:
+    """All of them: the number, and what it leads to."""
+    listing = []
+    for number in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError):  # the listing's own
+            listing.append((number, os.readlink(f"/proc/self/fd/{number}")))
+    return listing
 
 
 def describe(obj: Any) -> tuple[Any, ...]:
