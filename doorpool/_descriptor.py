@@ -40,8 +40,10 @@ class Descriptor:
 
     def __del__(self, _ending: Callable[[], bool] = sys.is_finalizing) -> None:
         if self._number >= 0 and not _ending():  # as in Channel
-            warnings.warn(f"unclosed {self!r}", ResourceWarning, source=self, stacklevel=2)
-            self.close()
+            try:
+                warnings.warn(f"unclosed {self!r}", ResourceWarning, source=self, stacklevel=2)
+            finally:  # the warning may be an error
+                self.close()
 
     def __enter__(self) -> Descriptor:
         return self

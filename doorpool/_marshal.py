@@ -71,7 +71,7 @@ import attrs
 import cloudpickle
 from cloudpickle import cloudpickle as _cloudpickle
 
-from doorpool import _exceptions, _passing
+from doorpool import _exceptions, _kinds, _passing  # noqa: F401  # _kinds registers
 from doorpool._errors import BusyError, DoorError, MarshalError, ProtocolError
 from doorpool._janitor import close_all
 
@@ -377,8 +377,10 @@ class _Rules:
         if kind is types.CodeType:
             self._check_python(value.co_name)
             return _cloudpickle._code_reduce(value)
-        if issubclass(kind, BaseException):
-            return _exceptions.reduce_exception(value)
+        if issubclass(kind, _passing.guarded):
+            if issubclass(kind, BaseException):
+                return _exceptions.reduce_exception(value)
+            raise TypeError(f"cannot pickle a {kind.__qualname__}, being of a subclass")
         return NotImplemented
 
     def _pass(self, value: Any, kind: _passing.Kind) -> Any:
@@ -494,6 +496,8 @@ _idle: deque[_Pickler] = deque(maxlen=16)
 
 
 def _dump(value: Any, to: Dialect) -> Parcel:
+    if _passing.late:
+        _passing.look_for_late()
     try:
         pickler = _idle.pop()
     except IndexError:

@@ -65,6 +65,14 @@ class Kind:
 #: that one look is enough.
 table: dict[type, Any] = {}
 
+#: Types that have to be looked at even where a subclass is concerned.  Exceptions are among them,
+#: so that the pickler asks once for all.
+guarded: tuple[type, ...] = (BaseException,)
+
+#: Modules whose types are registered when somebody has imported them: what each has when its import
+#: has come to its end, and what to do then.
+late: dict[str, tuple[str, Callable[[Any], None]]] = {}
+
 
 def register(kind: type, reduce: Reduce, *, movable: bool = True) -> None:
     """
@@ -80,6 +88,33 @@ def register(kind: type, reduce: Reduce, *, movable: bool = True) -> None:
         movable: ``take`` may move it, by closing the sender's own.
     """
     table[kind] = Kind(reduce, movable)
+
+
+def register_late(module: str, last: str, register_its_own: Callable[[Any], None]) -> None:
+    """
+    Have the types of a module registered when it has been imported, and not import it for this alone.
+
+    Args:
+        module: its name.
+        last: something that it has at the end of its import.
+        register_its_own: called with the module.
+    """
+    late[module] = last, register_its_own
+
+
+def look_for_late() -> None:
+    """Register what has been imported since the last look."""
+    for name, (last, register_its_own) in list(late.items()):
+        module = sys.modules.get(name)
+        if hasattr(module, last):
+            register_its_own(module)
+            late.pop(name, None)
+
+
+def guard(kind: type) -> None:
+    """Refuse objects of this type, subclasses included, that are not registered themselves."""
+    global guarded
+    guarded = (*guarded, kind)
 
 
 class NoDescriptorError(OSError):
@@ -251,9 +286,10 @@ def take(obj: _T) -> _T:
 
     Modelled on: DOOR_RELEASE of door_call(3C) and door_return(3C)
     """
+    look_for_late()
     kind = table.get(type(obj))
     if type(kind) is not Kind or not kind.movable or type(obj) is Taken:
-        raise TypeError(f"take() is for files, sockets and the like, not for {obj!r}")
+        raise TypeError(f"take() is for files, sockets and the like, not for {type(obj).__qualname__}")
     return Taken(obj)  # type: ignore[return-value]
 
 

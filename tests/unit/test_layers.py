@@ -37,6 +37,7 @@ LAYERS = [
     {"_objects"},
     {"_exceptions"},
     {"_passing"},
+    {"_kinds"},
     {"_marshal"},
     {"_threads"},
     {"_call"},
