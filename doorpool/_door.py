@@ -34,6 +34,7 @@ from typing import Any
 import attrs
 
 from doorpool import _janitor, _names, _opening, _sockets, _wire
+from doorpool._callers import Bar
 from doorpool._channel import Channel, process_is_gone
 from doorpool._credentials import Credentials, credentials_of, is_strange, peer_ucred, pickle_bar, unpack_ids
 from doorpool._errors import SHORTAGE, ClosedError
@@ -63,7 +64,8 @@ class Door:
         cookie: anything of the server's; never shown to a client.
         codec: how values are written.  With ``Codec.PICKLE`` only processes of our own
             user may come in (``doorpool._credentials``).
-        admit: who else may not: given credentials, returns why not, or None.
+        admit: who else may not: given credentials, returns why not, or None.  In the keeper's
+            thread: it decides by what it has, and waits for nothing.  If it raises, nobody may.
         trust: "namespace" or "uid": see ``doorpool._credentials``.
         refuse_descriptors: refuse every call that brings one.
         private: the gate is this door's alone (an attribute to be shown).
@@ -84,7 +86,7 @@ class Door:
         name: str = "door",
         cookie: Any = None,
         codec: Codec = Codec.RAW,
-        admit: Callable[[Credentials], str | None] | None = None,
+        admit: Callable[[Credentials], Bar | str | None] | None = None,
         trust: str = "namespace",
         refuse_descriptors: bool = False,
         private: bool = False,
@@ -435,25 +437,32 @@ class Door:
 
     def _say_refused(self, knock: _opening.Visitor | _opening.Misfit, refusal: Refusal) -> None:
         self._keeper.say(
-            logging.WARNING, "%s: refused %s: %s", self.name, knock.credentials, refusal.text,
+            logging.WARNING, "%s: refused %s: %s", self.name, knock.credentials,
+            refusal.logged or refusal.text,
             about=(self.id, knock.credentials and knock.credentials.uid, refusal.reason),
         )  # fmt: skip
 
     def _why_not(self, visitor: _opening.Visitor) -> Refusal | None:
-        bar = None
+        bar: Bar | str | None = None
         if self.codec is Codec.PICKLE:
             bar = pickle_bar(visitor.credentials, visitor.letter.pidfd, trust=self._trust)
         if bar is None and self._admit is not None:
-            try:
-                bar = self._admit(visitor.credentials)
-            except Exception as error:
-                text = "%s: the rule about who may call has failed"
-                self._keeper.say(logging.ERROR, text, self.name, about=(self.id, "rule"), error=error)
-                bar = "its rule about who may call has failed"
+            bar = self._ask_rule(self._admit, visitor.credentials)
         if bar is not None:
-            return Refusal(Reason.DENIED, f"refused by the server, which says: {bar}")
+            told, logged = (bar, bar) if isinstance(bar, str) else (bar.told, bar.logged)
+            return Refusal(Reason.DENIED, f"refused by the server, which says: {told}", logged=logged)
         busy = self._guests.objection(visitor.credentials.uid)
         return None if busy is None else Refusal(Reason.BUSY, f"the server has no channel to spare: {busy}")
+
+    def _ask_rule(
+        self, rule: Callable[[Credentials], Bar | str | None], who: Credentials
+    ) -> Bar | str | None:  # fmt: skip
+        try:
+            return rule(who)
+        except BaseException as error:  # whatever it is, it lets nobody in, and ends no thread of ours
+            text = "%s: the rule about who may call has failed for %s"
+            self._keeper.say(logging.ERROR, text, self.name, who, about=(self.id, "rule"), error=error)
+            return "its rule about who may call has failed"
 
     def _bury(self, served: Served) -> None:
         """End the channel of a caller that has died: now, or when its call has been answered."""

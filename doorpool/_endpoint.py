@@ -35,16 +35,19 @@ import threading
 import traceback
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from doorpool import _sockets
+from doorpool import _data, _sockets
 from doorpool._call import current
-from doorpool._credentials import Credentials
+from doorpool._callers import Bar, Judge, Rule, bar_unknown
+from doorpool._credentials import Credentials, is_strange
 from doorpool._descriptor import Descriptor
 from doorpool._errors import ClosedError, DoorError, LimitError, MarshalError
 from doorpool._exceptions import text_of
 from doorpool._info import DoorInfo, describe
+from doorpool._janitor import close_all
+from doorpool._keeper import keeper
 from doorpool._marshal import (
     Dialect,
     Parcel,
@@ -57,7 +60,7 @@ from doorpool._marshal import (
 )
 from doorpool._names import absolute_path
 from doorpool._threads import Interrupt
-from doorpool._wire import Reason, Refusal
+from doorpool._wire import NO_MAIN, Reason, Refusal
 from doorpool.door import Codec, Door, Invocation
 
 if TYPE_CHECKING:
@@ -87,9 +90,19 @@ class Endpoint:
             server thread, several at once if several call.
         name: what messages call the door; the target's ``__qualname__`` by default.
         mode: of the names it gets, as ``ls -l`` shows it.  Connecting takes *write*
-            permission on Linux, so ``0o666`` lets everybody knock.  (Only processes of our
-            own user are let in: pickle is spoken here.)
-        codec: how values are written: "pickle".
+            permission on Linux, so ``0o666`` lets everybody knock.
+        codec: how values are written.  "pickle": any object, and only processes of our own user
+            are let in.  "data": plain data for callers of all users (MessagePack); arguments
+            and results are compared with the annotations of the target, and made what they
+            say, by ``msgspec``.  Nothing is unpickled.
+        callers: who of those that have come by the door may call: a set of uids and ``Group``
+            objects, a ``Group``, ``anyone``, or a function of ``Credentials``.  Asked once for
+            each channel, when it opens; if it raises, nobody may.  By default all that
+            the kernel has a name for.  With "pickle" it only narrows: our own user it must be.
+        errors: of "data": the exceptions whose text callers of other users are told; of all others
+            only the name of the type.  By default the built-in ones that arrive as
+            themselves, less the file names of system errors.  Our own user and root are told all.
+        tracebacks: of "data": whether callers see the server's traceback, of any exception.
         trust: "namespace": the caller must be in our user namespace too, where the kernel
             can say.  "uid": the same user is enough, a sandboxed one included.
         threads: how many threads of its own it has at most; without it its calls are run by
@@ -106,7 +119,8 @@ class Endpoint:
             you take the last one away.
 
     Raises:
-        TypeError: the target cannot be called, or only from ``async`` code.
+        TypeError: the target cannot be called, or only from ``async`` code.  (An annotation that "data"
+            cannot check is a ``TypeError`` when the door is made: at the start of the server.)
         ValueError: an option is out of its range.
 
     Modelled on: door_create(3C), with DOOR_PRIVATE for ``threads``, DOOR_UNREF for
@@ -115,7 +129,9 @@ class Endpoint:
 
     def __init__(
         self, target: Callable[..., Any], *, name: str | None = None, mode: int = 0o600,
-        codec: str = "pickle", trust: str = "namespace", threads: int | None = None,
+        codec: str = "pickle", callers: Rule | None = None,
+        errors: Collection[type[BaseException]] | None = None, tracebacks: bool = False,
+        trust: str = "namespace", threads: int | None = None,
         refuse_descriptors: bool = False, max_request: int = 2**30, max_reply: int = 2**30,
         max_descriptors: int = 253, on_unref: Callable[[], object] | None = None, linger: bool = False,
     ) -> None:  # fmt: skip
@@ -129,7 +145,11 @@ class Endpoint:
         self.name = _checked_name(name, target)
         self.mode = check_mode(mode)
         self._trust = _checked_choice("trust", trust, ("namespace", "uid"))
-        self._codec = _checked_choice("codec", codec, ("pickle",))
+        self._codec = _checked_choice("codec", codec, ("pickle", "data"))
+        self._callers = None if callers is None else Judge(callers, "callers")
+        self._errors = _checked_errors(errors, codec)
+        self._tracebacks = _checked_tracebacks(tracebacks, codec)
+        self._plan: _data.Plan | None = None  # what the target takes, if data is spoken
         self._threads = None if threads is None else checked_threads("threads", threads)
         self._on_unref = _checked_callback("on_unref", on_unref)
         self._linger = bool(linger)
@@ -279,6 +299,8 @@ class Endpoint:
             assert self._server is not None
             # May run foreign code: no lock is held.
             doc, signature = inspect.getdoc(self.target) or "", _signature(self.target)
+            if self._codec == "data" and self._plan is None:
+                self._plan = _data.Plan(self.target)
             with self._making:
                 self._check_open()
                 if self._door is None:
@@ -296,7 +318,8 @@ class Endpoint:
             self._pool.gate,
             name=self.name,
             cookie=self,
-            codec=Codec.PICKLE,
+            codec=Codec.PICKLE if self._plan is None else Codec.DATA,
+            admit=self._admit,
             trust=self._trust,
             refuse_descriptors=self._refuse_descriptors,
             private=private,
@@ -304,11 +327,18 @@ class Endpoint:
             max_request=self._max_request,
             max_reply=self._max_reply,
             max_descriptors=self._max_descriptors,
-            main=own_dialect().main,
+            main=own_dialect().main if self._plan is None else NO_MAIN,
             doc=doc,
             signature=signature,
         )
         _endpoints[self._door.id] = self
+
+    @property
+    def _admit(self) -> Callable[[Credentials], Bar | None] | None:
+        """The rule about who may call besides that of the codec, for the door."""
+        if self._callers is not None:
+            return self._callers.bar
+        return None if self._plan is None else bar_unknown
 
     # -- handing out and taking away ---------------------------------------------------------
 
@@ -463,7 +493,9 @@ class Endpoint:
         # step: call-taken
         line = invocation.line
         peer: Dialect | None = line.memo
-        if peer is None:
+        if peer is None:  # always, where data is spoken
+            if self._plan is not None:
+                return self._serve_data(invocation, self._plan)
             peer = line.memo = Dialect(invocation.words.python, invocation.words.main)
         (data, buffers, descriptors), returned, interrupt = self._invoke(invocation, peer)
         try:
@@ -518,12 +550,99 @@ class Endpoint:
             log.error("%s: %s", self.name, refusal, exc_info=error)
             return pack_refusal(refusal, peer), False, _interrupt(error)
 
+    # -- answering where data is spoken --------------------------------------------------------
+
+    def _serve_data(self, invocation: Invocation, plan: _data.Plan) -> bool:
+        """Answer one invocation of a data door, as ``_serve`` does."""
+        # The value has the descriptors that go with it, so it stays till they have gone.
+        (data, buffers, descriptors), value, interrupt = self._invoke_data(invocation, plan)
+        returned = value is not _NOTHING
+        try:
+            invocation.reply(data, buffers, descriptors)
+        except LimitError as error:
+            log.error("%s: %s", self.name, error, exc_info=error)
+            invocation.fail(Reason.REPLY_TOO_LARGE, str(error), limit=error.limit, value=error.value)
+            returned = False
+        if interrupt is not None:
+            raise Interrupt(interrupt)
+        return returned
+
+    def _invoke_data(
+        self, invocation: Invocation, plan: _data.Plan
+    ) -> tuple[Parcel, Any, BaseException | None]:  # fmt: skip
+        """
+        Run the procedure of a data door; nothing holds its arguments afterwards.
+
+        Returns:
+            What to answer, what was returned or ``_NOTHING``, and what is to leave ``run`` besides.
+        """
+        try:
+            args, kwargs = self._read_data(invocation, plan)
+        except BaseException as error:  # a validator of the user's may do anything
+            refusal = _marshal_error("the arguments", error, may_have_run=False)
+            keeper().say(
+                logging.WARNING, "%s: %s: %s", self.name, invocation.credentials, refusal,
+                about=(invocation.door.id, invocation.credentials.uid, "misfit"),
+            )  # fmt: skip
+            return _data.pack_refusal(refusal), _NOTHING, _interrupt(error)
+        token = current.set(invocation)
+        try:
+            value = self.target(*args, **kwargs)
+            if self._generation != _sockets.here():
+                _leave_forked_child(None)
+        except BaseException as error:
+            if self._generation != _sockets.here():
+                _leave_forked_child(error)
+            if error.__traceback__ is not None:  # as in ``_invoke``
+                BaseException.with_traceback(error, error.__traceback__.tb_next)
+            self._log(error)
+            return self._pack_error(error, invocation), _NOTHING, _interrupt(error)
+        finally:
+            current.reset(token)
+            invocation.call = None
+        try:
+            return plan.pack_result(value), value, None
+        except BaseException as error:
+            refusal = _marshal_error("the result", error, may_have_run=True)
+            log.error("%s: %s", self.name, refusal, exc_info=error)
+            return _data.pack_refusal(refusal), _NOTHING, _interrupt(error)
+
+    @staticmethod
+    def _read_data(
+        invocation: Invocation, plan: _data.Plan
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:  # fmt: skip
+        """Make arguments of what has come, by the annotations of the target."""
+        arrivals = _data.Arrivals(invocation.descriptors)
+        invocation.descriptors.clear()
+        uid = invocation.credentials.uid
+        try:
+            if invocation.buffers:
+                raise MarshalError("there are no buffers where data is spoken", may_have_run=False)
+            args, kwargs = _data.unpack_arguments(invocation.data)
+            made = _data.reading(arrivals, functools.partial(plan.convert, args, kwargs))
+        except BaseException:
+            close_all(arrivals.take_back(), uid)
+            raise
+        invocation.data = b""
+        close_all(arrivals.take_rest(), uid)
+        return made  # type: ignore[no-any-return]
+
+    def _pack_error(self, error: BaseException, invocation: Invocation) -> Parcel:
+        """Marshal what left the procedure of a data door: of strangers, not everybody is told everything."""
+        friend = not is_strange(invocation.credentials.uid)
+        told = friend or self._tracebacks or _data.is_told(error, self._errors)
+        paths = friend or self._errors is not None
+        return _data.pack_exception(error, text=told, paths=paths, frames=self._tracebacks)
+
     def _log(self, error: BaseException) -> None:
         if isinstance(error, Exception):
             log.debug("%s raised", self.name, exc_info=error)
         else:
             log.error("%s raised what is no Exception", self.name, exc_info=error)
 
+
+#: What a procedure has returned that did not return.
+_NOTHING = object()
 
 #: The endpoints of this process, by the ids of their doors.
 _endpoints: weakref.WeakValueDictionary[bytes, Endpoint] = weakref.WeakValueDictionary()
@@ -611,6 +730,23 @@ def _checked_choice(what: str, value: str, choices: tuple[str, ...]) -> str:
     if value not in choices:
         raise ValueError(f"{what} is {' or '.join(map(repr, choices))}, not {value!r}")
     return value
+
+
+def _checked_errors(errors: Collection[Any] | None, codec: str) -> tuple[type[BaseException], ...] | None:
+    if errors is None:
+        return None
+    if codec != "data":
+        raise ValueError('errors= is for codec="data": by pickle an exception arrives as itself')
+    for kind in errors:
+        if not (isinstance(kind, type) and issubclass(kind, BaseException)):
+            raise TypeError(f"errors holds exception classes, not {kind!r}")
+    return tuple(errors)
+
+
+def _checked_tracebacks(tracebacks: bool, codec: str) -> bool:
+    if tracebacks and codec != "data":
+        raise ValueError('tracebacks= is for codec="data": by pickle the traceback comes along always')
+    return bool(tracebacks)
 
 
 def _checked_limit(what: str, value: int, most: int = 2**62) -> int:

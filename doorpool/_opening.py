@@ -260,7 +260,7 @@ def _uid(letter: Letter) -> int | None:
 def _make_channel(letter: Letter, sock: socket.socket, witness: socket.socket) -> Channel:
     """Make a channel whose peer is the sender of a letter and the maker of a witness."""
     assert letter.ids is not None
-    peer = credentials_of(letter.ids, peer_groups(witness))
+    peer = credentials_of(letter.ids, peer_groups(witness), letter.pidfd)
     pidfd, letter.pidfd = letter.pidfd, -1
     return Channel(sock, peer, letter.ucred, pidfd)
 
@@ -390,7 +390,8 @@ def _visitor(letter: Letter) -> Visitor:
     sock = take_socket(letter, "a knock", socket.SOCK_STREAM)
     try:
         assert letter.ids is not None
-        return Visitor(words, letter, sock, credentials_of(letter.ids, peer_groups(sock)))
+        who = credentials_of(letter.ids, peer_groups(sock), letter.pidfd)
+        return Visitor(words, letter, sock, who)
     except BaseException:
         sock.close()
         raise

@@ -32,7 +32,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing import reduction
 from typing import Any, TypeVar
 
-from doorpool import _sockets
+from doorpool import _data, _sockets
+from doorpool._callers import Judge, Rule
 from doorpool._descriptor import Descriptor
 from doorpool._endpoint import Endpoint, endpoint_with_id
 from doorpool._errors import (
@@ -46,6 +47,7 @@ from doorpool._errors import (
 )
 from doorpool._handle import FOREVER, Came, check_seconds, check_spin, deadline_after
 from doorpool._info import DoorInfo, describe
+from doorpool._janitor import close_all
 from doorpool._marshal import Dialect, own_dialect, pack_arguments, unpack_outcome
 from doorpool._threads import waiting_for
 from doorpool._wire import Knock
@@ -56,6 +58,9 @@ __all__ = ["Proxy"]
 #: How often a path is tried again while ``wait=`` lasts, seconds.  Neither a directory that is
 #: not there yet nor a server that is still to listen can be waited for by an event.
 _RETRY = 0.02
+
+#: What a proxy can speak; which of them, its door says.
+_SPOKEN: tuple[Codec, ...] = (Codec.PICKLE, Codec.DATA)
 
 _SUBMITTERS = 64  #: Threads at most that ``submit`` and ``map`` start.
 
@@ -78,19 +83,24 @@ class _Line:
 
     def __init__(
         self, door: Path | int, *, open_timeout: float | None, reopens: bool, trust: str,
-        spin: float | None,
+        server: Rule | None, spin: float | None,
     ) -> None:  # fmt: skip
         self.spin = spin
         self.open_timeout = open_timeout
         self.trust = trust
+        self.server = server
         self.closed = False
         self.warns = True  # when it is collected open
+        self._codecs = _SPOKEN
         self.handle = self._open(door, open_timeout)
+        self._codecs = (self.handle.greeting.codec,)  # reopened, it speaks what it spoke at first
         self.reopens = reopens and self.handle.path is not None
         self.id = self.handle.greeting.id
         self._believed = self.handle.server.uid, self.handle.greeting.codec
         self._take(self.handle)
         self._reset()
+        if self._codecs == (Codec.DATA,):  # which of the two lines it is, the door has just said
+            self.__class__ = _DataLine
 
     def _reset(self) -> None:
         """Begin anew: at first, and in a forked child, where the parent's threads are not."""
@@ -128,7 +138,8 @@ class _Line:
                     door,
                     open_timeout=_left(deadline),
                     trust=self.trust,
-                    codec=Codec.PICKLE,
+                    server=self.server,
+                    codec=self._codecs,
                     words=words,
                     spin=self.spin,
                 )
@@ -260,6 +271,37 @@ class _Line:
             executor.shutdown(wait=False, cancel_futures=True)
 
 
+class _DataLine(_Line):
+    """A line on which data is spoken, and never a pickle."""
+
+    def call(self, args: tuple[Any, ...], kwargs: dict[str, Any], deadline: float | None) -> Any:
+        """Make one call; as ``_Line.call``."""
+        handle = self.handle
+        try:
+            reply = self._exchange(handle, args, kwargs, deadline)
+        except (RevokedError, BrokenDoorError, ClosedError) as first:
+            again = functools.partial(self._exchange, args=args, kwargs=kwargs, deadline=deadline)
+            reply = self._try_anew(handle, first, deadline, again)
+        data, _, descriptors = reply if isinstance(reply, tuple) else (reply, (), [])
+        arrivals = _data.Arrivals(descriptors)
+        try:
+            result = _data.unpack_outcome(data, arrivals)
+        except BaseException:
+            close_all(arrivals.take_back(), handle.server.uid)
+            raise
+        close_all(arrivals.take_rest(), handle.server.uid)
+        return result
+
+    def _exchange(
+        self, handle: Handle, args: tuple[Any, ...], kwargs: dict[str, Any], deadline: float | None
+    ) -> Came:
+        parcel = _data.pack_arguments(args, kwargs)
+        if self._pool is None:
+            return handle.call_until(deadline, *parcel)
+        with waiting_for(self._pool, handle.name):
+            return handle.call_until(deadline, *parcel)
+
+
 _crossing = threading.Lock()
 
 
@@ -289,6 +331,12 @@ class Proxy:
             certainly did not run.
         spin: seconds for which a call looks whether the answer is there, before it sleeps; by
             default up to 0.0002, as long as that is worth it; 0: never.
+        server: whose server to believe, before anything of a call is sent: a set of uids and
+            ``Group`` objects, a ``Group``, ``anyone``, or a function of ``Credentials``.  By default
+            our own user's, and root's for a door that speaks data.  It is asked about whoever
+            listens at a path (unless that is root), and about whoever answers; and whom it
+            has believed first, stays who is meant, however often the path is opened anew.  A
+            door that speaks pickle must be our own user's in any case.
         trust: "namespace": believe a server only in our own user namespace, where the kernel
             can say.  "uid": the same user is enough.
 
@@ -311,16 +359,20 @@ class Proxy:
     def __init__(
         self, door: Path | int | Descriptor | Endpoint | Proxy, *, timeout: float | None = None,
         open_timeout: float | None = 5.0, wait: float = 0.0, reopen: bool = True,
-        trust: str = "namespace", spin: float | None = None,
+        server: Rule | None = None, trust: str = "namespace", spin: float | None = None,
     ) -> None:  # fmt: skip
         check_spin(spin)
+        if server is not None:
+            Judge(server, "server")  # that it is a rule
         self._timeout = check_seconds(timeout, "timeout")
         wait = _checked_wait(wait)
         if trust not in ("namespace", "uid"):
             raise ValueError(f"trust is 'namespace' or 'uid', not {trust!r}")
 
         def connect(opened: Path | int) -> _Line:
-            return _Line(opened, open_timeout=open_timeout, reopens=reopen, trust=trust, spin=spin)
+            return _Line(
+                opened, open_timeout=open_timeout, reopens=reopen, trust=trust, server=server, spin=spin
+            )
 
         if isinstance(door, int | Descriptor | Endpoint | Proxy):
             self._line = _connect_descriptor(door, connect)
@@ -496,6 +548,7 @@ def _reduce_for_multiprocessing(proxy: Proxy) -> Any:
         "timeout": proxy._timeout,
         "open_timeout": line.open_timeout,
         "trust": line.trust,
+        "server": line.server,
         "spin": line.spin,
     }
     if line.handle.path is not None:
