@@ -25,6 +25,7 @@ The rooms of the house, from the roof down; each leans only on those below it:
     _names       the file system: attach, detach, stale names, long paths
     _segments    big buffers in shared memory: empty, buffer
     _keeper      the one thread that accepts and answers knocks
+    _doorman     asking a user's function who may come in
     _janitor     closing what others have sent, which may take as long as they like
     _sockets     sockets that carry credentials
     _wire        every byte that is sent: frames, knocks, answers, greetings

@@ -28,6 +28,7 @@ import logging
 import os
 import socket
 import sys
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -37,9 +38,10 @@ from doorpool import _janitor, _names, _opening, _sockets, _wire
 from doorpool._callers import Bar
 from doorpool._channel import Channel, process_is_gone
 from doorpool._credentials import Credentials, credentials_of, is_strange, peer_ucred, pickle_bar, unpack_ids
+from doorpool._doorman import doormen
 from doorpool._errors import SHORTAGE, ClosedError
 from doorpool._gate import Gate, Served
-from doorpool._guests import guests
+from doorpool._guests import MOST_UNREAD, guests
 from doorpool._keeper import keeper
 from doorpool._names import Name
 from doorpool._sockets import MAX_DESCRIPTORS
@@ -54,6 +56,20 @@ _REVOKED = Refusal(Reason.REVOKED, "the server has revoked this door")
 _DEAD = Refusal(Reason.CLOSED, "the caller has died")
 
 
+#: Knocks of one user of whom nobody knows yet whether he may come in; of strangers fewer.
+_MOST_PENDING = 256
+
+_Rule = Callable[[Credentials], Bar | str | None]
+
+
+def _denial(bar: Bar | str | None) -> Refusal | None:
+    """Make a refusal of what a rule has against somebody."""
+    if bar is None:
+        return None
+    told, logged = (bar, bar) if isinstance(bar, str) else (bar.told, bar.logged)
+    return Refusal(Reason.DENIED, f"refused by the server, which says: {told}", logged=logged)
+
+
 class Door:
     """
     A door: a way to a procedure, for whoever holds a descriptor of it or may open its name.
@@ -66,6 +82,7 @@ class Door:
             user may come in (``doorpool._credentials``).
         admit: who else may not: given credentials, returns why not, or None.  In the keeper's
             thread: it decides by what it has, and waits for nothing.  If it raises, nobody may.
+        consult: likewise, but a user's function, which may take its time: see ``doorpool._doorman``.
         trust: "namespace" or "uid": see ``doorpool._credentials``.
         refuse_descriptors: refuse every call that brings one.
         private: the gate is this door's alone (an attribute to be shown).
@@ -86,7 +103,8 @@ class Door:
         name: str = "door",
         cookie: Any = None,
         codec: Codec = Codec.RAW,
-        admit: Callable[[Credentials], Bar | str | None] | None = None,
+        admit: _Rule | None = None,
+        consult: _Rule | None = None,
         trust: str = "namespace",
         refuse_descriptors: bool = False,
         private: bool = False,
@@ -109,6 +127,8 @@ class Door:
         self.max_reply = max_reply
         self.max_descriptors = max_descriptors
         self._admit = admit
+        self._consult = consult
+        self._pending: Counter[int | None] = Counter()  # knocks about which the rule is being asked, by uid
         self._trust = trust
         self._on_unref = on_unref
         self._main = main
@@ -372,10 +392,16 @@ class Door:
             knock.close()
             raise
         self._forget_knock(port)  # while we hold what it brought: see _opening
+        self._carry_out(decision, knock)
+
+    def _carry_out(
+        self, decision: Channel | Refusal | None, knock: _opening.Visitor | _opening.Misfit
+    ) -> None:  # fmt: skip
+        """Let somebody in, or refuse him; None if that is still being decided."""
         if isinstance(decision, Refusal):
             self._say_refused(knock, decision)
             _opening.refuse(knock, decision)
-        elif isinstance(knock, _opening.Visitor):
+        elif decision is not None and isinstance(knock, _opening.Visitor):
             self._let_in(knock, decision)
 
     def _forget_knock(self, port: socket.socket) -> None:
@@ -404,9 +430,9 @@ class Door:
         self._keeper.unwatch(port.fileno())
         _opening.close_port(port)
 
-    def _decide(self, knock: _opening.Visitor | _opening.Misfit) -> Channel | Refusal:
+    def _decide(self, knock: _opening.Visitor | _opening.Misfit) -> Channel | Refusal | None:
         """
-        Answer a knock with a channel, or say why not.
+        Answer a knock with a channel, or say why not; None if somebody is asked first.
 
         Raises:
             OSError: one of ``SHORTAGE``; nothing was sent.
@@ -416,6 +442,9 @@ class Door:
         refusal = self._revoked or self.gate.closing or self._why_not(knock)
         if refusal is not None:
             return refusal
+        return self._answer(knock) if self._consult is None else self._begin_to_ask(knock, self._consult)
+
+    def _answer(self, knock: _opening.Visitor) -> Channel | Refusal:
         try:
             return _opening.admit(knock, self.codec, spin=self.gate.spin)
         except OSError as error:
@@ -448,15 +477,51 @@ class Door:
             bar = pickle_bar(visitor.credentials, visitor.letter.pidfd, trust=self._trust)
         if bar is None and self._admit is not None:
             bar = self._ask_rule(self._admit, visitor.credentials)
-        if bar is not None:
-            told, logged = (bar, bar) if isinstance(bar, str) else (bar.told, bar.logged)
-            return Refusal(Reason.DENIED, f"refused by the server, which says: {told}", logged=logged)
-        busy = self._guests.objection(visitor.credentials.uid)
+        return _denial(bar) or self._crowd(visitor.credentials.uid)
+
+    def _crowd(self, uid: int | None) -> Refusal | None:
+        """Say why there is no room for one more just now."""
+        busy = self._guests.objection(uid)
         return None if busy is None else Refusal(Reason.BUSY, f"the server has no channel to spare: {busy}")
 
-    def _ask_rule(
-        self, rule: Callable[[Credentials], Bar | str | None], who: Credentials
-    ) -> Bar | str | None:  # fmt: skip
+    def _begin_to_ask(self, visitor: _opening.Visitor, rule: _Rule) -> Refusal | None:
+        """Have a doorman ask about a visitor; what comes of it is carried out by ``_end_asking``."""
+        uid = visitor.credentials.uid
+        if self._pending[uid] >= (MOST_UNREAD if is_strange(uid) else _MOST_PENDING):
+            return Refusal(Reason.BUSY, f"its rule about who may call is being asked about uid {uid} already")
+        if self._pending.total() >= 2 * _MOST_PENDING:
+            return Refusal(Reason.BUSY, "its rule about who may call has too many to decide about")
+
+        def ask() -> None:
+            bar = self._ask_rule(rule, visitor.credentials)
+            with self._keeper.lock:
+                self._end_asking(visitor, bar)
+
+        try:
+            doormen().take(ask)
+        except RuntimeError:
+            return Refusal(Reason.BUSY, "the server has no thread to ask its rule about who may call")
+        self._pending[uid] += 1
+        return None
+
+    def _end_asking(self, visitor: _opening.Visitor, bar: Bar | str | None) -> None:
+        """Carry out what the rule has said, unless the door was taken away, or this process forked."""
+        if self._generation != _sockets.here():
+            return
+        uid = visitor.credentials.uid
+        self._pending[uid] -= 1
+        self._pending += Counter()  # drops those of whom there are none
+        decision: Channel | Refusal
+        try:
+            refusal = self._revoked or self.gate.closing or _denial(bar) or self._crowd(uid)
+            decision = refusal or self._answer(visitor)
+        except OSError as error:  # the knock is not in its queue any more, to be looked at again
+            decision = Refusal(Reason.BUSY, f"the server cannot answer ({error.strerror})")
+        self._carry_out(decision, visitor)
+        if isinstance(decision, Channel):
+            self._gain_reference()
+
+    def _ask_rule(self, rule: _Rule, who: Credentials) -> Bar | str | None:
         try:
             return rule(who)
         except BaseException as error:  # whatever it is, it lets nobody in, and ends no thread of ours

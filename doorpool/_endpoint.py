@@ -97,7 +97,8 @@ class Endpoint:
             say, by ``msgspec``.  Nothing is unpickled.
         callers: who of those that have come by the door may call: a set of uids and ``Group``
             objects, a ``Group``, ``anyone``, or a function of ``Credentials``.  Asked once for
-            each channel, when it opens; if it raises, nobody may.  By default all that
+            each channel, when it opens, a function in a thread of the library's; if it raises,
+            nobody may.  By default all that
             the kernel has a name for.  With "pickle" it only narrows: our own user it must be.
         errors: of "data": the exceptions whose text callers of other users are told; of all others
             only the name of the type.  By default the built-in ones that arrive as
@@ -319,7 +320,8 @@ class Endpoint:
             name=self.name,
             cookie=self,
             codec=Codec.PICKLE if self._plan is None else Codec.DATA,
-            admit=self._admit,
+            admit=self._rule(asks=False),
+            consult=self._rule(asks=True),
             trust=self._trust,
             refuse_descriptors=self._refuse_descriptors,
             private=private,
@@ -333,12 +335,11 @@ class Endpoint:
         )
         _endpoints[self._door.id] = self
 
-    @property
-    def _admit(self) -> Callable[[Credentials], Bar | None] | None:
-        """The rule about who may call besides that of the codec, for the door."""
+    def _rule(self, *, asks: bool) -> Callable[[Credentials], Bar | None] | None:
+        """Return the rule about who may call, besides that of the codec, if it is of such a kind."""
         if self._callers is not None:
-            return self._callers.bar
-        return None if self._plan is None else bar_unknown
+            return self._callers.bar if self._callers.asks is asks else None
+        return None if asks or self._plan is None else bar_unknown
 
     # -- handing out and taking away ---------------------------------------------------------
 

@@ -24,6 +24,7 @@ LAYERS = [
     {"_wire"},
     {"_sockets"},
     {"_janitor"},
+    {"_doorman"},
     {"_keeper"},
     {"_segments"},
     {"_channel"},
