@@ -294,6 +294,11 @@ def _known_id(number: int, pid: int, kind: str) -> int | None:
     return number
 
 
+def known_uid(uid: int) -> int | None:
+    """Return the owner of a file, or None if the number stands for nobody in particular here."""
+    return _known_id(uid, os.getpid(), "uid")
+
+
 def credentials_of(ids: Ids, groups: tuple[int, ...] | None, pidfd: int = -1) -> Credentials:
     """Turn what the kernel gave, perhaps with a pidfd that stays the caller's, into what may be believed."""
     pid, uid, gid = ids

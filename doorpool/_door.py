@@ -71,6 +71,29 @@ def _denial(bar: Bar | str | None) -> Refusal | None:
     return Refusal(Reason.DENIED, f"refused by the server, which says: {told}", logged=logged)
 
 
+def crossing_bar(name: str, codec: Codec, to: Credentials, *, through: Codec) -> str | None:
+    """
+    Say why a door of one codec must not be handed to somebody; None if it may.
+
+    A pickle door would be of no use to another user, who is refused when he knocks; and whoever
+    speaks data so as to unpickle nothing should not be handed what he would have to.
+
+    Args:
+        name: of the door, for the message.
+        codec: that the door speaks.
+        to: who is to have it.
+        through: the codec of the channel by which it is handed over.
+    """
+    if codec is not Codec.PICKLE or (through is Codec.PICKLE and to.uid == os.geteuid()):
+        return None
+    if to.uid == os.geteuid():
+        return f'the door {name!r} speaks pickle, and this one speaks data: make it with codec="data", too'
+    return (
+        f"the door {name!r} speaks pickle, which is spoken only within one uid; ours is {os.geteuid()}, "
+        f'and it would go to uid {to.uid}: make it with codec="data"'
+    )
+
+
 class Door:
     """
     A door: a way to a procedure, for whoever holds a descriptor of it or may open its name.

@@ -59,6 +59,7 @@ from doorpool._credentials import (
     ENDING,
     Credentials,
     credentials_of,
+    known_uid,
     peer_groups,
     peer_pidfd,
     peer_ucred,
@@ -624,7 +625,7 @@ class Handle:
                 f"its server is pid {server.pid}, uid {server.uid}; "
                 f"believed are {judge or Judge(allowed, 'server')}, ours is {own}"
             )
-        if self._owner not in (None, 0, server.uid):
+        if self._owner not in (None, 0) and known_uid(self._owner) != server.uid:
             self._refuse(f"its file belongs to uid {self._owner}, and uid {server.uid} answers")
         bar = pickle_bar(server, pidfd, trust=self._trust) if codec is Codec.PICKLE else None
         if bar is ENDING:

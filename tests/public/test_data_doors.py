@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import gc
 import os
 import select
 import signal
@@ -29,7 +28,6 @@ from doorpool import (
     Group,
     LimitError,
     MarshalError,
-    NotADoorError,
     ProtocolError,
     Proxy,
     RemoteError,
@@ -38,7 +36,6 @@ from doorpool import (
     current_call,
 )
 from doorpool import _marshal as marshal
-from doorpool._wire import Codec
 from doorpool.door import Handle
 
 
@@ -267,18 +264,6 @@ def test_a_data_door_unpickles_nothing_and_shares_nothing(serve, connect):
     assert served.channel.shelf is None
     assert all(channel.page is None and channel.shelf is None for channel in proxy._line.handle._idle)
     assert server.statistics().segments == 0
-
-
-def test_a_raw_door_is_none_for_a_proxy(door_dir):
-    gate = doorpool.door.Gate()
-    door = doorpool.door.Door(gate, codec=Codec.RAW)
-    door.listen(door_dir / "a.door")
-    with pytest.raises(NotADoorError, match="is a raw door and not a pickle or a data one"):
-        Proxy(door_dir / "a.door")
-    door.close()
-    gate.close()
-    del door, gate
-    gc.collect()  # a gate lets its descriptors go with itself
 
 
 @pytest.mark.ids("B03")
