@@ -321,10 +321,10 @@ def test_descriptors_of_what_does_not_fit_are_closed(serve, connect):
     with Descriptor(os.dup(0)) as end:
         assert proxy(end, 1) == 1
         before = holdings()
-        for args in [(end, "x"), (5, end), (end, end), (end, 1, end), ([end, end], 5)]:
+        for args in [(end, "x"), (5, end), (end, end), (end, 1, end), ([end, end], 5)] * 20:
             with pytest.raises(MarshalError):
                 proxy(*args)
-        wait_until(lambda: holdings() == before, "all are closed")
+        wait_until(lambda: holdings() <= before, "all are closed")  # fewer, if the opening was just over
 
 
 @pytest.mark.ids("F15")
