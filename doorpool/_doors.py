@@ -34,20 +34,23 @@ from __future__ import annotations
 
 import os
 import time
-from typing import Any
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Protocol
 
-from doorpool import _passing
+from doorpool import _data, _passing
 from doorpool._call import current
+from doorpool._credentials import Credentials
 from doorpool._descriptor import Descriptor
-from doorpool._door import door_made_with
+from doorpool._door import crossing_bar, door_made_with
 from doorpool._endpoint import Endpoint
 from doorpool._errors import BrokenDoorError, CallTimeoutError, ClosedError, MarshalError, NotADoorError
 from doorpool._handle import Handle, deadline_after
 from doorpool._info import describe
 from doorpool._objects import CALL
 from doorpool._passing import Departure, Recipe
-from doorpool._proxy import Line, Proxy, proxy_of
-from doorpool._wire import Attribute
+from doorpool._proxy import DataLine, Line, Proxy, proxy_of
+from doorpool._wire import Attribute, Codec
 
 #: Seconds for the first knock at a door that arrived, as for opening a path.
 _OPENING = 5.0
@@ -62,20 +65,26 @@ class _ArrivedLine(Line):
 
     Args:
         number: the descriptor, taken over if this succeeds.
-        passer: the uid of who passed it, the only one that is believed.
+        passer: the uid of who passed it, the only one that is believed; None: nobody is.
     """
 
-    def __init__(self, number: int, passer: int) -> None:
-        self._passer = passer
+    def __init__(self, number: int, passer: int | None) -> None:
+        believed = frozenset[int]() if passer is None else frozenset({passer})
         self._proven = False
-        super().__init__(number, open_timeout=_OPENING, reopens=False, trust="namespace", spin=None)
+        super().__init__(
+            number, open_timeout=_OPENING, reopens=False, trust="namespace", server=believed, spin=None
+        )
         self.warns = False  # nobody has opened it by himself
         self._believed = passer, self.handle.greeting.codec
         self.enters = bool(self.handle.greeting.attributes & Attribute.CONTEXT_MANAGER)
 
+    def _become(self, speaks_data: bool) -> None:
+        if speaks_data:
+            self.__class__ = _ArrivedDataLine
+
     def _make_handle(self, door: Any, open_timeout: float | None, **options: Any) -> Handle:
         # The time is over at once: a greeting that is not there will never come.
-        return super()._make_handle(door, 1e-9, server={self._passer}, lazy=True, **options)
+        return super()._make_handle(door, 1e-9, lazy=True, **options)
 
     def _take(self, handle: Handle) -> None:
         home = door_made_with(handle.fileno())
@@ -103,10 +112,10 @@ class _ArrivedLine(Line):
         inherited = None if invocation is None else invocation.deadline
         if inherited is None or (deadline is not None and deadline <= inherited):
             self._prepare(deadline)
-            return super().call(args, kwargs, deadline)
+            return self.transact(args, kwargs, deadline)
         try:
             self._prepare(inherited)
-            return super().call(args, kwargs, inherited)
+            return self.transact(args, kwargs, inherited)
         except CallTimeoutError:
             assert invocation is not None
             invocation.wait_cancelled(_FIRST)
@@ -135,41 +144,59 @@ class _ArrivedLine(Line):
         self._proven = True
 
 
+class _ArrivedDataLine(_ArrivedLine, DataLine):
+    """Likewise, of a door on which data is spoken."""
+
+
 # -- out ------------------------------------------------------------------------------------------
 
 
-def depart(door: Endpoint | Proxy, uid: int | None, departure: Departure) -> None:
+class Luggage(Protocol):
+    """The descriptors that go along with a message."""
+
+    def give_later(self, make: Callable[[], Descriptor]) -> None:
+        """Add one that is made when all has been marshalled."""
+
+
+def check_crossing(door: Endpoint | Proxy, to: Credentials) -> None:
     """
-    Put the descriptor of a door that is to be passed into a departure.
+    Raise unless a door may go over a channel on which data is spoken.
+
+    Raises:
+        MarshalError: it speaks pickle, and whoever has it could not, or should not, call it.
+    """
+    codec = Codec[door.info.codec.upper()]
+    if (bar := crossing_bar(door.info.name, codec, to, through=Codec.DATA)) is not None:
+        raise MarshalError(bar)
+
+
+def depart(door: Endpoint | Proxy, uid: int | None, luggage: Luggage) -> None:
+    """
+    Have the descriptor of a door that is to be passed go along with a message.
 
     Args:
         uid: whose process will have it; None: nobody knows.
-        departure: of what it is a part of.
+        luggage: of the message.
 
     Raises:
         ClosedError: the door, or the proxy, is closed.
-        MarshalError: over there nobody could call it.
     """
-    own = os.geteuid()
-    if uid != own and door.info.codec == "pickle":
-        raise MarshalError(
-            f"the door {door.info.name!r} speaks pickle, which only processes of our own user may, and is "
-            f"to be passed to uid {uid}: make its Endpoint with codec='data'"
-        )
     if isinstance(door, Endpoint):
         door._ready_door()  # an error shall come now, where it is known which argument it is about
-        departure.give_later(door.open)
-    elif uid == own:
-        departure.add(_number_of(door))
+        luggage.give_later(door.open)
+    elif door.fileno() < 0:
+        raise ClosedError(f"{door!r} is closed")
+    elif uid == os.geteuid():
+        luggage.give_later(partial(_copy, door))
     else:
-        departure.give(fresh(door))
+        luggage.give_later(partial(fresh, door))
 
 
-def _number_of(proxy: Proxy) -> int:
+def _copy(proxy: Proxy) -> Descriptor:
     number = proxy.fileno()
     if number < 0:
         raise ClosedError(f"{proxy!r} is closed")
-    return number
+    return Descriptor(os.dup(number))
 
 
 def fresh(proxy: Proxy) -> Descriptor:
@@ -192,7 +219,7 @@ def _reduce(door: Any, departure: Departure) -> Recipe:
 # -- in -------------------------------------------------------------------------------------------
 
 
-def arrive(descriptor: Descriptor, passer: int) -> Proxy:
+def arrive(descriptor: Descriptor, passer: int | None) -> Proxy:
     """
     Make a proxy of a door that has arrived, opening nothing; the descriptor is taken over.
 
@@ -216,3 +243,22 @@ def _rebuild(descriptor: Descriptor) -> Proxy:
 
 _passing.register(Endpoint, _reduce, movable=False)
 _passing.register(Proxy, _reduce)
+
+
+# -- where data is spoken -------------------------------------------------------------------------
+
+
+def _reduce_data(door: Any, luggage: _data.Luggage) -> bytes:
+    check_crossing(door, luggage.to)
+    place = len(luggage)
+    depart(door, luggage.to.uid, luggage)
+    return place.to_bytes(2, "big")
+
+
+def _rebuild_data(body: bytes, arrivals: _data.Arrivals) -> Proxy:
+    with Descriptor(arrivals.take(int.from_bytes(body, "big"))) as descriptor:
+        return arrive(descriptor, arrivals.passer)
+
+
+_data.register(Endpoint, 2, _reduce_data, _rebuild_data)
+_data.register(Proxy, 3, _reduce_data, _rebuild_data)

@@ -35,16 +35,20 @@ import threading
 import traceback
 import warnings
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from doorpool import _sockets
+from doorpool import _data, _sockets
 from doorpool._call import current
-from doorpool._credentials import Credentials
+from doorpool._callers import Bar, Judge, Rule, bar_unknown
+from doorpool._credentials import Credentials, is_strange
 from doorpool._descriptor import Descriptor
+from doorpool._door import crossing_bar
 from doorpool._errors import ClosedError, DoorError, LimitError, MarshalError
 from doorpool._exceptions import text_of
 from doorpool._info import DoorInfo, describe
+from doorpool._janitor import close_all
+from doorpool._keeper import keeper
 from doorpool._marshal import (
     Dialect,
     Parcel,
@@ -56,9 +60,9 @@ from doorpool._marshal import (
     unpack_arguments,
 )
 from doorpool._names import absolute_path
-from doorpool._objects import Facade, encode_table, facade_of, signature_text
+from doorpool._objects import Facade, encode_table, facade_of, resolve, signature_text
 from doorpool._threads import Interrupt
-from doorpool._wire import Attribute, Reason, Refusal
+from doorpool._wire import NO_MAIN, Attribute, Reason, Refusal
 from doorpool.door import Codec, Door, Invocation
 
 if TYPE_CHECKING:
@@ -88,9 +92,20 @@ class Endpoint:
             public methods are.  It runs in a server thread, several at once if several call.
         name: what messages call the door; the target's ``__qualname__`` by default.
         mode: of the names it gets, as ``ls -l`` shows it.  Connecting takes *write*
-            permission on Linux, so ``0o666`` lets everybody knock.  (Only processes of our
-            own user are let in: pickle is spoken here.)
-        codec: how values are written: "pickle".
+            permission on Linux, so ``0o666`` lets everybody knock.
+        codec: how values are written.  "pickle": any object, and only processes of our own user
+            are let in.  "data": plain data for callers of all users (MessagePack); arguments
+            and results are compared with the annotations of the target, and made what they
+            say, by ``msgspec``.  Nothing is unpickled.
+        callers: who of those that have come by the door may call: a set of uids and ``Group``
+            objects, a ``Group``, ``anyone``, or a function of ``Credentials``.  Asked once for
+            each channel, when it opens, a function in a thread of the library's; if it raises,
+            nobody may.  By default all that
+            the kernel has a name for.  With "pickle" it only narrows: our own user it must be.
+        errors: of "data": the exceptions whose text callers of other users are told; of all others
+            only the name of the type.  By default the built-in ones that arrive as
+            themselves, less the file names of system errors.  Our own user and root are told all.
+        tracebacks: of "data": whether callers see the server's traceback, of any exception.
         trust: "namespace": the caller must be in our user namespace too, where the kernel
             can say.  "uid": the same user is enough, a sandboxed one included.
         threads: how many threads of its own it has at most; without it its calls are run by
@@ -110,7 +125,8 @@ class Endpoint:
 
     Raises:
         TypeError: the target cannot be called, or only from ``async`` code, and has no public
-            methods either.
+            methods either.  (An annotation that "data" cannot check is a ``TypeError`` when the door
+            is made: at the start of the server.)
         ValueError: an option is out of its range.
 
     Modelled on: door_create(3C), with DOOR_PRIVATE for ``threads``, DOOR_UNREF for
@@ -119,8 +135,9 @@ class Endpoint:
 
     def __init__(
         self, target: Callable[..., Any], *, name: str | None = None, mode: int = 0o600,
-        codec: str = "pickle", trust: str = "namespace", threads: int | None = None,
-        expose: Iterable[str] | None = None,
+        codec: str = "pickle", callers: Rule | None = None,
+        errors: Collection[type[BaseException]] | None = None, tracebacks: bool = False,
+        trust: str = "namespace", threads: int | None = None, expose: Iterable[str] | None = None,
         refuse_descriptors: bool = False, max_request: int = 2**30, max_reply: int = 2**30,
         max_descriptors: int = 253, on_unref: Callable[[], object] | None = None, linger: bool = False,
     ) -> None:  # fmt: skip
@@ -135,7 +152,11 @@ class Endpoint:
         self.name = _checked_name(name, target)
         self.mode = check_mode(mode)
         self._trust = _checked_choice("trust", trust, ("namespace", "uid"))
-        self._codec = _checked_choice("codec", codec, ("pickle",))
+        self._codec = _checked_choice("codec", codec, ("pickle", "data"))
+        self._callers = None if callers is None else Judge(callers, "callers")
+        self._errors = _checked_errors(errors, codec)
+        self._tracebacks = _checked_tracebacks(tracebacks, codec)
+        self._plan: _data.Plan | None = None  # what the target takes, if data is spoken
         self._threads = None if threads is None else checked_threads("threads", threads)
         self._on_unref = _checked_callback("on_unref", on_unref)
         self._linger = bool(linger)
@@ -286,6 +307,8 @@ class Endpoint:
             assert self._server is not None
             # May run foreign code: no lock is held.
             words = _describe(self.target)
+            if self._codec == "data" and self._plan is None:
+                self._plan = self._make_plan()
             with self._making:
                 self._check_open()
                 if self._door is None:
@@ -303,7 +326,9 @@ class Endpoint:
             self._pool.gate,
             name=self.name,
             cookie=self,
-            codec=Codec.PICKLE,
+            codec=Codec.PICKLE if self._plan is None else Codec.DATA,
+            admit=self._rule(asks=False),
+            consult=self._rule(asks=True),
             trust=self._trust,
             refuse_descriptors=self._refuse_descriptors,
             private=private,
@@ -311,10 +336,16 @@ class Endpoint:
             max_request=self._max_request,
             max_reply=self._max_reply,
             max_descriptors=self._max_descriptors,
-            main=own_dialect().main,
+            main=own_dialect().main if self._plan is None else NO_MAIN,
             **words,
         )
         _endpoints[self._door.id] = self
+
+    def _rule(self, *, asks: bool) -> Callable[[Credentials], Bar | None] | None:
+        """Return the rule about who may call, besides that of the codec, if it is of such a kind."""
+        if self._callers is not None:
+            return self._callers.bar if self._callers.asks is asks else None
+        return None if asks or self._plan is None else bar_unknown
 
     # -- handing out and taking away ---------------------------------------------------------
 
@@ -388,6 +419,22 @@ class Endpoint:
             OSError: ``EMFILE``.
         """
         return Descriptor(self._ready_door().open())
+
+    def _check_crossing(self, to: Credentials, through: Codec) -> None:
+        """
+        Raise unless the door may be handed to somebody in a message; for whoever marshals it.
+
+        Args:
+            to: who is to have it.
+            through: the codec of the channel.
+
+        Raises:
+            MarshalError: it speaks pickle, and he must not, or the channel does not.
+        """
+        spoken = Codec.PICKLE if self._codec == "pickle" else Codec.DATA
+        bar = crossing_bar(self.name, spoken, to, through=through)
+        if bar is not None:
+            raise MarshalError(bar)
 
     def revoke(self) -> None:
         """
@@ -481,7 +528,9 @@ class Endpoint:
         # step: call-taken
         line = invocation.line
         peer: Dialect | None = line.memo
-        if peer is None:
+        if peer is None:  # always, where data is spoken
+            if self._plan is not None:
+                return self._serve_data(invocation, self._plan)
             peer = line.memo = Dialect(invocation.words.python, invocation.words.main)
         (data, buffers, descriptors), returned, interrupt = self._invoke(invocation, peer)
         try:
@@ -539,12 +588,129 @@ class Endpoint:
             log.error("%s: %s", self.name, refusal, exc_info=error)
             return pack_refusal(refusal, peer), False, _interrupt(error)
 
+    # -- answering where data is spoken --------------------------------------------------------
+
+    def _serve_data(self, invocation: Invocation, plan: _data.Plan) -> bool:
+        """Answer one invocation of a data door, as ``_serve`` does."""
+        # The value has the descriptors that go with it, so it stays till they have gone.
+        parcel, value, interrupt = self._invoke_data(invocation, plan)
+        returned = value is not _NOTHING
+        try:
+            invocation.reply(*parcel)
+        except LimitError as error:
+            log.error("%s: %s", self.name, error, exc_info=error)
+            invocation.fail(Reason.REPLY_TOO_LARGE, str(error), limit=error.limit, value=error.value)
+            returned = False
+        finally:
+            _data.release(parcel)
+        if interrupt is not None:
+            raise Interrupt(interrupt)
+        return returned
+
+    def _invoke_data(
+        self, invocation: Invocation, plan: _data.Plan
+    ) -> tuple[_data.Parcel, Any, BaseException | None]:  # fmt: skip
+        """
+        Run the procedure of a data door; nothing holds its arguments afterwards.
+
+        Returns:
+            What to answer, what was returned or ``_NOTHING``, and what is to leave ``run`` besides.
+        """
+        try:
+            procedure, plan, args, kwargs = self._read_data(invocation, plan)
+        except BaseException as error:  # a validator of the user's may do anything
+            refusal = _marshal_error("the arguments", error, may_have_run=False)
+            keeper().say(
+                logging.WARNING, "%s: %s: %s", self.name, invocation.credentials, refusal,
+                about=(invocation.door.id, invocation.credentials.uid, "misfit"),
+            )  # fmt: skip
+            return _data.pack_refusal(refusal), _NOTHING, _interrupt(error)
+        token = current.set(invocation)
+        try:
+            value = procedure(*args, **kwargs)
+            if self._generation != _sockets.here():
+                _leave_forked_child(None)
+        except BaseException as error:
+            if self._generation != _sockets.here():
+                _leave_forked_child(error)
+            if error.__traceback__ is not None:  # as in ``_invoke``
+                BaseException.with_traceback(error, error.__traceback__.tb_next)
+            self._log(error)
+            return self._pack_error(error, invocation), _NOTHING, _interrupt(error)
+        finally:
+            current.reset(token)
+            invocation.call = None
+        try:
+            return plan.pack_result(value, invocation.credentials), value, None
+        except BaseException as error:
+            refusal = _marshal_error("the result", error, may_have_run=True)
+            log.error("%s: %s", self.name, refusal, exc_info=error)
+            return _data.pack_refusal(refusal), _NOTHING, _interrupt(error)
+
+    def _make_plan(self) -> _data.Plan:
+        """Look at the annotations of the target, or, of an object, of all that callers may reach."""
+        if isinstance(self.target, Facade):
+            for name in self.target.names:
+                _data.plan_of(self.target.find(name))
+            return _ANY
+        return _data.Plan(self.target)
+
+    def _find_procedure(
+        self, plan: _data.Plan, args: list[Any]
+    ) -> tuple[Callable[..., Any], _data.Plan, list[Any]]:
+        """Return what a call of a data door comes to: its plan, and the arguments that are left for it."""
+        if not isinstance(self.target, Facade):
+            return self.target, plan, args
+        name = _data.read_text(args[0]) if args else None
+        try:
+            method, _ = resolve(self.target, () if name is None else (name,))
+        except (AttributeError, TypeError) as error:  # it is to leave a procedure, like any other
+            return functools.partial(_raise, error), _ANY, []
+        return method, _data.plan_of(method), args[1:]
+
+    def _read_data(
+        self, invocation: Invocation, plan: _data.Plan
+    ) -> tuple[Callable[..., Any], _data.Plan, tuple[Any, ...], dict[str, Any]]:  # fmt: skip
+        """Find out what is called, and make its arguments of what has come, by its annotations."""
+        uid = invocation.credentials.uid
+        arrivals = _data.Arrivals(invocation.descriptors, uid)
+        invocation.descriptors.clear()
+        try:
+            if invocation.buffers:
+                raise MarshalError("there are no buffers where data is spoken", may_have_run=False)
+            pieces, named = _data.unpack_arguments(invocation.data)
+            procedure, plan, pieces = self._find_procedure(plan, pieces)
+            args, kwargs = _data.reading(arrivals, functools.partial(plan.convert, pieces, named))
+        except BaseException:
+            close_all(arrivals.take_back(), uid)
+            raise
+        invocation.data = b""
+        close_all(arrivals.take_rest(), uid)
+        return procedure, plan, args, kwargs
+
+    def _pack_error(self, error: BaseException, invocation: Invocation) -> _data.Parcel:
+        """Marshal what left the procedure of a data door: of strangers, not everybody is told everything."""
+        friend = not is_strange(invocation.credentials.uid)
+        told = friend or self._tracebacks or _data.is_told(error, self._errors)
+        paths = friend or self._errors is not None
+        return _data.pack_exception(error, text=told, paths=paths, frames=self._tracebacks)
+
     def _log(self, error: BaseException) -> None:
         if isinstance(error, Exception):
             log.debug("%s raised", self.name, exc_info=error)
         else:
             log.error("%s raised what is no Exception", self.name, exc_info=error)
 
+
+def _raise(error: Exception, *_: Any, **__: Any) -> NoReturn:
+    raise error
+
+
+#: The plan of what takes anything.
+_ANY = _data.Plan(lambda *_, **__: None)
+
+#: What a procedure has returned that did not return.
+_NOTHING = object()
 
 #: The endpoints of this process, by the ids of their doors.
 _endpoints: weakref.WeakValueDictionary[bytes, Endpoint] = weakref.WeakValueDictionary()
@@ -632,6 +798,23 @@ def _checked_choice(what: str, value: str, choices: tuple[str, ...]) -> str:
     if value not in choices:
         raise ValueError(f"{what} is {' or '.join(map(repr, choices))}, not {value!r}")
     return value
+
+
+def _checked_errors(errors: Collection[Any] | None, codec: str) -> tuple[type[BaseException], ...] | None:
+    if errors is None:
+        return None
+    if codec != "data":
+        raise ValueError('errors= is for codec="data": by pickle an exception arrives as itself')
+    for kind in errors:
+        if not (isinstance(kind, type) and issubclass(kind, BaseException)):
+            raise TypeError(f"errors holds exception classes, not {kind!r}")
+    return tuple(errors)
+
+
+def _checked_tracebacks(tracebacks: bool, codec: str) -> bool:
+    if tracebacks and codec != "data":
+        raise ValueError('tracebacks= is for codec="data": by pickle the traceback comes along always')
+    return bool(tracebacks)
 
 
 def _checked_limit(what: str, value: int, most: int = 2**62) -> int:

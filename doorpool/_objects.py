@@ -206,14 +206,14 @@ class Facade:
             self._entered += 1
         return (True, None) if value is self.object else (False, value)
 
-    def _exit(self, error: BaseException | str | None = None) -> bool:
+    def _exit(self, error: Any = None) -> bool:
         """Leave the object, with what ended the caller's block: an exception, or its text."""
         with self._lock:
             if not self._entered:
                 raise RuntimeError(f"{self!r} was left and had not been entered")
             self._entered -= 1
-        if isinstance(error, str):
-            error = RemoteError(error)
+        if error is not None and not isinstance(error, BaseException):
+            error = RemoteError(str(error))
         return self._leave(error)
 
     def _leave(self, error: BaseException | None) -> bool:

@@ -29,12 +29,13 @@ import textwrap
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing import reduction
 from typing import Any, TypeVar
 
-from doorpool import _sockets
+from doorpool import _data, _sockets
+from doorpool._callers import Judge, Rule
 from doorpool._descriptor import Descriptor
 from doorpool._endpoint import Endpoint, endpoint_with_id
 from doorpool._errors import (
@@ -52,7 +53,8 @@ from doorpool._errors import (
 from doorpool._exceptions import text_of
 from doorpool._handle import FOREVER, Came, check_seconds, check_spin, deadline_after
 from doorpool._info import DoorInfo, describe
-from doorpool._marshal import Dialect, Parcel, own_dialect, pack_arguments, unpack_outcome
+from doorpool._janitor import close_all
+from doorpool._marshal import Dialect, own_dialect, pack_arguments, unpack_outcome
 from doorpool._objects import CALL, ENTER, EXIT, METHODS, Table, checked_table, decode_table, read_signature
 from doorpool._threads import waiting_for
 from doorpool._wire import Attribute, Knock
@@ -64,10 +66,16 @@ __all__ = ["Proxy"]
 #: not there yet nor a server that is still to listen can be waited for by an event.
 _RETRY = 0.02
 
+#: What a proxy can speak; which of them, its door says.
+_SPOKEN: tuple[Codec, ...] = (Codec.PICKLE, Codec.DATA)
+
 _SUBMITTERS = 64  #: Threads at most that ``submit`` and ``map`` start.
 
 
 _T = TypeVar("_T")
+
+#: What is to be sent, however it was written: bytes, memory and descriptors.
+_AnyParcel = tuple[bytes, Sequence[memoryview], Sequence[int]]
 
 
 class _Unchanged:
@@ -85,20 +93,28 @@ class Line:
 
     def __init__(
         self, door: Path | int, *, open_timeout: float | None, reopens: bool, trust: str,
-        spin: float | None,
+        server: Rule | None, spin: float | None,
     ) -> None:  # fmt: skip
         self.spin = spin
         self.open_timeout = open_timeout
         self.trust = trust
+        self.server = server
         self.closed = False
         self.warns = True  # when it is collected open
         self.enters = False  # ``with`` enters the object, and does not only close the door
+        self._codecs = _SPOKEN
         self.handle = self._open(door, open_timeout)
+        self._codecs = (self.handle.greeting.codec,)  # reopened, it speaks what it spoke at first
         self.reopens = reopens and self.handle.path is not None
         self.id = self.handle.greeting.id
         self._take(self.handle)
         self._believed = self.handle.server.uid, self.handle.greeting.codec
         self._reset()
+        self._become(self._codecs == (Codec.DATA,))
+
+    def _become(self, speaks_data: bool) -> None:
+        """Be such a line as the door has said that it needs, now that it has been opened."""
+        self.__class__ = _LINES[speaks_data, self.is_object]
 
     @property
     def identity(self) -> tuple[bytes, int | None]:
@@ -144,7 +160,7 @@ class Line:
     def _make_handle(self, door: Path | int, open_timeout: float | None, **options: Any) -> Handle:
         own = own_dialect()
         return Handle(
-            door, open_timeout=open_timeout, trust=self.trust, codec=Codec.PICKLE,
+            door, open_timeout=open_timeout, trust=self.trust, server=self.server, codec=self._codecs,
             words=Knock(own.python, own.main), spin=self.spin, **options,
         )  # fmt: skip
 
@@ -159,11 +175,9 @@ class Line:
         self._pool = home._pool if home is not None else None  # of this very process, if the door is
         self._table: Table | None = None
         self.is_object = bool(handle.greeting.attributes & Attribute.OBJECT)
-        if self.is_object and type(self) is Line:
-            self.__class__ = _ObjectLine  # a bound method here would make a ring
         self.handle = handle  # last: who calls by it marshals for it
 
-    def call(self, args: tuple[Any, ...], kwargs: dict[str, Any], deadline: float | None) -> Any:
+    def transact(self, args: tuple[Any, ...], kwargs: dict[str, Any], deadline: float | None) -> Any:
         """Make one call; see "Reopening" above."""
         handle = self.handle
         data, buffers, descriptors = pack_arguments(args, kwargs, self.dialect)
@@ -182,11 +196,14 @@ class Line:
             return unpack_outcome(reply)
         return unpack_outcome(*reply)
 
+    #: What calling a proxy does: the same, where nothing has to be done before it.
+    call = transact
+
     def call_method(
         self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], deadline: float | None
     ) -> Any:
         """Call a method of the object that the door leads to."""
-        return Line.call(self, (name, *args), kwargs, deadline)
+        return self.transact((name, *args), kwargs, deadline)
 
     def methods(self) -> Table:
         """Return what may be called, as far as the door has said when it was opened."""
@@ -218,7 +235,7 @@ class Line:
         except (RevokedError, BrokenDoorError, ClosedError) as first:
             self._try_anew(handle, first, deadline, lambda it: it.ping(timeout=_left(deadline)))
 
-    def _exchange(self, handle: Handle, parcel: Parcel, deadline: float | None) -> Came:
+    def _exchange(self, handle: Handle, parcel: _AnyParcel, deadline: float | None) -> Came:
         if self._pool is None:
             return handle.call_until(deadline, *parcel)
         with waiting_for(self._pool, handle.name):
@@ -324,12 +341,63 @@ class Line:
             executor.shutdown(wait=False, cancel_futures=True)
 
 
+class DataLine(Line):
+    """A line on which data is spoken, and never a pickle."""
+
+    def transact(self, args: tuple[Any, ...], kwargs: dict[str, Any], deadline: float | None) -> Any:
+        """Make one call; as ``Line.transact``."""
+        handle = self.handle
+        parcel = _data.pack_arguments(args, kwargs, to=handle.server)
+        try:
+            try:
+                reply = self._exchange(handle, parcel, deadline)
+            except (RevokedError, BrokenDoorError, ClosedError) as first:
+                again = functools.partial(self._pack_again, args=args, kwargs=kwargs, deadline=deadline)
+                reply = self._try_anew(handle, first, deadline, again)
+        finally:
+            _data.release(parcel)
+        data, _, descriptors = reply if isinstance(reply, tuple) else (reply, (), [])
+        arrivals = _data.Arrivals(descriptors, handle.server.uid)
+        try:
+            result = _data.unpack_outcome(data, arrivals)
+        except BaseException:
+            close_all(arrivals.take_back(), handle.server.uid)
+            raise
+        close_all(arrivals.take_rest(), handle.server.uid)
+        return result
+
+    call = transact
+
+    def _pack_again(
+        self, handle: Handle, args: tuple[Any, ...], kwargs: dict[str, Any], deadline: float | None
+    ) -> Came:
+        parcel = _data.pack_arguments(args, kwargs, to=handle.server)
+        try:
+            return self._exchange(handle, parcel, deadline)
+        finally:
+            _data.release(parcel)
+
+
 class _ObjectLine(Line):
     """What the views of an object's door share: a call names the method first."""
 
     def call(self, args: tuple[Any, ...], kwargs: dict[str, Any], deadline: float | None) -> Any:
         """Call the object itself."""
-        return self.call_method(CALL, args, kwargs, deadline)
+        return self.transact((CALL, *args), kwargs, deadline)
+
+
+class _ObjectDataLine(_ObjectLine, DataLine):
+    """Likewise, where data is spoken."""
+
+
+#: What a line is, by what the door says of itself when it is opened: whether it speaks data, and
+#: whether it leads to an object.  (A bound method in place of a class would make a ring.)
+_LINES: dict[tuple[bool, bool], type[Line]] = {
+    (False, False): Line,
+    (True, False): DataLine,
+    (False, True): _ObjectLine,
+    (True, True): _ObjectDataLine,
+}
 
 
 def _kind(is_object: bool) -> str:
@@ -368,6 +436,12 @@ class Proxy:
             certainly did not run.
         spin: seconds for which a call looks whether the answer is there, before it sleeps; by
             default up to 0.0002, as long as that is worth it; 0: never.
+        server: whose server to believe, before anything of a call is sent: a set of uids and
+            ``Group`` objects, a ``Group``, ``anyone``, or a function of ``Credentials``.  By default
+            our own user's, and root's for a door that speaks data.  It is asked about whoever
+            listens at a path (unless that is root), and about whoever answers; and whom it
+            has believed first, stays who is meant, however often the path is opened anew.  A
+            door that speaks pickle must be our own user's in any case.
         trust: "namespace": believe a server only in our own user namespace, where the kernel
             can say.  "uid": the same user is enough.
 
@@ -391,17 +465,21 @@ class Proxy:
     def __init__(
         self, door: Path | int | Descriptor | Endpoint | Proxy, *, timeout: float | None = None,
         open_timeout: float | None = 5.0, wait: float = 0.0, reopen: bool = True,
-        trust: str = "namespace", spin: float | None = None,
+        server: Rule | None = None, trust: str = "namespace", spin: float | None = None,
     ) -> None:  # fmt: skip
         check_spin(spin)
         self._methods = None
+        if server is not None:
+            Judge(server, "server")  # that it is a rule
         self._timeout = check_seconds(timeout, "timeout")
         wait = _checked_wait(wait)
         if trust not in ("namespace", "uid"):
             raise ValueError(f"trust is 'namespace' or 'uid', not {trust!r}")
 
         def connect(opened: Path | int) -> Line:
-            return Line(opened, open_timeout=open_timeout, reopens=reopen, trust=trust, spin=spin)
+            return Line(
+                opened, open_timeout=open_timeout, reopens=reopen, trust=trust, server=server, spin=spin
+            )
 
         if isinstance(door, int | Descriptor | Endpoint | Proxy):
             self._line = _connect_descriptor(door, connect)
@@ -752,6 +830,7 @@ def _reduce_for_multiprocessing(proxy: Proxy) -> Any:
         "timeout": proxy._timeout,
         "open_timeout": line.open_timeout,
         "trust": line.trust,
+        "server": line.server,
         "spin": line.spin,
     }
     if line.handle.path is not None:

@@ -119,6 +119,7 @@ class Codec(IntEnum):
 
     RAW = 0
     PICKLE = 1
+    DATA = 2  # MessagePack; see doorpool._data
 
 
 _CODECS = {int(codec): codec for codec in Codec}
@@ -310,13 +311,19 @@ def decode_knock(data: bytes) -> Knock:
 
 @attrs.frozen
 class Refusal:
-    """Why something was refused, and whether the procedure may have run all the same."""
+    """
+    Why something was refused, and whether the procedure may have run all the same.
+
+    Attributes:
+        logged: what our own log says in place of the text; never sent.
+    """
 
     reason: Reason
     text: str = ""
     may_have_run: bool = False
     limit: int = 0
     value: int = 0
+    logged: str = ""
 
     def encode(self) -> bytes:
         """Write the refusal; its text is cut to what a letter takes."""

@@ -5,6 +5,7 @@ Doors as arguments and results: what arrives, callbacks, whose they are, and whe
 from __future__ import annotations
 
 import gc
+import inspect
 import os
 import queue
 import socket
@@ -23,6 +24,7 @@ from doorpool import (
     BusyError,
     CallTimeoutError,
     ClosedError,
+    Credentials,
     Descriptor,
     Endpoint,
     LimitError,
@@ -354,14 +356,17 @@ def test_a_door_is_believed_only_of_the_user_who_passed_it():
     assert ran == ["by our own will"]
 
 
-def test_a_pickle_door_is_not_passed_to_another_user():
-    departure = doors.Departure()
+def test_a_pickle_door_is_not_passed_where_data_is_spoken():
+    mine = Credentials(os.getpid(), os.geteuid(), os.getegid(), ())
     with Endpoint(echo, name="progress", linger=True) as endpoint, Proxy(endpoint) as proxy:
         for door in (endpoint, proxy):
-            for uid in (12345, None):
-                with pytest.raises(MarshalError, match="make its Endpoint with codec='data'"):
-                    doors.depart(door, uid, departure)
-    assert len(departure) == 0
+            for to in (mine, attrs.evolve(mine, uid=12345), attrs.evolve(mine, uid=None)):
+                with pytest.raises(
+                    MarshalError, match=r"'progress' speaks pickle.* make it with codec=\"data\""
+                ):
+                    doors.check_crossing(door, to)
+    with Endpoint(echo, codec="data", linger=True) as endpoint:
+        doors.check_crossing(endpoint, mine)
 
 
 @pytest.mark.ids("U17")
@@ -626,6 +631,124 @@ def test_descriptors_stay_flat_over_many_passings(far, many):
         pass_once()
     wait_until(lambda: descriptors() <= here)
     wait_until(lambda: fds() <= there)
+
+
+# -- where data is spoken
+
+
+class Shelf:
+    """A thing of the server's."""
+
+    def __init__(self) -> None:
+        self.books: list[str] = []
+
+    def put(self, title: str, year: int = 0) -> int:
+        """Put a book there."""
+        self.books.append(title)
+        return len(self.books)
+
+    def fail(self) -> None:
+        raise LookupError("no such book")
+
+    def __enter__(self) -> Any:
+        return self
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> bool:
+        self.books.append(f"left: {error}")
+        return False
+
+
+@pytest.fixture
+def shelf(serve, connect) -> Proxy:
+    serve(Shelf(), codec="data")
+    return connect()
+
+
+def test_an_object_behind_a_data_door(shelf):
+    assert shelf.info.codec == "data"
+    assert shelf.put("Emma", 1815) == 1
+    assert shelf.put(year=1, title="Ulysses") == 2
+    assert str(inspect.signature(shelf.put)) == "(title: 'str', year: 'int' = 0) -> 'int'"
+    with pytest.raises(LookupError, match="no such book"):
+        shelf.fail()
+    with pytest.raises(AttributeError):
+        shelf.burn  # noqa: B018
+
+
+@pytest.mark.parametrize("name", ["__class__", "books", "burn", "__dict__"])
+def test_a_data_caller_that_asks_all_the_same_is_refused(shelf, name):
+    with pytest.raises(AttributeError, match="has no method"):
+        shelf._line.call_method(name, (), {}, None)
+    with pytest.raises(TypeError, match="not callable"):
+        shelf()
+
+
+def test_its_arguments_are_compared_with_the_annotations_of_the_method(shelf):
+    with pytest.raises(MarshalError, match=r"title.*Expected `str`, got `int`"):
+        shelf.put(5)
+    with pytest.raises(MarshalError, match="Expected `str`"):
+        shelf._line.transact((5,), {}, None)
+    with pytest.raises(TypeError, match="the name of a method first"):
+        shelf._line.transact((), {}, None)
+
+
+def test_a_method_that_data_cannot_check_is_refused_at_the_start(serve):
+    class Odd:
+        def take(self, it: "nowhere.Thing") -> None: ...  # noqa: F821, UP037
+
+    with pytest.raises(TypeError, match="says nothing here"):
+        serve(Odd(), codec="data")
+
+
+def test_doors_cross_data_doors(serve, connect):
+    made: list[Any] = []
+
+    def lend(report: Proxy) -> Endpoint:
+        report(len(made))
+        made.append(Endpoint(Shelf(), codec="data"))
+        return made[-1]
+
+    said: list[int] = []
+    serve(lend, codec="data")
+    with Endpoint(said.append, codec="data", linger=True) as report:
+        one, other = connect()(report), connect()([report][0])
+    assert said == [0, 1]
+    assert one != other
+    assert "local" in one.info.attributes
+    with one as entered:
+        assert entered.put("Emma") == 1
+    wait_until(lambda: made[0].closed)
+    assert made[0].target.object.books == ["Emma", "left: None"]
+    with pytest.raises(ValueError, match="torn"), other:
+        raise ValueError("torn")
+    assert made[1].target.object.books == ["left: ValueError: torn"]
+
+
+def test_a_door_inside_of_data_is_passed_on(serve, connect):
+    serve(echo, codec="data")
+    with Endpoint(echo, codec="data", linger=True) as endpoint:
+        with Proxy(endpoint) as proxy:
+            came = connect()({"doors": [endpoint, {"it": proxy}]})
+        first, second = came["doors"][0], came["doors"][1]["it"]
+        assert first == second
+        assert connect()(first)(5) == 5
+        assert second(6) == 6
+
+
+def test_a_misfit_among_data_hands_nothing_out(serve, connect):
+    serve(echo, codec="data")
+    gone = threading.Event()
+    with Endpoint(echo, codec="data", on_unref=gone.set, linger=True) as endpoint:
+        with pytest.raises(MarshalError, match=r"args\[1\] cannot cross a data door"):
+            connect()(endpoint, object())
+        settle(endpoint)
+        assert not endpoint.unreferenced
+        assert not gone.is_set()
+    with (
+        Endpoint(echo, linger=True) as pickled,
+        pytest.raises(MarshalError, match=r"args\[1\].*speaks pickle"),
+    ):
+        connect()(5, pickled)
 
 
 # -- three processes

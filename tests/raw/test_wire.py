@@ -167,9 +167,9 @@ def _at(message, index, value):
     [
         pytest.param(read_frame, PLAIN, 0, set(b"QRFPAG"), id="kind of a frame"),
         pytest.param(read_frame, PLAIN, 1, {1}, id="version of a frame"),
-        pytest.param(_wire.decode_greeting, GREETING, 6, {0, 1}, id="codec of a greeting"),
+        pytest.param(_wire.decode_greeting, GREETING, 6, {0, 1, 2}, id="codec of a greeting"),
         pytest.param(_wire.decode_answer, ANSWER, 6, {0}, id="whether an answer is a refusal"),
-        pytest.param(_wire.decode_answer, ANSWER, 7, {0, 1}, id="codec of an answer"),
+        pytest.param(_wire.decode_answer, ANSWER, 7, {0, 1, 2}, id="codec of an answer"),
         pytest.param(_wire.decode_refusal, REFUSAL, 0, set(range(1, 14)), id="reason of a refusal"),
     ],
 )
