@@ -256,22 +256,27 @@ class Line:
         self, gone: Handle, first: DoorError, deadline: float | None, attempt: Callable[[Handle], _T]
     ) -> _T:
         """Try once more through the reopened door, if that may be; the first error stands if it fails."""
-        if first.may_have_run or self.closed or not self.reopens:
-            raise first
-        if isinstance(first, ClosedError):
-            if self.handle is gone:
+        try:
+            if first.may_have_run or self.closed or not self.reopens:
                 raise first
-            return attempt(self.handle)  # another thread has reopened it, and closed that one in our hands
-        try:
-            handle = self._reopen(gone, deadline)
-        except (DoorError, OSError) as second:
-            raise first from second
-        try:
-            return attempt(handle)
-        except DoorError as second:  # what is none says nothing about the call; the first error would
-            if second.may_have_run:
-                raise
-            raise first from second
+            if isinstance(first, ClosedError):
+                if self.handle is gone:
+                    raise first
+                return attempt(
+                    self.handle
+                )  # another thread has reopened it, and closed that one in our hands
+            try:
+                handle = self._reopen(gone, deadline)
+            except (DoorError, OSError) as second:
+                raise first from second
+            try:
+                return attempt(handle)
+            except DoorError as second:  # what is none says nothing about the call; the first error would
+                if second.may_have_run:
+                    raise
+                raise first from second
+        finally:
+            del first  # or this frame and the error's traceback hold one another, and the door with them
 
     def _reopen(self, gone: Handle, deadline: float | None) -> Handle:
         """Open the path anew, unless another thread has done so meanwhile."""

@@ -11,6 +11,7 @@ import queue
 import socket
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -492,6 +493,32 @@ def test_a_door_that_takes_no_descriptors_takes_no_callback(serve, connect):
 
 
 # -- whose they are, and when they end
+
+
+@pytest.mark.parametrize("end", ["dead", "revoked", "raises"])
+def test_after_an_error_a_door_is_let_go_with_the_last_look_at_it(far, end):
+    """Not when the collector comes: nothing of the error makes a ring with it."""
+    endpoint = Endpoint(echo, linger=True)
+    came = far("backend")() if end != "revoked" else far("echo")(endpoint)
+    line = weakref.ref(came._line)
+    gc.disable()
+    try:
+        if end == "dead":
+            far.child.kill()
+            with pytest.raises(BrokenDoorError):
+                came.pid()
+        elif end == "revoked":
+            endpoint.revoke()
+            with pytest.raises(RevokedError):
+                came(1)
+        else:
+            with pytest.raises(AttributeError):
+                came._line.call_method("nothing", (), {}, None)
+        del came
+        assert line() is None
+    finally:
+        gc.enable()
+        endpoint.close()
 
 
 def test_a_callback_ends_when_the_server_lets_go_of_it(far):
