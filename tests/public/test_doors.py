@@ -501,6 +501,7 @@ def test_after_an_error_a_door_is_let_go_with_the_last_look_at_it(far, end):
     endpoint = Endpoint(echo, linger=True)
     came = far("backend")() if end != "revoked" else far("echo")(endpoint)
     line = weakref.ref(came._line)
+    came.ping()
     gc.disable()
     try:
         if end == "dead":
