@@ -79,7 +79,7 @@ Data = bytes | bytearray | memoryview
 #: Protocol 5 has the buffers; a higher one would not be understood by Python 3.11.
 _PROTOCOL = 5
 
-_dumps = pickle.dumps
+_dumps, _loads = pickle.dumps, pickle.loads
 
 _RESULT, _EXCEPTION, _REFUSAL = 0x80, ord("E"), ord("R")
 
@@ -318,7 +318,7 @@ def _unpickle(data: Data, buffers: Iterable[bytearray | memoryview] = ()) -> Any
     """
     global unpickled
     unpickled += 1
-    return pickle.loads(data, buffers=buffers) if buffers else pickle.loads(data)
+    return _loads(data, buffers=buffers) if buffers else _loads(data)
 
 
 # --- pickling -----------------------------------------------------------------------------------
