@@ -19,14 +19,16 @@ The rooms of the house, from the roof down; each leans only on those below it:
     _handle      the caller's side of it    _door       the server's: names, ports, knocks
     _gate        where server threads wait for calls
     _guests      who has come, and how many of whom there may be
-    _keeper      the one thread that accepts and answers knocks
     _descriptor  Descriptor
     _opening     knock and answer: who is at the other end
     _channel     the private pair on which calls go
     _names       the file system: attach, detach, stale names, long paths
+    _segments    big buffers in shared memory: empty, buffer
+    _keeper      the one thread that accepts and answers knocks
     _janitor     closing what others have sent, which may take as long as they like
     _sockets     sockets that carry credentials
     _wire        every byte that is sent: frames, knocks, answers, greetings
+    _shuttle     the page of memory by which two ends call each other (C; _impl has the choice of its twin)
     _credentials, _errors
 """
 
@@ -56,6 +58,7 @@ from doorpool._errors import (
 )
 from doorpool._info import DoorInfo
 from doorpool._proxy import Proxy
+from doorpool._segments import buffer, empty
 from doorpool._server import Server, Statistics
 
 __all__ = [
@@ -80,7 +83,9 @@ __all__ = [
     "RevokedError",
     "Server",
     "Statistics",
+    "buffer",
     "current_call",
+    "empty",
 ]
 
 __version__ = "0.1.0.dev0"

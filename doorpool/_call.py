@@ -5,6 +5,8 @@ from __future__ import annotations
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
+from doorpool import _segments
+
 if TYPE_CHECKING:
     from doorpool._credentials import Credentials
     from doorpool.door import Invocation
@@ -85,4 +87,16 @@ def current_call() -> Call:
         invocation = current.get()
     except LookupError:
         raise RuntimeError("no call is being answered here: current_call() is for procedures") from None
-    return Call(invocation, invocation.door.cookie)
+    if invocation.call is None:
+        invocation.call = Call(invocation, invocation.door.cookie)
+    call: Call = invocation.call
+    return call
+
+
+def _find_shelf() -> _segments.Shelf | None:
+    """Return the segments of the channel whose call this code is answering, if it is."""
+    invocation = current.get(None)
+    return None if invocation is None else invocation.line.channel.shelf
+
+
+_segments.set_finder(_find_shelf)

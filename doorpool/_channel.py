@@ -106,6 +106,7 @@ class Channel:
             owns it.
         shelf: the segments that big buffers cross in, or None; likewise.
         news: true if the next message should say something about those.
+        stowed: the last message that was sent had a manifest, which must be read at the other end.
     """
 
     __slots__ = (
@@ -129,6 +130,7 @@ class Channel:
         "send_patience",
         "shelf",
         "socket",
+        "stowed",
     )
 
     def __init__(self, sock: socket.socket, peer: Credentials, ucred: bytes, pidfd: int = -1) -> None:
@@ -153,6 +155,7 @@ class Channel:
         self.page: shuttle.Page | None = None
         self.shelf: Shelf | None = None
         self.news: Sized = ()
+        self.stowed = False
 
     def __del__(self, _ending: Callable[[], bool] = sys.is_finalizing) -> None:
         # A channel lost between two byte codes (Ctrl-C) closes without a warning.  When the
@@ -202,11 +205,13 @@ class Channel:
         Returns:
             The manifest, b"" for none, and what goes beside it: buffers, descriptors.
         """
+        self.stowed = False
         if self.shelf is None or not (buffers or self.news):
             return b"", buffers, descriptors
         cargo = self.shelf.load(buffers, MAX_DESCRIPTORS - len(descriptors))
         if cargo is None:
             return b"", buffers, descriptors
+        self.stowed = True
         return cargo.manifest, cargo.inline, [*descriptors, *cargo.descriptors]
 
     def unstow(

@@ -255,7 +255,7 @@ class Door:
         """Accept whoever waits at a name, then close it."""
         with contextlib.suppress(OSError):
             name.listener.shutdown(socket.SHUT_RD)  # whoever comes now is refused
-        while self._accept(name):
+        while self._accept(name) is not None:
             continue
         self._keeper.unwatch(name.listener.fileno())
         # Empty, unless descriptors have run out; then the knocks in the queue are the janitors'.
@@ -274,24 +274,23 @@ class Door:
     def _accept_one(self, name: Name) -> None:
         if self._keeper.short:
             self._keeper.pause(name.listener.fileno())
-        else:
-            self._accept(name)
+        elif (port := self._accept(name)) is not None and port in self._ports:
+            self._hear(port)  # who comes by a name knocks at once: one wake-up does for both
 
-    def _accept(self, name: Name) -> bool:
-        """Accept one connection; return whether there may be more."""
+    def _accept(self, name: Name) -> socket.socket | None:
+        """Accept one connection and return its port, taken in or not; None if there is none."""
         try:
             port, _ = name.listener.accept()
-        except BlockingIOError:
-            return False
         except OSError as error:
             if error.errno == errno.ECONNABORTED:
-                return True
-            self._starve(name.listener, "accept", error)
-            return False
+                return self._accept(name)
+            if error.errno != errno.EAGAIN:
+                self._starve(name.listener, "accept", error)
+            return None
         # step: accepted
         port.setblocking(False)
         self._take_in(_sockets.own(port))
-        return True
+        return port
 
     def _take_in(self, port: socket.socket) -> None:
         """Take a connection in, unless strangers have too many already."""
@@ -342,7 +341,7 @@ class Door:
             port.send(self.greeting().encode(), _sockets.DONTWAIT)
 
     def _hear(self, port: socket.socket) -> None:
-        """Hear one knock."""
+        """Hear one knock, if there is one."""
         if self._keeper.short:
             self._keeper.pause(port.fileno())
             return
@@ -350,7 +349,7 @@ class Door:
             if self._is_held_up(port):
                 return
             knock = _opening.hear_knock(port)
-        except (BlockingIOError, ConnectionResetError):
+        except BlockingIOError:
             return
         except OSError as error:
             self._starve(port, "hear a knock", error)
@@ -416,7 +415,7 @@ class Door:
         if refusal is not None:
             return refusal
         try:
-            return _opening.admit(knock, self.codec)
+            return _opening.admit(knock, self.codec, spin=self.gate.spin)
         except OSError as error:
             if error.errno in SHORTAGE:
                 raise

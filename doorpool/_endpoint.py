@@ -509,6 +509,7 @@ class Endpoint:
             return pack_exception(error, peer), False, _interrupt(error)
         finally:
             current.reset(token)
+            invocation.call = None  # or the two would hold one another
         try:
             # step: procedure-ended
             return pack_result(value, peer), True, None

@@ -122,11 +122,13 @@ class Gate:
     Args:
         lingers: a thread that has answered comes back at once to wait here again, so the
             channel may stay with it meanwhile (see ``LINGER``).
+        spin: nanoseconds for which it then looks at the shared page; -1: as long as it is worth it.
 
     Modelled on: door_return(3C), by which a server thread waits for the next call.
     """
 
-    def __init__(self, *, lingers: bool = False) -> None:
+    def __init__(self, *, lingers: bool = False, spin: int = -1) -> None:
+        self.spin = spin
         self._epoll = select.epoll()
         self._set = self._epoll.fileno()
         self._bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC | os.EFD_SEMAPHORE)
@@ -146,6 +148,18 @@ class Gate:
     def channels(self) -> int:
         """How many channels are open here."""
         return len(self._served)
+
+    @property
+    def segments(self) -> tuple[int, int, int, int]:
+        """How many segments were made here that exist, of how many bytes, how many are retained, reuses."""
+        shelves = [served.channel.shelf for served in list(self._served.values())]
+        all_ = [shelf.counts for shelf in shelves if shelf is not None]
+        return (
+            sum(it.held for it in all_),
+            sum(it.held_bytes for it in all_),
+            sum(it.retained for it in all_),
+            sum(it.reused for it in all_),
+        )
 
     @property
     def closed(self) -> bool:
@@ -516,6 +530,7 @@ class Invocation:
         line: the channel it came by; in its ``memo`` the layer above may keep something.
         credentials: who is calling, as of the opening of its channel.
         words: what the caller says of itself (a claim).
+        call: the layer above may keep something here, too.
 
     Modelled on: the arguments of a server procedure, door_create(3C)
     """
@@ -525,12 +540,13 @@ class Invocation:
     _taken: int
 
     __slots__ = (
-        "_gate", "_nanoseconds", "_open", "_sent", "_taken", "buffers", "data", "descriptors",
+        "_gate", "_nanoseconds", "_open", "_sent", "_taken", "buffers", "call", "data", "descriptors",
         "door", "line",
     )  # fmt: skip
 
     def __init__(self, gate: Gate, served: Served) -> None:
         self._open = False  # until there is something to answer
+        self.call: Any = None
         self._gate = gate
         self.line = served
         self.door = served.door

@@ -91,6 +91,9 @@ _PING, _PONG = int(Kind.PING), int(Kind.PONG)
 
 _LOOK_UP = int(LOOK_UP * 1e9)
 
+#: Reasons for which a request was refused before all of it was read, perhaps.
+_UNREAD = frozenset({Reason.TOO_LARGE, Reason.DESCRIPTORS_LOST})
+
 #: What comes back from a call: the bytes, the buffers, the descriptors; or the bytes, where there is no more.
 Whole = tuple[bytes | bytearray, Sequence[bytearray | memoryview], list[int]]
 Came = bytes | Whole
@@ -229,12 +232,16 @@ class Handle:
         self._reset()
         self._socket = self._reach(door, deadline)
         self.server: Credentials
+        self._codec = codec
+        self._met = False
         try:
-            self.greeting = self._peek(deadline)
-            self._limits = _limits_in(self.greeting)
-            self._check_codec(codec)
-            self.server = credentials_of(unpack_ids(peer_ucred(self._socket)), None)
-            if not lazy:
+            # On a connection of our own we knock at once, so that the server wakes up once for both.
+            # A descriptor may be anybody's of whatever kind: that it is a door, it says first.
+            if self.path is None or lazy:
+                self._meet(deadline)
+            if lazy:
+                self.server = credentials_of(unpack_ids(peer_ucred(self._socket)), None)
+            else:
                 self._give_back(self._dial(deadline))
         except BaseException:
             if self.path is None:
@@ -339,6 +346,15 @@ class Handle:
         if listener.uid != 0:
             self._believe(Codec.RAW if self._server is not None else None, listener, -1)
 
+    def _meet(self, deadline: float | None) -> None:
+        """Look, once, whether this is a door, and such as it should be."""
+        if self._met:
+            return
+        self.greeting = self._peek(deadline)
+        self._limits = _limits_in(self.greeting)
+        self._check_codec()
+        self._met = True
+
     def _peek(self, deadline: float | None) -> Greeting:
         """Look at the greeting, which stays in the queue for every other holder."""
         data = b""
@@ -370,12 +386,12 @@ class Handle:
                     break
         return b""
 
-    def _check_codec(self, codec: Codec | None) -> None:
+    def _check_codec(self) -> None:
         """Refuse a door that speaks something else; that it answers so too is seen at each opening."""
         spoken = self.greeting.codec
-        if codec is not None and spoken is not codec:
+        if self._codec is not None and spoken is not self._codec:
             raise NotADoorError(
-                f"{self.name} is a {spoken.name.lower()} door and not a {codec.name.lower()} one",
+                f"{self.name} is a {spoken.name.lower()} door and not a {self._codec.name.lower()} one",
                 filename=self.path,
             )
 
@@ -445,6 +461,7 @@ class Handle:
         try:
             ours = self._knock(door, deadline)
             try:
+                self._meet(deadline)  # before anything of the answer is looked at
                 return self._hear(door, ours, deadline)
             finally:
                 close_socket(ours)  # there may be an answer in it that we could not take
@@ -468,6 +485,7 @@ class Handle:
                 self._check_alive(door)
                 self._await(door, select.POLLOUT, deadline, "has too many knocks to hear yet")
             except ConnectionError:
+                self._meet(deadline)  # it was none, perhaps
                 raise self._gone(door) from None
             except OSError as error:
                 if error.errno != errno.ETOOMANYREFS:
@@ -781,9 +799,13 @@ class Handle:
             return self._unpacked(channel, *frame)
         assert isinstance(frame, Frame)
         if frame.number == channel.number and frame.kind == (_REPLY if kind == _REQUEST else _PONG):
-            self._give_back(channel)
             if frame.refusal is not None:
+                if channel.shelf is None:
+                    self._give_back(channel)
+                else:
+                    channel.close()  # there may have been a manifest, and some of them segments
                 raise OSError(errno.EMFILE, "no free descriptors for those that the reply brought")
+            self._give_back(channel)
             return frame.data, frame.buffers, frame.descriptors
         close_all(frame.descriptors)
         self._take_failure(channel, frame, fresh)
@@ -827,7 +849,10 @@ class Handle:
             except ProtocolError:
                 channel.close()
                 raise
-            self._give_back(channel)
+            if channel.stowed and refusal.reason in _UNREAD:
+                channel.close()  # the server has not read which segments are whose
+            else:
+                self._give_back(channel)
         if refusal is None:
             channel.shutdown()
             channel.close()

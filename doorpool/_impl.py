@@ -36,7 +36,7 @@ def _choose(choice: str) -> tuple[ModuleType, str, str]:
         if choice == "c":
             raise ImportError(f"{VARIABLE}=c, but the compiled shuttle cannot be had: {error}") from error
         return _shuttle_py, "py", f"the compiled shuttle cannot be had: {error}"
-    return _shuttle, "c", f"{VARIABLE}=c" if choice else "it is there"
+    return _shuttle, "c", f"{VARIABLE}=c" if choice else "compiled"
 
 
 def _quota() -> int | None:

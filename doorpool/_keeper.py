@@ -200,7 +200,8 @@ class Keeper:
         timer = Timer(time.monotonic() + seconds, callback)
         with self.lock:
             heapq.heappush(self._timers, (timer.when, next(self._order), timer))
-        self._ring()
+        if threading.get_ident() != self._thread.ident:  # itself it looks before it waits
+            self._ring()
         return timer
 
     def soon(self, callback: Callback) -> None:

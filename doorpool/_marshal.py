@@ -85,10 +85,16 @@ _RESULT, _EXCEPTION, _REFUSAL = 0x80, ord("E"), ord("R")
 
 #: Types that pickle handles without ever asking us, and that hold nothing.
 _ATOMS = frozenset((int, str, float, bool, bytes, types.NoneType))
+_SMALL_ATOMS = _ATOMS - {bytes}
 
 #: Bytes from which a buffer travels beside the pickle and not in it: a page.  Two copies of
 #: one take 0.2 µs, less than any bookkeeping for one buffer more.
-_BESIDE = 4096
+_BESIDE = 65536
+
+#: Length from which ``bytes`` travel beside the pickle too, if they are an argument or the result
+#: themselves: one copy in and one out.  Inside a pickle there are four.  (Not a bytearray, which
+#: may be the same object as one further inside.)
+_LONG = 1 << 16
 
 #: Bytes of pickle after which a pickler is not kept: its memo keeps the size it has grown to.
 _KEEP = 65536
@@ -184,13 +190,14 @@ def pack_arguments(args: tuple[Any, ...], kwargs: dict[str, Any], to: Dialect) -
     """
     call = (args, kwargs)
     for value in args:  # by hand: ``issuperset`` would take 0.15 µs more
-        if type(value) not in _ATOMS:
+        kind = type(value)
+        if kind not in _SMALL_ATOMS and (kind is not bytes or len(value) >= _LONG):
             break
     else:
         if not kwargs or _all_atoms(kwargs):
             return _dumps(call, _PROTOCOL), (), ()
     try:
-        return _dump(call, to)
+        return _dump(_with_long(args, kwargs) if _has_long(args, kwargs) else call, to)
     except Exception as error:
         parts = (("args", args), ("kwargs", kwargs))
         if came_by_a_signal(error):
@@ -225,10 +232,11 @@ def pack_result(value: Any, to: Dialect) -> Parcel:
     Raises:
         MarshalError: it cannot cross; it names the path.  The procedure has run.
     """
-    if type(value) in _ATOMS:
+    kind = type(value)
+    if kind in _SMALL_ATOMS or (kind is bytes and len(value) < _LONG):
         return _dumps(value, _PROTOCOL), (), ()
     try:
-        return _dump(value, to)
+        return _dump(_Long(value) if _is_long(value) else value, to)
     except Exception as error:
         raise _cannot_cross(error, (("result", value),), to, may_have_run=True) from error
 
@@ -305,6 +313,8 @@ def came_by_a_signal(error: BaseException) -> bool:
 
 
 def _all_atoms(kwargs: dict[str, Any]) -> bool:
+    if any(map(_is_long, kwargs.values())):
+        return False
     # The keys as well: a call takes keywords of a subclass of str.
     return _ATOMS.issuperset(map(type, kwargs.values())) and _ATOMS.issuperset(map(type, kwargs))
 
@@ -394,6 +404,33 @@ class _Rules:
                 f"same Python: here it is {here[0]}.{here[1]}, there {there[0]}.{there[1]}; "
                 "put it in a module that both can import"
             )
+
+
+class _Long:
+    """Long ``bytes``, to travel beside the pickle; arrives as what it was."""
+
+    __slots__ = ("value",)
+
+    def __init__(self, value: bytes) -> None:
+        self.value = value
+
+    def __reduce__(self) -> Any:
+        return bytes, (pickle.PickleBuffer(self.value),)
+
+
+def _is_long(value: Any) -> bool:
+    return type(value) is bytes and len(value) >= _LONG
+
+
+def _has_long(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    return any(map(_is_long, args)) or any(map(_is_long, kwargs.values()))
+
+
+def _with_long(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Have the long ones of the arguments travel beside the pickle; each once, however often it is one."""
+    long = {id(value): _Long(value) for value in (*args, *kwargs.values()) if _is_long(value)}
+    values = tuple(long.get(id(value), value) for value in args)
+    return values, {name: long.get(id(value), value) for name, value in kwargs.items()}
 
 
 class _Pickler(_Rules, pickle.Pickler):

@@ -335,10 +335,9 @@ def hear_knock(port: socket.socket) -> Visitor | Misfit | None:
 
     Raises:
         BlockingIOError: nobody has knocked.
-        ConnectionResetError: the other end went with something unread; not yet the end.
         OSError: one of ``SHORTAGE``; look again later.
     """
-    letter = _sockets.receive_letter(port, _wire.LETTER_SIZE, MSG_PEEK, _LOOK)
+    letter = _look(port, _wire.LETTER_SIZE, _LOOK)
     if not letter.data and not letter.ucred:
         return None
     try:
@@ -358,7 +357,7 @@ def hear_knock(port: socket.socket) -> Visitor | Misfit | None:
 def _misfit_with_many(port: socket.socket, letter: Letter) -> Misfit | None:
     """Take all the descriptors in hand that a message brings, or else have its port closed with it."""
     discard(letter)
-    letter = _sockets.receive_letter(port, _wire.LETTER_SIZE, MSG_PEEK)
+    letter = _look(port, _wire.LETTER_SIZE)
     if letter.truncated:
         discard(letter)
         return None
@@ -368,7 +367,14 @@ def _misfit_with_many(port: socket.socket, letter: Letter) -> Misfit | None:
 
 def whose_knock(port: socket.socket) -> int | None:
     """Tell who has sent the next message at a port, without taking any descriptor in hand."""
-    return _uid(_sockets.receive_letter(port, 1, MSG_PEEK, _WHO))
+    return _uid(_look(port, 1, _WHO))
+
+
+def _look(port: socket.socket, size: int, room: int = _sockets.ANCILLARY_ROOM) -> Letter:
+    try:
+        return _sockets.receive_letter(port, size, MSG_PEEK, room)
+    except ConnectionResetError:  # told once, instead: the other end went with something unread
+        return _sockets.receive_letter(port, size, MSG_PEEK, room)
 
 
 def forget_knock(port: socket.socket) -> None:

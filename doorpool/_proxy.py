@@ -44,7 +44,7 @@ from doorpool._errors import (
     Path,
     RevokedError,
 )
-from doorpool._handle import FOREVER, Came, check_seconds, deadline_after
+from doorpool._handle import FOREVER, Came, check_seconds, check_spin, deadline_after
 from doorpool._info import DoorInfo, describe
 from doorpool._marshal import Dialect, own_dialect, pack_arguments, unpack_outcome
 from doorpool._threads import waiting_for
@@ -76,7 +76,11 @@ _UNCHANGED = _Unchanged()
 class _Line:
     """What the views of one open door share."""
 
-    def __init__(self, door: Path | int, *, open_timeout: float | None, reopens: bool, trust: str) -> None:
+    def __init__(
+        self, door: Path | int, *, open_timeout: float | None, reopens: bool, trust: str,
+        spin: float | None,
+    ) -> None:  # fmt: skip
+        self.spin = spin
         self.open_timeout = open_timeout
         self.trust = trust
         self.closed = False
@@ -121,7 +125,12 @@ class _Line:
         while True:
             try:
                 return Handle(
-                    door, open_timeout=_left(deadline), trust=self.trust, codec=Codec.PICKLE, words=words
+                    door,
+                    open_timeout=_left(deadline),
+                    trust=self.trust,
+                    codec=Codec.PICKLE,
+                    words=words,
+                    spin=self.spin,
                 )
             except (RevokedError, BrokenDoorError):
                 if last:
@@ -278,6 +287,8 @@ class Proxy:
         wait: seconds for which to wait for a door to be there.
         reopen: open a path anew, and call again, when the server has gone and the call
             certainly did not run.
+        spin: seconds for which a call looks whether the answer is there, before it sleeps; by
+            default up to 0.0002, as long as that is worth it; 0: never.
         trust: "namespace": believe a server only in our own user namespace, where the kernel
             can say.  "uid": the same user is enough.
 
@@ -300,15 +311,16 @@ class Proxy:
     def __init__(
         self, door: Path | int | Descriptor | Endpoint | Proxy, *, timeout: float | None = None,
         open_timeout: float | None = 5.0, wait: float = 0.0, reopen: bool = True,
-        trust: str = "namespace",
+        trust: str = "namespace", spin: float | None = None,
     ) -> None:  # fmt: skip
+        check_spin(spin)
         self._timeout = check_seconds(timeout, "timeout")
         wait = _checked_wait(wait)
         if trust not in ("namespace", "uid"):
             raise ValueError(f"trust is 'namespace' or 'uid', not {trust!r}")
 
         def connect(opened: Path | int) -> _Line:
-            return _Line(opened, open_timeout=open_timeout, reopens=reopen, trust=trust)
+            return _Line(opened, open_timeout=open_timeout, reopens=reopen, trust=trust, spin=spin)
 
         if isinstance(door, int | Descriptor | Endpoint | Proxy):
             self._line = _connect_descriptor(door, connect)
@@ -480,7 +492,12 @@ def _reduce_for_multiprocessing(proxy: Proxy) -> Any:
     """Pass a proxy to a child: by path if it has one, else its descriptor."""
     line = proxy._line
     number = _checked_number(proxy)
-    options = {"timeout": proxy._timeout, "open_timeout": line.open_timeout, "trust": line.trust}
+    options = {
+        "timeout": proxy._timeout,
+        "open_timeout": line.open_timeout,
+        "trust": line.trust,
+        "spin": line.spin,
+    }
     if line.handle.path is not None:
         return _from_path, (line.handle.path, {**options, "reopen": line.reopens})
     return _from_duplicate, (reduction.DupFd(number), options)

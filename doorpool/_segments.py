@@ -81,6 +81,7 @@ import mmap
 import operator
 import os
 import resource
+import select
 import struct
 import sys
 import threading
@@ -114,7 +115,7 @@ MIB = 1 << 20
 #:
 #: The manifest costs 25 µs at both ends, there and back, and its frames some 20 more; from 208 KiB on a
 #: message does not fit into a socket.
-THRESHOLD = 256 << 10
+THRESHOLD = 64 << 10
 
 #: From here on a buffer has a segment of its own, so that who keeps it keeps no others.
 LARGE = MIB
@@ -349,6 +350,9 @@ class _Segment:
     """
     A memfd with its mapping; closed when nobody refers to it any more.
 
+    The descriptor is an epoll object's, which takes any: that closes what it has when it goes, in C,
+    where no Ctrl-C can come between.  A finalizer of ours may be broken off at any line.
+
     Attributes:
         number: the descriptor; -1 if it is not kept.
         size: of the memfd.
@@ -356,25 +360,35 @@ class _Segment:
         mapping: where it is mapped, shared; None as long as it is not.
     """
 
-    __slots__ = ("generation", "id", "mapping", "number", "size")
+    __slots__ = ("__weakref__", "_holder", "id", "mapping", "number", "size")
 
-    def __init__(self, number: int, size: int, id: int) -> None:
-        self.number = _sockets.own_number(number)
+    def __init__(self, holder: select.epoll, size: int, id: int) -> None:
+        self._holder = holder
+        self.number = holder.fileno()
         self.size = size
         self.id = id
         self.mapping: _Mapping | None = None
-        self.generation = _sockets.here()
+        _open.add(self)
 
     def __del__(self, _ending: Callable[[], bool] = sys.is_finalizing) -> None:
-        if not _ending():
-            self.shut()
+        if _ending():
+            return
+        with contextlib.suppress(AttributeError):  # Ctrl-C has come before it was whole
+            try:
+                self.end()
+            except KeyboardInterrupt:  # all of it may be done twice
+                self.end()
+                raise
+
+    def end(self) -> None:
+        """Let go of all; what must be told is told."""
+        self.shut()
 
     def shut(self) -> None:
-        """Close the descriptor; in a child that has been done."""
-        number, self.number = self.number, -1
-        if number >= 0 and self.generation == _sockets.here():
-            with contextlib.suppress(OSError):  # somebody has closed it by hand
-                _sockets.close_number(number)
+        """Close the descriptor; idempotent."""
+        self.number = -1
+        with contextlib.suppress(OSError):  # somebody has closed it by hand
+            self._holder.close()
 
     def map(self) -> _Mapping:
         """
@@ -411,11 +425,10 @@ class _Own(_Segment):
         "veil",
         "warm",
         "wet",
-        "__weakref__",
     )
 
-    def __init__(self, number: int, size: int, serial: int) -> None:
-        super().__init__(number, size, 0)
+    def __init__(self, holder: select.epoll, size: int, serial: int) -> None:
+        super().__init__(holder, size, 0)
         self.serial = serial
         self.ledgers: tuple[dict[int, int], ...] = (_made,)
         self.news: News | None = None
@@ -424,13 +437,12 @@ class _Own(_Segment):
         self.since = 0.0
         self.wet = self.warm = 0
 
-    def __del__(self, _ending: Callable[[], bool] = sys.is_finalizing) -> None:
-        if _ending():
-            return
-        self.shut()
+    def end(self) -> None:
         for ledger in self.ledgers:
             ledger.pop(self.serial, None)
-        if self.announced and self.news is not None:
+        super().end()
+        announced, self.announced = self.announced, False  # once at the most
+        if announced and self.news is not None:
             self.news.append((_RETIRED, self.id))
 
     @property
@@ -488,18 +500,17 @@ class _Foreign(_Segment):
 
     __slots__ = ("kind", "ours", "serial")
 
-    def __init__(self, number: int, size: int, id: int) -> None:
-        super().__init__(number, size, id)
+    def __init__(self, holder: select.epoll, size: int, id: int) -> None:
+        super().__init__(holder, size, id)
         self.ours = False
         self.kind = ctypes.c_ubyte * size
         self.serial = next(_serials)
         _met[self.serial] = size
         _kept[self.serial] = None
 
-    def __del__(self, _ending: Callable[[], bool] = sys.is_finalizing) -> None:
-        if not _ending():
-            _met.pop(self.serial, None)
-            self.shut()
+    def end(self) -> None:
+        _met.pop(self.serial, None)
+        super().end()
 
     def shut(self) -> None:
         _kept.pop(self.serial, None)
@@ -672,6 +683,9 @@ _serials = itertools.count(1)
 _made: dict[int, int] = {}
 _met: dict[int, int] = {}
 
+#: All segments whose descriptor may be open: a forked child must not keep it.
+_open: weakref.WeakSet[_Segment] = weakref.WeakSet()
+
 #: Those of others of which the descriptor is kept.
 _kept: dict[int, None] = {}
 
@@ -716,21 +730,17 @@ def _make(size: int) -> _Own | None:
         raise
 
 
-def _memfd(size: int) -> int:
-    number = _new_memfd()
-    try:
-        os.ftruncate(number, size)
-        fcntl.fcntl(number, fcntl.F_ADD_SEALS, _F_SEALS)
-    except BaseException:
-        os.close(number)
-        raise
-    return number
+def _memfd(size: int) -> select.epoll:
+    holder = _new_memfd()
+    os.ftruncate(holder.fileno(), size)
+    fcntl.fcntl(holder.fileno(), fcntl.F_ADD_SEALS, _F_SEALS)
+    return holder
 
 
-def _new_memfd() -> int:
+def _new_memfd() -> select.epoll:
     global _memfd_flags
-    try:
-        return os.memfd_create("doorpool", _memfd_flags)
+    try:  # in one go, between whose parts no signal handler can run, or the number might be lost
+        return next(map(select.epoll.fromfd, map(os.memfd_create, ("doorpool",), (_memfd_flags,))))
     except OSError as error:
         if error.errno != errno.EINVAL or not _memfd_flags & _MFD_NOEXEC_SEAL:
             raise
@@ -1203,10 +1213,12 @@ class Shelf:
         """Take the new segments, all or none; each descriptor that is a segment's is off the list."""
         for (_, size), descriptor in zip(said.new, taken, strict=True):
             _check_memfd(descriptor, size)
+        taken.reverse()
         for number in said.retired:
             self._foreign.pop(number, None)
         for number, size in said.new:
-            segments[number] = self._foreign[number] = _Foreign(taken.pop(0), size, number)
+            holder = next(map(select.epoll.fromfd, iter(taken.pop, None)))  # in one go, as in _new_memfd
+            segments[number] = self._foreign[number] = _Foreign(holder, size, number)
 
     def _hear(self, said: _Manifest) -> None:
         for number in said.dropped:
@@ -1482,6 +1494,8 @@ def _forget_parent() -> None:
     global _fork_gate, _sweeper
     _fork_gate = threading.RLock()
     _sweeper = _Sweeper()
+    for segment in list(_open):
+        segment.shut()
     for registry in (_made, _met, _kept, _shelves, _loans):
         registry.clear()
     _used.shelf = None
@@ -1554,7 +1568,7 @@ def buffer(nbytes: int) -> memoryview:
     Its content is arbitrary.  Passed as an argument, or returned, it arrives as a ``memoryview``, as it
     would anyway; only that nothing is copied if
 
-    - it has at least 256 KiB (less is ordinary memory, as is everything once the process has
+    - it has at least 64 KiB (less is ordinary memory, as is everything once the process has
       4 GiB of such memory, or a quarter of the machine's),
     - it was not passed before (from then on it is ordinary memory),
     - it goes to another process that speaks pickle, and was taken while serving a call of that process,

@@ -44,7 +44,7 @@ import attrs
 from doorpool import _endpoint, _sockets
 from doorpool._endpoint import Endpoint, check_mode, checked_threads
 from doorpool._errors import ClosedError, Path
-from doorpool._handle import check_seconds
+from doorpool._handle import check_seconds, check_spin
 from doorpool._keeper import keeper
 from doorpool._names import absolute_path
 from doorpool._threads import Pool, Pools
@@ -78,6 +78,10 @@ class Statistics:
         channels: open channels.
         doors: endpoints that are not closed.
         waited: seconds that callers waited for a thread, over all calls, by their account.
+        segments: pieces of shared memory that were made for big results and exist.
+        segment_bytes: their size together.
+        segments_retained: of these, how many callers hold, who have something built on them.
+        segments_reused: how often one was used again, on the channels that are open.
     """
 
     threads: int
@@ -88,6 +92,10 @@ class Statistics:
     channels: int
     doors: int
     waited: float
+    segments: int
+    segment_bytes: int
+    segments_retained: int
+    segments_reused: int
 
 
 @attrs.define
@@ -112,6 +120,8 @@ class Server:
         thread_setup: called first in each server thread.  If it fails in the first threads,
             so does ``start``; in a later one, that thread serves nobody.
         name: begins the names of its threads.
+        spin: seconds for which a thread that has answered looks whether the next call is there,
+            before it sleeps; by default up to 0.0002, as long as that is worth it; 0: never.
 
     Raises:
         TypeError, ValueError: an option is out of its range.
@@ -122,7 +132,7 @@ class Server:
     def __init__(
         self, *, max_threads: int = 64, idle_timeout: float | None = 10.0,
         close_timeout: float | None = 5.0, thread_setup: Callable[[], object] | None = None,
-        name: str | None = None,
+        name: str | None = None, spin: float | None = None,
     ) -> None:  # fmt: skip
         self._started = False
         self._generation = _sockets.generation
@@ -134,6 +144,7 @@ class Server:
         self._pools = Pools(
             self.name, _endpoint.serve, max_threads=max_threads,
             idle_timeout=check_seconds(idle_timeout, "idle_timeout"), thread_setup=thread_setup,
+            spin=check_spin(spin),
         )  # fmt: skip
         self._lock = threading.RLock()
         self._endpoints: dict[Endpoint, None] = {}

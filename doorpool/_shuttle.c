@@ -11,7 +11,9 @@
  *
  *        0   state            the one word that decides; see below
  *       64   client parked    1: ring when the reply is there
+ *       68   client's CPU     one more than its number, when it last waited; 0: not yet
  *      128   server parked    1: ring when a request is there
+ *      132   server's CPU
  *      192   request: bytes (4), of these a manifest (4), nanoseconds left (8), when sent (8)
  *      216   the bytes, up to 65,320
  *   65,536   reply: bytes (4), of these a manifest (4)
@@ -51,9 +53,9 @@
  * the copy is checked and used; a state that cannot be ends the channel; no wait is without end,
  * for the caller looks after the process at the other end while it is parked.  A page is not
  * mapped in forked children (MADV_DONTFORK): a child that has changed its user could write to it.
- * A bell says who rang.  And whoever is about to ring, or takes a channel out of the set, looks
- * whether the other side is still the user it was (Linux 6.13): a process that has given up its
- * user could misuse a page only in the microseconds between two such looks.
+ * A bell says who rang.  And whoever is about to ring, takes a channel out of the set, or has heard
+ * nothing for 0.1 ms, looks whether the other side is still the user it was (Linux 6.13): a process
+ * that has given up its user could misuse a page only in the moment between two such looks.
  *
  * Two halves.  `shuttle_*` knows no Python and runs without the interpreter's lock; `Page_*` wraps it.
  * The twin of this file is _shuttle_py.py, which makes no page, so that all goes over the socket.
@@ -113,9 +115,11 @@ struct words {
     _Atomic uint64_t state;
     char pad0[56];
     _Atomic uint32_t client_parked;
-    char pad1[60];
+    _Atomic uint32_t client_cpu;
+    char pad1[56];
     _Atomic uint32_t server_parked;
-    char pad2[60];
+    _Atomic uint32_t server_cpu;
+    char pad2[56];
     _Atomic uint32_t request_bytes;
     _Atomic uint32_t request_manifest;
     _Atomic uint64_t nanoseconds;
@@ -165,10 +169,12 @@ enum outcome {
 
 /* -- time, CPUs, forks: of the process, not of a page ----------------------------------------- */
 
-#define SPIN_MOST 50000    /* ns: what a wait looks at most by itself; a wake-up takes 25,000 */
+#define SPIN_MOST 200000   /* ns: what a wait looks at most by itself; see docs/performance.md */
+#define YIELD_MOST 50000   /* ns: the same where it yields each time, and so takes from the other side */
 #define SPIN_LEAST 2000    /* ns: below this a wait does not look at all */
 #define TRY_AGAIN 32       /* waits after which one looks for the full time again */
 #define BELL_MOST 100      /* ms: for a bell that is being rung by somebody who has lost the CPU */
+#define TRUSTED_FOR 100000 /* ns: after which one looks again who is at the other end */
 #define SLICE 1000000      /* ns: of a long look, after which signals are heard */
 #define LOOKS 8            /* looks between two yields, where both sides have a CPU */
 #define FIRST_LOOKS 80     /* and before the first: a yield takes 0.5 us, a look 0.025, a small call 2 */
@@ -214,8 +220,16 @@ cpus_allowed(int64_t now)
     return count;
 }
 
-/* How many threads of this process look without yielding each time. */
+/* How many threads of this process look, and how many of them may without yielding each time. */
 static _Atomic int spinners;
+
+static int
+spinners_allowed(int64_t now)
+{
+    int cpus = cpus_allowed(now);
+    /* Pinned to one CPU, and the other side to another: one may.  With the quota of one, none. */
+    return cpus > 1 ? cpus - 1 : atomic_load_explicit(&cpu_quota, memory_order_relaxed) > 1;
+}
 
 /*
  * A mark that the kernel wipes in a forked child, where pages are not mapped: they must not be
@@ -412,24 +426,37 @@ adapt(struct shuttle *s, bool rewarded)
     s->budget = rewarded ? SPIN_MOST : s->budget / 2;
 }
 
+/* Tell whether the other side last ran on another CPU, leaving word for it on which one we do. */
+static bool
+is_elsewhere(_Atomic uint32_t *ours, const _Atomic uint32_t *theirs)
+{
+    uint32_t cpu = (uint32_t)sched_getcpu() + 1; /* 0, for "not known", if it fails */
+    uint32_t other = atomic_load_explicit(theirs, memory_order_relaxed);
+
+    if (atomic_load_explicit(ours, memory_order_relaxed) != cpu) /* rarely: the line is looked at */
+        atomic_store_explicit(ours, cpu, memory_order_relaxed);
+    return cpu != 0 && other != 0 && cpu != other;
+}
+
 /*
  * Look for so many nanoseconds, yielding the CPU between looks.
  *
- * Where both sides have a CPU of their own, a few looks go before each yield; where they have not,
- * or enough threads of this process look already, each look is followed by one: the yield hands
- * the CPU over.  `set` is an epoll descriptor; that something is ready there ends the look.
+ * Where the other side is on another CPU, a few looks go before each yield; where it is not, or
+ * enough threads of this process look already, each look is followed by one: the yield hands the
+ * CPU over.  `set` is an epoll descriptor; that something is ready there ends the look.
  */
 static enum outcome
-look_for(struct shuttle *s, look_t look, int64_t time, int set)
+look_for(struct shuttle *s, look_t look, bool elsewhere, int64_t time, int set)
 {
     struct pollfd ready = {set, POLLIN, 0};
     int64_t until = (s->clock = now_ns()) + time;
-    bool own_cpu = atomic_fetch_add(&spinners, 1) < cpus_allowed(s->clock) - 1;
-    int looks = own_cpu ? FIRST_LOOKS : 1;
-    enum outcome seen;
-    unsigned rounds = 0;
+    bool alone = atomic_fetch_add(&spinners, 1) < spinners_allowed(s->clock);
+    int looks = elsewhere && alone ? FIRST_LOOKS : 1;
+    enum outcome seen = NOTHING;
 
-    for (seen = NOTHING;; rounds++) {
+    if (!elsewhere && s->spin < 0 && time > YIELD_MOST)
+        until = s->clock + YIELD_MOST;
+    for (unsigned rounds = 0;; rounds++) {
         for (int i = 0; i < looks && seen == NOTHING; i++) {
             seen = look(s);
             if (seen == NOTHING) /* a pause takes 0.02 us and more, and somebody waits for what was found */
@@ -437,7 +464,7 @@ look_for(struct shuttle *s, look_t look, int64_t time, int set)
         }
         if (seen != NOTHING)
             break;
-        looks = own_cpu ? LOOKS : 1;
+        looks = elsewhere && alone ? LOOKS : 1;
         if (set >= 0 && rounds % ROUNDS == ROUNDS - 1 && poll(&ready, 1, 0) > 0)
             break;
         sched_yield();
@@ -566,7 +593,7 @@ shuttle_await(struct shuttle *s, int64_t look, int64_t until)
     enum outcome seen = NOTHING;
 
     if (look > 0)
-        seen = look_for(s, look_for_reply, look, -1);
+        seen = look_for(s, look_for_reply, is_elsewhere(&s->words->client_cpu, &s->words->server_cpu), look, -1);
     return seen == NOTHING ? await_parked(s, until) : seen;
 }
 
@@ -578,7 +605,8 @@ shuttle_await(struct shuttle *s, int64_t look, int64_t until)
 static enum outcome
 shuttle_look(struct shuttle *s, int64_t until)
 {
-    enum outcome seen = look_for(s, look_for_reply, SLICE, -1);
+    bool elsewhere = is_elsewhere(&s->words->client_cpu, &s->words->server_cpu);
+    enum outcome seen = look_for(s, look_for_reply, elsewhere, SLICE, -1);
     if (seen == NOTHING)
         seen = hear_and_look(s);
     return seen == NOTHING && s->clock < until ? SIGNAL : seen;
@@ -947,7 +975,8 @@ Page_post(Page *self, PyObject *const *args, Py_ssize_t count)
     atomic_store_explicit(&s->words->request_bytes, size, memory_order_relaxed);
     atomic_store_explicit(&s->words->request_manifest, manifest, memory_order_relaxed);
     atomic_store_explicit(&s->words->nanoseconds, (uint64_t)left, memory_order_relaxed);
-    if (atomic_load_explicit(&s->words->server_parked, memory_order_relaxed)) {
+    if (atomic_load_explicit(&s->words->server_parked, memory_order_relaxed)
+        || now_ns() - s->clock > TRUSTED_FOR) {
         enum outcome seen = look_again(s);
         if (seen == NOTHING)
             seen = hear_bell(s, MSG_PEEK);
@@ -1088,14 +1117,18 @@ Page_linger(Page *self, PyObject *number)
     struct shuttle *s = &self->shuttle;
     enum outcome seen = NOTHING;
     PyObject *result;
-    int64_t set, look;
+    int64_t set, look, started;
 
     if (as_i64(number, &set) != 0 || Page_enter(self) != 0)
         return NULL;
     look = spin_time(s);
     Py_BEGIN_ALLOW_THREADS
+    started = now_ns();
     if (look > 0)
-        seen = look_for(s, look_for_request, look, (int)set);
+        seen = look_for(s, look_for_request, is_elsewhere(&s->words->server_cpu, &s->words->client_cpu), look,
+                        (int)set);
+    if (seen == GOT && s->clock - started > TRUSTED_FOR && look_again(s) == FAULT)
+        seen = FAULT;
     Py_END_ALLOW_THREADS
     result = Page_request(self, seen);
     Page_leave(self);

@@ -73,6 +73,10 @@ class Load:
     errors: int = 0
     channels: int = 0
     waited: float = 0.0
+    segments: int = 0
+    segment_bytes: int = 0
+    segments_retained: int = 0
+    segments_reused: int = 0
 
     def __add__(self, other: Load) -> Load:
         return Load(*map(operator.add, attrs.astuple(self), attrs.astuple(other)))
@@ -105,14 +109,16 @@ class Pool:
         max_threads: how many threads at most, lent ones included.
         idle_timeout: seconds after which a thread that nobody needs retires; None: never.
         thread_setup: runs first in each thread; one in which it fails serves nobody.
+        spin: of its gate.
     """
 
     def __init__(
         self, name: str, serve: Callable[[Invocation], bool], *, max_threads: int = 64,
         idle_timeout: float | None = 10.0, thread_setup: Callable[[], object] | None = None,
+        spin: int = -1,
     ) -> None:  # fmt: skip
         self.name = name
-        self.gate = Gate(lingers=True)
+        self.gate = Gate(lingers=True, spin=spin)
         self.max_threads = max_threads
         self.served = 0
         self.errors = 0
@@ -151,6 +157,7 @@ class Pool:
             self.errors,
             gate.channels,
             gate.waited,
+            *gate.segments,
         )
 
     # -- starting ----------------------------------------------------------------------------
@@ -463,10 +470,10 @@ class Pools:
 
     def __init__(
         self, name: str, serve: Callable[[Invocation], bool], *, max_threads: int,
-        idle_timeout: float | None, thread_setup: Callable[[], object] | None,
+        idle_timeout: float | None, thread_setup: Callable[[], object] | None, spin: int = -1,
     ) -> None:  # fmt: skip
         self._make = functools.partial(
-            Pool, serve=serve, idle_timeout=idle_timeout, thread_setup=thread_setup
+            Pool, serve=serve, idle_timeout=idle_timeout, thread_setup=thread_setup, spin=spin
         )
         self.name = name
         self.shared = self._make(name, max_threads=max_threads)
@@ -519,7 +526,10 @@ class Pools:
 
     def _forget_finished(self) -> None:
         for gone in [pool for pool in self._all if pool.finished]:
-            self._past += attrs.evolve(gone.load, threads=0, waiting=0, running=0, channels=0)
+            self._past += attrs.evolve(
+                gone.load, threads=0, waiting=0, running=0, channels=0, segments=0, segment_bytes=0,
+                segments_retained=0,
+            )  # fmt: skip
             self._all.remove(gone)
 
     def start(self) -> None:

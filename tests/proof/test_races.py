@@ -88,8 +88,8 @@ class ByHandle:
         self._handle = Handle(path, codec=Codec.PICKLE, words=Knock(own.python, own.main))
 
     def __call__(self, *args, timeout=PATIENCE):
-        data = pack_arguments(args, {}, own_dialect())[0]
-        with self._handle.call(data, timeout=timeout) as reply:
+        data, buffers, _ = pack_arguments(args, {}, own_dialect())
+        with self._handle.call(data, buffers, timeout=timeout) as reply:
             return unpack_outcome(reply.data, reply.buffers)
 
     def close(self):

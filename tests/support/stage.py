@@ -362,7 +362,7 @@ class _ServerPart(_Part):
         """Take down that it ran, and return what can be known again."""
         os.write(self.journal, b"%d\n" % number)
         steps.arrive(steps.IN_PROCEDURE)
-        return number, bytes(size)
+        return number, bytearray(size)
 
     def do_watch(self) -> None:
         """Wait in the procedure, and say when it is told that its caller is gone."""
@@ -421,7 +421,7 @@ class _ClientPart(_Part):
 
         try:
             with Proxy(path, reopen=False, timeout=timeout) as proxy:
-                right = proxy(number, reply, bytes(request)) == (number, bytes(reply))
+                right = proxy(number, reply, bytearray(request)) == (number, bytearray(reply))
             outcome = ("result" if right else "another's result", None, "")
         except Exception as error:
             outcome = (type(error).__name__, getattr(error, "may_have_run", None), str(error))

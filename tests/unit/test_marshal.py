@@ -258,9 +258,23 @@ def test_read_only_array_stays_so() -> None:
     assert not across(sent).flags.writeable
 
 
-def test_bytes_stay_inside() -> None:
-    parcel = _marshal.pack_arguments((b"x" * 100_000, [bytearray(100_000)]), {}, HERE)
+def test_bytes_further_inside_stay_inside() -> None:
+    parcel = _marshal.pack_arguments(([b"x" * 100_000, bytearray(100_000)], b"x" * 60_000), {}, HERE)
     assert parcel[1] == ()
+
+
+def test_long_bytes_that_are_an_argument_or_a_result_go_beside() -> None:
+    long = bytes(range(256)) * 400
+    data, buffers, _ = _marshal.pack_arguments((1, long, long), {"more": long}, HERE)
+    assert len(data) < 1_000
+    assert [view.nbytes for view in buffers] == [len(long)], "once, however often it is one"
+    args, kwargs = _marshal.unpack_arguments(data, [bytearray(view) for view in buffers])
+    assert (args, kwargs) == ((1, long, long), {"more": long})
+    assert {type(value) for value in (*args[1:], kwargs["more"])} == {bytes}
+    data, buffers, _ = _marshal.pack_result(long, HERE)
+    assert len(data) < 1_000
+    came = _marshal.unpack_outcome(data, [bytearray(view) for view in buffers])
+    assert (came, type(came)) == (long, bytes)
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,9 @@ PUBLIC = ERRORS | {
     "Proxy",
     "Server",
     "Statistics",
+    "buffer",
     "current_call",
+    "empty",
 }
 
 #: Of ``doorpool.door``.

@@ -217,9 +217,9 @@ class Segments(RuleBasedStateMachine):
             for number, segment in one._out.items():
                 theirs = other._foreign.get(number)
                 if theirs is None:  # a child has it
-                    assert ("dropped", number) in other._news
+                    assert ("dropped", number) in other.news
                 else:
-                    assert theirs.ours or ("released", number) in other._news
+                    assert theirs.ours or ("released", number) in other.news
                     assert theirs.size == segment.size
             for number in (*one._free, *one._veiled):
                 theirs = other._foreign.get(number)
