@@ -177,7 +177,7 @@ enum outcome {
 #define TRUSTED_FOR 100000 /* ns: after which one looks again who is at the other end */
 #define SLICE 1000000      /* ns: of a long look, after which signals are heard */
 #define LOOKS 8            /* looks between two yields, where both sides have a CPU */
-#define FIRST_LOOKS 80     /* and before the first: a yield takes 0.5 us, a look 0.025, a small call 2 */
+#define FIRST_LOOKS 240    /* and before the first: a yield takes 0.5 us, a look 0.025, a small call up to 5 */
 #define ROUNDS 4           /* yields between two looks at the set */
 #define CPUS_FOR 100000000 /* ns: for which the number of CPUs is remembered */
 
