@@ -669,8 +669,6 @@ class Invocation:
         descriptors: Sequence[int] = (),
     ) -> None:
         self._open = False
-        if self._gate.generation != _sockets.here():
-            return  # a forked child that comes this way answers nothing: the parent will
         served = self.line
         try:
             # step: replying
@@ -678,10 +676,14 @@ class Invocation:
             page = channel.page
             everyday = page is not None and kind == _REPLY and not channel.news
             if not everyday or buffers or descriptors or not page.answer(data, 0):  # type: ignore[union-attr]
+                if self._gate.generation != _sockets.here():
+                    return  # a forked child that comes this way answers nothing: the parent will
                 self._answer_at_length(channel, kind, data, buffers, descriptors)
         except OSError:
             self._gate.drop(served)  # nobody is there, or nobody reads
-        except BaseException:
+        except BaseException as error:
+            if isinstance(error, ValueError) and self._gate.generation != _sockets.here():
+                return  # likewise; a page is closed in a forked child, and says so
             self._gate.drop(served)  # a part of a reply is none
             raise
         else:

@@ -1379,6 +1379,8 @@ static PyType_Spec Page_spec = {
 
 /* -- the module -- */
 
+extern PyMethodDef doorpool_atoms_methods[]; /* of _atoms.c, which is compiled into the same module */
+
 PyDoc_STRVAR(make_page_doc,
 "make_page()\n--\n\n"
 "Make a page; return the descriptor of its memory, which is the caller's.\n\n"
@@ -1427,7 +1429,8 @@ module_exec(PyObject *module)
     if (PyModule_AddObjectRef(module, "PageError", state->page_error) != 0)
         return -1;
     state->page_type = (PyTypeObject *)PyType_FromModuleAndSpec(module, &Page_spec, NULL);
-    if (PyModule_AddObjectRef(module, "Page", (PyObject *)state->page_type) != 0)
+    if (PyModule_AddObjectRef(module, "Page", (PyObject *)state->page_type) != 0
+        || PyModule_AddFunctions(module, doorpool_atoms_methods) != 0)
         return -1;
     if (PyModule_AddIntConstant(module, "NOTHING", NOTHING) != 0
         || PyModule_AddIntConstant(module, "BY_SOCKET", BY_SOCKET) != 0
