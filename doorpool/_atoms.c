@@ -18,6 +18,7 @@
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
+#include <stdatomic.h>
 #include <stdbool.h>
 #include <stdint.h>
 #include <string.h>
@@ -340,6 +341,8 @@ read_one(struct reader *r, uint8_t code)
     }
 }
 
+static _Atomic unsigned long read_so_far; /* relaxed: it tells nothing but itself */
+
 /* Read a whole pickle; NULL, without an exception, if it is none that is written here. */
 static PyObject *
 read_pickle(PyObject *data)
@@ -358,8 +361,10 @@ read_pickle(PyObject *data)
     r.next += 2;
     while (ours && r.next < r.end)
         ours = read_one(&r, *r.next++);
-    if (ours && r.height == 1 && r.mark < 0)
+    if (ours && r.height == 1 && r.mark < 0) {
         result = r.stack[--r.height];
+        atomic_fetch_add_explicit(&read_so_far, 1, memory_order_relaxed);
+    }
     while (r.height > 0)
         Py_DECREF(r.stack[--r.height]);
     PyErr_Clear(); /* what went wrong, pickle says better */
@@ -433,10 +438,21 @@ atoms_unpack_value(PyObject *Py_UNUSED(module), PyObject *data)
     return value != NULL ? value : Py_NewRef(Py_NotImplemented);
 }
 
+PyDoc_STRVAR(unpacked_doc,
+"unpacked()\n--\n\n"
+"Return how many pickles have been read here, in this process and before it was forked.");
+
+static PyObject *
+atoms_unpacked(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(none))
+{
+    return PyLong_FromUnsignedLong(atomic_load_explicit(&read_so_far, memory_order_relaxed));
+}
+
 PyMethodDef doorpool_atoms_methods[] = {
     {"pack_call", (PyCFunction)(void (*)(void))atoms_pack_call, METH_FASTCALL, pack_call_doc},
     {"unpack_call", atoms_unpack_call, METH_O, unpack_call_doc},
     {"pack_value", atoms_pack_value, METH_O, pack_value_doc},
     {"unpack_value", atoms_unpack_value, METH_O, unpack_value_doc},
+    {"unpacked", atoms_unpacked, METH_NOARGS, unpacked_doc},
     {NULL, NULL, 0, NULL},
 };

@@ -53,6 +53,11 @@ def unpack_value(_data: bytes | bytearray | memoryview) -> Any:
     return NotImplemented
 
 
+def unpacked() -> int:
+    """Return how many pickles have been read here: none."""
+    return 0
+
+
 def make_page() -> int:
     """
     Make no page.

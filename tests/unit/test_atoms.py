@@ -130,3 +130,13 @@ def test_the_twin_leaves_all_to_pickle() -> None:
     assert _shuttle_py.unpack_call(data) is None
     assert _shuttle_py.pack_value(1) is None
     assert _shuttle_py.unpack_value(data) is NotImplemented
+
+
+def test_what_is_read_is_counted_and_what_is_left_is_not() -> None:
+    before = atoms.unpacked()
+    atoms.unpack_value(atoms.pack_value(1))
+    atoms.unpack_call(atoms.pack_call((1,), {}))
+    assert atoms.unpacked() == before + 2
+    assert atoms.unpack_value(pickle.dumps([1], 5)) is NotImplemented
+    assert atoms.unpacked() == before + 2
+    assert _shuttle_py.unpacked() == 0
