@@ -1,18 +1,21 @@
 /*
- * Pickling what most calls consist of: None, booleans, numbers, short ASCII strings and bytes.
+ * Pickling what most calls consist of: None, booleans, numbers, short ASCII strings and bytes, and a few
+ * tuples, lists and dicts of them.
  *
  * `pickle.dumps` makes a pickler, with a memo and a frame, and throws it away; `loads` likewise.  For two
  * numbers that takes 0.2 us each, and a call does it four times.  What is written here is an ordinary
  * pickle of protocol 5, which any unpickler reads; what is read here is only what is written here, and
  * all else is left to pickle.  So neither side need know whether the other has this.
  *
- *     80 05 <value> 2e                        a value
- *     80 05 28 <value>... 74 7d 86 2e         (args, {}); 29, 85, 86, 87 for up to three, as pickle does it
- *     80 05 28 <value>... 74 7d 28 <name> <value>... 75 86 2e    (args, kwargs)
+ *     80 05 <value> 2e         a value
+ *     28 ... 74, 29, 85, 86, 87  a tuple, the latter four of up to three, as pickle writes it
+ *     5d 28 ... 65             a list
+ *     7d, 7d 28 ... 75         a dict
  *
  * Nothing here ever runs anybody's code or imports anything: neither methods of a value, which are of
- * exactly these types, nor what a pickle names, for there is no code for names.  One thing is not kept: that
- * two of the values were the same object; they are immutable.
+ * exactly these types, nor what a pickle names, for there is no code for names.  Keys are hashed, and are of
+ * these types, too.  One thing is not kept: that two strings were the same object, which are immutable.
+ * A container that is met twice is for pickle.
  */
 
 #define PY_SSIZE_T_CLEAN
@@ -24,7 +27,8 @@
 #include <string.h>
 
 #define MOST_BYTES 1024 /* of a pickle: in longer ones the copying counts, and not what is saved here */
-#define MOST_VALUES 64  /* of a call */
+#define MOST_VALUES 64  /* that a reader has in hand at a time */
+#define MOST_CONTAINERS 16
 #define SHORT 255       /* bytes of a string whose length is one byte */
 
 /* The codes of pickle that are used here; see Lib/pickletools.py. */
@@ -50,11 +54,15 @@ enum {
     TUPLE = 't',
     EMPTY_DICT = '}',
     SETITEMS = 'u',
+    EMPTY_LIST = ']',
+    APPENDS = 'e',
 };
 
 /* -- writing ----------------------------------------------------------------------------------- */
 
 struct writer {
+    int containers;
+    PyObject *seen[MOST_CONTAINERS];
     size_t size;
     uint8_t bytes[MOST_BYTES];
 };
@@ -144,37 +152,94 @@ put_value(struct writer *w, PyObject *value)
     return PyBytes_CheckExact(value) && put_short(w, SHORT_BINBYTES, PyBytes_AS_STRING(value), PyBytes_GET_SIZE(value));
 }
 
+/*
+ * Tell whether a container is met for the first time, and there is room for it.  One that is met again
+ * holds itself, or must be one object over there, too: that is for pickle, which keeps a memo.
+ */
 static bool
-put_args(struct writer *w, PyObject *args)
+is_new(struct writer *w, PyObject *container)
+{
+    for (int i = 0; i < w->containers; i++)
+        if (w->seen[i] == container)
+            return false;
+    if (w->containers == MOST_CONTAINERS)
+        return false;
+    w->seen[w->containers++] = container;
+    return true;
+}
+
+static bool put_item(struct writer *w, PyObject *value);
+
+static bool
+put_tuple(struct writer *w, PyObject *tuple)
 {
     static const uint8_t codes[] = {EMPTY_TUPLE, TUPLE1, TUPLE2, TUPLE3};
-    Py_ssize_t count = PyTuple_GET_SIZE(args);
+    Py_ssize_t count = PyTuple_GET_SIZE(tuple);
     bool few = count <= 3;
 
-    if (count > MOST_VALUES / 2 || (!few && !put_code(w, MARK)))
+    if (count > 0 && !is_new(w, tuple)) /* there is but one empty one */
+        return false;
+    if (!few && !put_code(w, MARK))
         return false;
     for (Py_ssize_t i = 0; i < count; i++)
-        if (!put_value(w, PyTuple_GET_ITEM(args, i)))
+        if (!put_item(w, PyTuple_GET_ITEM(tuple, i)))
             return false;
     return put_code(w, few ? codes[count] : TUPLE);
 }
 
 static bool
-put_kwargs(struct writer *w, PyObject *kwargs)
+put_list(struct writer *w, PyObject *list)
 {
-    PyObject *name, *value;
-    Py_ssize_t at = 0, count = PyDict_GET_SIZE(kwargs);
+    if (!is_new(w, list) || !put_code(w, EMPTY_LIST) || !put_code(w, MARK))
+        return false;
+    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(list); i++)
+        if (!put_item(w, PyList_GET_ITEM(list, i)))
+            return false;
+    return put_code(w, APPENDS);
+}
 
-    if (!put_code(w, EMPTY_DICT))
+static bool
+put_dict(struct writer *w, PyObject *dict)
+{
+    PyObject *key, *value;
+    Py_ssize_t at = 0;
+
+    if (!is_new(w, dict) || !put_code(w, EMPTY_DICT))
         return false;
-    if (count == 0)
+    if (PyDict_GET_SIZE(dict) == 0)
         return true;
-    if (count > MOST_VALUES / 8 || !put_code(w, MARK))
+    if (!put_code(w, MARK))
         return false;
-    while (PyDict_Next(kwargs, &at, &name, &value))
-        if (!PyUnicode_CheckExact(name) || !put_value(w, name) || !put_value(w, value))
+    while (PyDict_Next(dict, &at, &key, &value))
+        if (!put_value(w, key) || !put_item(w, value))
             return false;
     return put_code(w, SETITEMS);
+}
+
+/* Write a value or a container; nothing here runs anybody's code, so none of them changes meanwhile. */
+static bool
+put_item(struct writer *w, PyObject *value)
+{
+    if (put_value(w, value))
+        return true;
+    if (PyTuple_CheckExact(value))
+        return put_tuple(w, value);
+#ifndef Py_GIL_DISABLED /* where another thread may write to them */
+    if (PyList_CheckExact(value))
+        return put_list(w, value);
+    if (PyDict_CheckExact(value))
+        return put_dict(w, value);
+#endif
+    return false;
+}
+
+static void
+begin(struct writer *w)
+{
+    w->containers = 0;
+    w->bytes[0] = PROTO;
+    w->bytes[1] = PROTOCOL;
+    w->size = 2;
 }
 
 /* -- reading ----------------------------------------------------------------------------------- */
@@ -184,7 +249,8 @@ struct reader {
     const uint8_t *next, *end;
     PyObject *stack[MOST_VALUES];
     Py_ssize_t height;
-    Py_ssize_t mark; /* the height at the last MARK; -1: none */
+    Py_ssize_t marks[MOST_CONTAINERS]; /* the heights at each MARK that is open */
+    int open;
 };
 
 static bool
@@ -254,45 +320,59 @@ read_short(struct reader *r, bool is_text)
     return push(r, PyUnicode_DecodeASCII((const char *)at, *size, NULL));
 }
 
-/* Have a tuple take the place of the values from `from` on. */
-static bool
-read_tuple(struct reader *r, Py_ssize_t from)
+/* The height at the last MARK, which is open no more; -1 if there is none. */
+static Py_ssize_t
+close_mark(struct reader *r)
 {
-    PyObject *tuple;
-
-    if (from < 0 || from > r->height || (tuple = PyTuple_New(r->height - from)) == NULL)
-        return false;
-    for (Py_ssize_t i = from; i < r->height; i++)
-        PyTuple_SET_ITEM(tuple, i - from, r->stack[i]);
-    r->height = from;
-    r->mark = -1;
-    return push(r, tuple);
-}
-
-/* Put the pairs above the mark into the dict that is below it. */
-static bool
-read_items(struct reader *r)
-{
-    Py_ssize_t from = r->mark;
-    PyObject *dict = from > 0 && from <= r->height ? r->stack[from - 1] : NULL;
-
-    if (dict == NULL || !PyDict_CheckExact(dict) || (r->height - from) % 2 != 0)
-        return false;
-    for (Py_ssize_t i = from; i < r->height; i += 2)
-        if (!PyUnicode_CheckExact(r->stack[i]) || PyDict_SetItem(dict, r->stack[i], r->stack[i + 1]) != 0)
-            return false;
-    while (r->height > from)
-        Py_DECREF(r->stack[--r->height]);
-    r->mark = -1;
-    return true;
+    return r->open > 0 ? r->marks[--r->open] : -1;
 }
 
 static bool
 set_mark(struct reader *r)
 {
-    bool first = r->mark < 0;
-    r->mark = r->height;
-    return first;
+    if (r->open == MOST_CONTAINERS)
+        return false;
+    r->marks[r->open++] = r->height;
+    return true;
+}
+
+/* Have a tuple take the place of the values from `from` on. */
+static bool
+read_tuple(struct reader *r, Py_ssize_t from)
+{
+    Py_ssize_t least = r->open > 0 ? r->marks[r->open - 1] : 0;
+    PyObject *tuple;
+
+    if (from < least || (tuple = PyTuple_New(r->height - from)) == NULL)
+        return false;
+    for (Py_ssize_t i = from; i < r->height; i++)
+        PyTuple_SET_ITEM(tuple, i - from, r->stack[i]);
+    r->height = from;
+    return push(r, tuple);
+}
+
+/* What is below the last mark, of a type; NULL if it is not.  A mark is never above the top. */
+static PyObject *
+below(const struct reader *r, Py_ssize_t mark, Py_ssize_t least, PyTypeObject *type)
+{
+    return mark > least && Py_IS_TYPE(r->stack[mark - 1], type) ? r->stack[mark - 1] : NULL;
+}
+
+/* Put what is above the last mark into the list or dict below it. */
+static bool
+read_items(struct reader *r, bool pairs)
+{
+    Py_ssize_t from = close_mark(r), least = r->open > 0 ? r->marks[r->open - 1] : 0;
+    PyObject *into = below(r, from, least, pairs ? &PyDict_Type : &PyList_Type);
+
+    if (into == NULL || (pairs && (r->height - from) % 2 != 0))
+        return false;
+    for (Py_ssize_t i = from; i < r->height; i += pairs ? 2 : 1)
+        if ((pairs ? PyDict_SetItem(into, r->stack[i], r->stack[i + 1]) : PyList_Append(into, r->stack[i])) != 0)
+            return false;
+    while (r->height > from)
+        Py_DECREF(r->stack[--r->height]);
+    return true;
 }
 
 /* Do what one code says; false if it is none of ours. */
@@ -327,15 +407,19 @@ read_one(struct reader *r, uint8_t code)
     case TUPLE1:
     case TUPLE2:
     case TUPLE3:
-        return r->mark < 0 && read_tuple(r, r->height - (code - TUPLE1 + 1));
+        return read_tuple(r, r->height - (code - TUPLE1 + 1));
     case MARK:
         return set_mark(r);
     case TUPLE:
-        return read_tuple(r, r->mark);
+        return read_tuple(r, close_mark(r));
     case EMPTY_DICT:
         return push(r, PyDict_New());
     case SETITEMS:
-        return read_items(r);
+        return read_items(r, true);
+    case EMPTY_LIST:
+        return push(r, PyList_New(0));
+    case APPENDS:
+        return read_items(r, false);
     default:
         return false;
     }
@@ -354,14 +438,14 @@ read_pickle(PyObject *data)
     if (!PyBytes_CheckExact(data) || PyBytes_GET_SIZE(data) < 3 || PyBytes_GET_SIZE(data) > MOST_BYTES)
         return NULL;
     r.height = 0;
-    r.mark = -1;
+    r.open = 0;
     r.next = (const uint8_t *)PyBytes_AS_STRING(data);
     r.end = r.next + PyBytes_GET_SIZE(data) - 1; /* without STOP, which is looked at first */
     ours = *r.end == STOP && r.next[0] == PROTO && r.next[1] == PROTOCOL;
     r.next += 2;
     while (ours && r.next < r.end)
         ours = read_one(&r, *r.next++);
-    if (ours && r.height == 1 && r.mark < 0) {
+    if (ours && r.height == 1 && r.open == 0) {
         result = r.stack[--r.height];
         atomic_fetch_add_explicit(&read_so_far, 1, memory_order_relaxed);
     }
@@ -386,10 +470,8 @@ atoms_pack_call(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t c
         PyErr_SetString(PyExc_TypeError, "pack_call() takes a tuple and a dict");
         return NULL;
     }
-    w.bytes[0] = PROTO;
-    w.bytes[1] = PROTOCOL;
-    w.size = 2;
-    if (put_args(&w, args[0]) && put_kwargs(&w, args[1]) && put_code(&w, TUPLE2) && put_code(&w, STOP))
+    begin(&w);
+    if (put_tuple(&w, args[0]) && put_dict(&w, args[1]) && put_code(&w, TUPLE2) && put_code(&w, STOP))
         return PyBytes_FromStringAndSize((const char *)w.bytes, (Py_ssize_t)w.size);
     Py_RETURN_NONE;
 }
@@ -419,10 +501,8 @@ atoms_pack_value(PyObject *Py_UNUSED(module), PyObject *value)
 {
     struct writer w;
 
-    w.bytes[0] = PROTO;
-    w.bytes[1] = PROTOCOL;
-    w.size = 2;
-    if (put_value(&w, value) && put_code(&w, STOP))
+    begin(&w);
+    if (put_item(&w, value) && put_code(&w, STOP))
         return PyBytes_FromStringAndSize((const char *)w.bytes, (Py_ssize_t)w.size);
     Py_RETURN_NONE;
 }
