@@ -45,6 +45,7 @@ from doorpool._errors import (
     RevokedError,
 )
 from doorpool._handle import FOREVER, Came, check_seconds, check_spin, deadline_after
+from doorpool._impl import shuttle
 from doorpool._info import DoorInfo, describe
 from doorpool._marshal import Dialect, own_dialect, pack_arguments, unpack_outcome
 from doorpool._threads import waiting_for
@@ -148,16 +149,17 @@ class _Line:
         """Make one call; see "Reopening" above."""
         handle = self.handle
         try:
-            if self._pool is None:  # as ``_exchange`` does, in one function less
-                data, buffers, descriptors = pack_arguments(args, kwargs, self.dialect)
-                reply = handle.call_until(deadline, data, buffers, descriptors)
+            data = shuttle.pack_call(args, kwargs) if self._pool is None else None
+            if data is not None:  # an everyday call, in as few functions as can be
+                reply = handle.call_until(deadline, data)
             else:
                 reply = self._exchange(handle, args, kwargs, deadline)
         except (RevokedError, BrokenDoorError, ClosedError) as first:
             again = functools.partial(self._exchange, args=args, kwargs=kwargs, deadline=deadline)
             reply = self._try_anew(handle, first, deadline, again)
         if isinstance(reply, bytes):
-            return unpack_outcome(reply)
+            value = shuttle.unpack_value(reply)
+            return unpack_outcome(reply) if value is NotImplemented else value
         return unpack_outcome(reply[0], reply[1])
 
     def ping(self, deadline: float | None) -> None:
