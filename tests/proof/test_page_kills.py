@@ -34,12 +34,14 @@ TAKEN = {  # where the server dies: whether the procedure then has run
 }
 
 
-@pytest.fixture(params=["c", "py"])
-def stage(request, monkeypatch):
+@pytest.fixture(scope="module", params=["c", "py"])
+def stage(request):
     if request.param == "c" and _impl.NAME != "c":
         pytest.skip("no compiled shuttle here")
-    monkeypatch.setenv("DOORPOOL_IMPL", request.param)
-    with Stage() as it:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DOORPOOL_IMPL", request.param)
+        it = Stage()
+    with it:
         it.has_pages = request.param == "c"
         yield it
 
