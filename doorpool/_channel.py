@@ -112,6 +112,7 @@ class Channel:
     __slots__ = (
         "_assembly",
         "_begun",
+        "_ended",
         "_expected",
         "_explicit",
         "_fds",
@@ -134,6 +135,7 @@ class Channel:
     )
 
     def __init__(self, sock: socket.socket, peer: Credentials, ucred: bytes, pidfd: int = -1) -> None:
+        self._ended = False
         self.socket = sock
         self.peer = peer
         self._generation = _sockets.generation
@@ -160,7 +162,7 @@ class Channel:
     def __del__(self, _ending: Callable[[], bool] = sys.is_finalizing) -> None:
         # A channel lost between two byte codes (Ctrl-C) closes without a warning.  When the
         # interpreter ends, the modules it needs may be gone, and the kernel closes all.
-        if not _ending():
+        if not _ending() and not self._ended:
             self.close()
 
     def fileno(self) -> int:
@@ -255,6 +257,7 @@ class Channel:
         if pidfd >= 0 and self._generation == _sockets.generation:
             _sockets.close_number(pidfd)
         close_all(self._fds, self.peer.uid)
+        self._ended = True
 
     # -- sending -----------------------------------------------------------------------
 
@@ -509,6 +512,7 @@ class Channel:
             for item in ancillary:  # an empty packet may bring descriptors
                 if item[1] == socket.SCM_RIGHTS:
                     self._fds += descriptors_in(item[2])
+                    self._ended = False
             raise ConnectionAbortedError  # end of file, whose "credentials" nobody sent
         if ancillary != self._expected or came & _TRUNCATED:
             self._examine(ancillary, came, first)
@@ -519,6 +523,7 @@ class Channel:
         for item in ancillary:
             if item[:2] == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
                 self._fds += descriptors_in(item[2])
+                self._ended = False  # even if it was closed meanwhile
             else:
                 others.append(item)
         if came & _sockets.MSG_CUT:

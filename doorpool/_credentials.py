@@ -192,9 +192,29 @@ def _overflow_ids() -> frozenset[int]:
 _INITIAL_USER_NAMESPACE = 0xEFFFFFFD  # linux/proc_ns.h: PROC_USER_INIT_INO
 
 
+class _Seen(threading.local):
+    namespace: tuple[int, int] | None = None
+
+
+_seen = _Seen()
+
+
 def _own_user_namespace() -> tuple[int, int]:
+    """
+    Return which user namespace this process is in.
+
+    A process of several threads cannot change it (``unshare`` and ``setns`` refuse).  So what a
+    thread has seen that is not the process's first one (which it becomes in a forked child) holds
+    as long as it lives.  The first may be the only one, and looks each time: 8 µs.
+    """
+    several = threading.get_native_id() != os.getpid()
+    if several and _seen.namespace is not None:
+        return _seen.namespace
     status = os.stat("/proc/self/ns/user")
-    return status.st_dev, status.st_ino
+    found = status.st_dev, status.st_ino
+    if several:
+        _seen.namespace = found
+    return found
 
 
 def _in_initial_user_namespace() -> bool:
@@ -235,9 +255,9 @@ def is_strange(uid: int | None) -> bool:
 def pickle_bar_here() -> str | None:
     """Say why this process must not unpickle for a peer; None if nothing speaks against it."""
     uids, gids = os.getresuid(), os.getresgid()
-    if len(set(uids)) > 1:
+    if not uids[0] == uids[1] == uids[2]:
         return f"real, effective and saved uid of this process are {uids}, not one"
-    if len(set(gids)) > 1:
+    if not gids[0] == gids[1] == gids[2]:
         return f"real, effective and saved gid of this process are {gids}, not one"
     if _libc.getauxval(_AT_SECURE):
         return "this process got privileges from its program file (set-uid, set-gid or capabilities)"

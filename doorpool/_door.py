@@ -17,7 +17,8 @@ References
     and tells us of the last one by the end of file at its port.  A channel stays in the
     table until its call has been answered, so a door whose procedure runs has a reference,
     also when the caller has long gone.  The channel of a caller that has died goes at once
-    if it is idle, whoever holds a copy of its socket: the keeper watches his pidfd.
+    if it is idle, whoever holds a copy of its socket: the keeper watches his pidfd, from the moment
+    on in which it first looks round for him (``doorpool._guests``).
 """
 
 from __future__ import annotations
@@ -120,6 +121,7 @@ class Door:
             self._guests = guests()
         self._channels: set[Served] = set()
         self._revoked: Refusal | None = None
+        self._greeted: tuple[_wire.Limits, bytes] | None = None
         self._handed_out = False
         self._told = False  # that there is no reference any more, since it was last handed out
 
@@ -216,6 +218,7 @@ class Door:
             with self._keeper.lock:
                 self._check_open()
                 self._keeper.watch(name.listener.fileno(), lambda: self._accept_one(name))
+                self._keeper.prefer(name.listener.fileno())
                 if name.path in self._names:  # replaced by ourselves
                     self._stop_listening(self._names.pop(name.path))
                 self._names[name.path] = name
@@ -321,6 +324,7 @@ class Door:
             logging.WARNING, "%s: cannot %s: %s; trying again", self.name, what, error.strerror,
             about=(self.id, what),
         )  # fmt: skip
+        self._guests.look_round()  # some may have left
         if not self._keeper.starve(sock.fileno()) or error.errno not in (errno.EMFILE, errno.ENFILE):
             return
         with contextlib.suppress(OSError):  # a listener's: whoever connects is not a caller yet
@@ -338,7 +342,14 @@ class Door:
 
     def _greet(self, port: socket.socket) -> None:
         with contextlib.suppress(OSError):  # a holder that is gone already; the port will say so
-            port.send(self.greeting().encode(), _sockets.DONTWAIT)
+            port.send(self._encoded_greeting(), _sockets.DONTWAIT)
+
+    def _encoded_greeting(self) -> bytes:
+        """Return what ``greeting`` does, encoded; anew only when the limits have been changed."""
+        limits = self.limits()
+        if self._greeted is None or self._greeted[0] != limits:
+            self._greeted = limits, self.greeting().encode()
+        return self._greeted[1]
 
     def _hear(self, port: socket.socket) -> None:
         """Hear one knock, if there is one."""
@@ -426,9 +437,6 @@ class Door:
         served = Served(channel, self, visitor.words)
         self._channels.add(served)
         self._guests.add_channel(served)
-        if channel.pidfd >= 0:
-            with contextlib.suppress(OSError):  # no memory for it: a hang-up tells as well, nearly always
-                self._keeper.watch(channel.pidfd, lambda: self._bury(served))
         self._guests.keep(visitor, served)
         self.gate.add(served)
         # step: joined
@@ -454,6 +462,13 @@ class Door:
             return Refusal(Reason.DENIED, f"refused by the server, which says: {bar}")
         busy = self._guests.objection(visitor.credentials.uid)
         return None if busy is None else Refusal(Reason.BUSY, f"the server has no channel to spare: {busy}")
+
+    def watch_caller(self, served: Served) -> None:
+        """Have the channel of a caller end when his process does, if it is open still."""
+        served.watched = True  # before the look: see ``forget``
+        if served in self._channels and served.channel.pidfd >= 0:
+            with contextlib.suppress(OSError):  # no memory for it: a hang-up tells as well, nearly always
+                self._keeper.watch(served.channel.pidfd, lambda: self._bury(served))
 
     def _bury(self, served: Served) -> None:
         """End the channel of a caller that has died: now, or when its call has been answered."""
@@ -512,9 +527,9 @@ class Door:
     def forget(self, served: Served) -> None:
         """Drop a channel that is about to be closed from the door's table."""
         self._guests.forget_channel(served)
-        if served.channel.pidfd >= 0:
-            self._keeper.unwatch(served.channel.pidfd)
         self._channels.discard(served)
+        if served.watched and served.channel.pidfd >= 0:  # in this order: nobody watches it from now on
+            self._keeper.unwatch(served.channel.pidfd)
         if not (self._channels or self._ports or self._names):  # told in the keeper's own time
             self._keeper.soon(self._lose_reference)
 

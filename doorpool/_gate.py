@@ -83,7 +83,7 @@ _SPARED = Refusal(Reason.IDLE, "the server was short of descriptors and has clos
 class Served:
     """A channel as its gate sees it: see "Who may touch a channel" above."""
 
-    __slots__ = ("channel", "claim", "door", "doomed", "fd", "limit", "memo", "poll", "words")
+    __slots__ = ("channel", "claim", "door", "doomed", "fd", "limit", "memo", "poll", "watched", "words")
 
     def __init__(self, channel: Channel, door: Door, words: Knock) -> None:
         self.channel = channel
@@ -94,6 +94,7 @@ class Served:
         self.limit = lambda: door.max_request
         self.claim = threading.Lock()
         self.doomed: Refusal | None = None
+        self.watched = False  # the caller's process, by the keeper
         self.poll = select.poll()
         self.poll.register(self.fd, _GONE)
         if channel.pidfd >= 0:  # a hang-up may be hidden by whoever holds a copy of the socket
@@ -384,7 +385,7 @@ class Gate:
         if self.closing is not None:  # after it is in the table: ``close`` ends it, or we do
             self.end(served, self.closing)
         else:
-            self._arm(served, self._events_for(served))
+            self._arm(served, self._events_for(served), fresh=True)
 
     def release(self, served: Served) -> None:
         """Let go of a channel whose call has been answered."""
@@ -414,13 +415,16 @@ class Gate:
             served.doomed = Refusal(Reason.PROTOCOL, str(error))
             return _PARKED
 
-    def _arm(self, served: Served, events: int) -> None:
+    def _arm(self, served: Served, events: int, *, fresh: bool = False) -> None:
         """Have the set report a channel once; one that was closed meanwhile stays out."""
+        first, second = self._epoll.modify, self._epoll.register
+        if fresh:
+            first, second = second, first
         try:
             try:
-                self._epoll.modify(served.fd, events)
-            except FileNotFoundError:
-                self._epoll.register(served.fd, events)
+                first(served.fd, events)
+            except (FileNotFoundError, FileExistsError):
+                second(served.fd, events)
         except ValueError:
             return  # the gate is closed
         except OSError as error:

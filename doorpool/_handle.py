@@ -103,6 +103,10 @@ _Answer = Frame | bytes | tuple[bytes, int]
 
 _DROPPED_KNOCKS = 3  #: How often a knock is made that vanishes at a door that is there.
 
+#: Seconds for which an answer is waited for before the greeting is looked for: what is no door
+#: at all is found out so much later, and a door wakes us once instead of twice.
+_MOMENT = 0.005
+
 FOREVER = 1e8  # seconds; three years
 
 
@@ -150,6 +154,15 @@ def _nanoseconds_left(deadline: float | None) -> int:
 
 def _limits_in(greeting: Greeting) -> _wire.Limits:
     return _wire.Limits(greeting.max_request, greeting.max_descriptors, greeting.attributes)
+
+
+def _wait_a_moment(ours: socket.socket, deadline: float | None) -> None:
+    """Wait for the answer to a knock, for no longer than it takes somebody who is there."""
+    left = _MOMENT if deadline is None else min(_MOMENT, deadline - time.monotonic())
+    if left > 0:
+        poll = select.poll()
+        poll.register(ours, select.POLLIN)
+        poll.poll(left * 1000)
 
 
 def _is_untaken(channel: Channel) -> bool:
@@ -461,7 +474,9 @@ class Handle:
         try:
             ours = self._knock(door, deadline)
             try:
-                self._meet(deadline)  # before anything of the answer is looked at
+                if not self._met:
+                    _wait_a_moment(ours, deadline)  # the greeting comes before: one wake-up for both
+                    self._meet(deadline)  # before anything of the answer is looked at
                 return self._hear(door, ours, deadline)
             finally:
                 close_socket(ours)  # there may be an answer in it that we could not take
@@ -495,12 +510,15 @@ class Handle:
     def _hear(
         self, door: socket.socket, ours: socket.socket, deadline: float | None
     ) -> _opening.Opened | Refusal:
+        waited = False
         while True:
-            self._await(ours, select.POLLIN, deadline, "does not answer")
             try:
                 return _opening.hear_answer(ours)
             except BlockingIOError:
-                self._check_there(door)
+                if waited:
+                    self._check_there(door)
+                self._await(ours, select.POLLIN, deadline, "does not answer")
+                waited = True
             except AccessError:
                 # Of a server that has answered and died since, nobody can say who it was.
                 self._check_there(door)

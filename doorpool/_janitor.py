@@ -194,14 +194,8 @@ def close_socket(sock: socket.socket, uid: int | None = NOBODY) -> None:
 
 def _holds_something(sock: socket.socket) -> bool:
     """Tell whether messages are in a socket's queue, be it such as have no bytes."""
-    poll = select.poll()
-    poll.register(sock.fileno(), select.POLLIN)
-    if not poll.poll(0):
-        return False
-    if _sockets.unread(sock):
-        return True
-    if sock.type == socket.SOCK_STREAM:  # which has none of these
-        return False
+    if sock.type == socket.SOCK_STREAM:  # where each message has bytes
+        return _sockets.unread(sock) > 0
     for _ in range(2):  # ECONNRESET is told once, before what is there
         try:
             data, ancillary, _, _ = sock.recvmsg(1, _WHO, _sockets.MSG_PEEK | _sockets.MSG_DONTWAIT)

@@ -87,6 +87,7 @@ class Keeper:
         _sockets.own_number(self._bell)
         self._epoll.register(self._bell, select.EPOLLIN)
         self._callbacks: dict[int, Callback] = {}
+        self._first: set[int] = set()
         self._timers: list[tuple[float, int, Timer]] = []
         self._order = itertools.count()
         self._soon: deque[Callback] = deque()
@@ -111,9 +112,15 @@ class Keeper:
             self._epoll.register(descriptor, events)
             self._callbacks[descriptor] = callback
 
+    def prefer(self, descriptor: int) -> None:
+        """Let a watched descriptor, for which somebody waits, come first of those ready at one time."""
+        with self.lock:
+            self._first.add(descriptor)
+
     def unwatch(self, descriptor: int) -> None:
         """Forget a descriptor, which must still be open; idempotent."""
         with self.lock:
+            self._first.discard(descriptor)
             if self._callbacks.pop(descriptor, None) is not None:
                 with contextlib.suppress(OSError):
                     self._epoll.unregister(descriptor)
@@ -225,7 +232,10 @@ class Keeper:
 
     def _run(self) -> None:
         while self.generation == _sockets.generation:
-            for descriptor, _ in self._epoll.poll(self._until_next_timer()):
+            events = self._epoll.poll(self._until_next_timer())
+            if len(events) > 1:
+                events.sort(key=lambda event: event[0] not in self._first)
+            for descriptor, _ in events:
                 with self.lock:
                     self._handle(descriptor)
             with self.lock:

@@ -1027,7 +1027,7 @@ def absolute_path(path: Path) -> str:
         )
     if "\0" in text:
         raise ValueError(f"the path of a door cannot hold a NUL: {text!r}")
-    for part in text.split("/"):
+    for part in text.split("/") if 4 * len(text) > _NAME_MAX else ():  # a character has 4 bytes at most
         if (size := len(os.fsencode(part))) > _NAME_MAX:
             why = f"a part of the path has {size} bytes; the most is {_NAME_MAX}"
             raise OSError(errno.ENAMETOOLONG, why, text)

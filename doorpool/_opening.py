@@ -88,7 +88,7 @@ def take_socket(letter: Letter, what: str, kind: int) -> socket.socket:
     if letter.ids is None or (letter.ids[0] <= 0 and letter.pidfd < 0):
         raise ProtocolError(f"{what} came without the sender's credentials")
     letter.forged = True  # unless it turns out that it is not
-    sock = _adopt(letter, what)
+    sock = _adopt(letter, what, kind)
     try:
         _check_maker(sock, letter, what, kind)
     except BaseException:
@@ -98,13 +98,13 @@ def take_socket(letter: Letter, what: str, kind: int) -> socket.socket:
     return _sockets.own(sock)
 
 
-def _adopt(letter: Letter, what: str) -> socket.socket:
+def _adopt(letter: Letter, what: str, kind: int) -> socket.socket:
     assert letter.ids is not None
     number = letter.descriptors.pop()  # at no moment two owners: Ctrl-C may come at any
     why = "local socket"
     try:
         if not is_strange(letter.ids[1]) or _sockets.domain_of(number) == socket.AF_UNIX:
-            return _sockets.adopt(number)
+            return _sockets.adopt(number, kind)
     except OSError as error:
         why = f"socket ({error.strerror})"
     letter.descriptors.append(number)
@@ -243,7 +243,8 @@ def _channel_of(letter: Letter) -> Channel:
         close_socket(sock, _uid(letter))
         raise ProtocolError("the answer to a knock brought a door in place of a channel")
     sock.settimeout(None)
-    return _make_channel(letter, sock, sock)
+    assert letter.ids is not None
+    return _make_channel(letter, sock, credentials_of(letter.ids, peer_groups(sock)))
 
 
 def discard(letter: Letter) -> None:
@@ -257,10 +258,8 @@ def _uid(letter: Letter) -> int | None:
     return None if letter.ids is None else credentials_of(letter.ids, None).uid
 
 
-def _make_channel(letter: Letter, sock: socket.socket, witness: socket.socket) -> Channel:
-    """Make a channel whose peer is the sender of a letter and the maker of a witness."""
-    assert letter.ids is not None
-    peer = credentials_of(letter.ids, peer_groups(witness))
+def _make_channel(letter: Letter, sock: socket.socket, peer: Credentials) -> Channel:
+    """Make a channel whose peer is the sender of a letter."""
     pidfd, letter.pidfd = letter.pidfd, -1
     return Channel(sock, peer, letter.ucred, pidfd)
 
@@ -425,7 +424,7 @@ def admit(visitor: Visitor, codec: Codec, *, spin: int = -1) -> Channel:
         answer = Answer(codec, page=shuttle.PAGE_BYTES if shared else 0, segments=segments)
         gifts = [theirs.fileno(), memory] if shared else [theirs.fileno()]
         _sockets.send_letter(visitor.socket, answer.encode(), gifts)
-        channel = _make_channel(visitor.letter, ours, visitor.socket)
+        channel = _make_channel(visitor.letter, ours, visitor.credentials)
         channel.page = shared
         if segments:
             channel.use_segments()

@@ -203,7 +203,8 @@ def _pair(kind: int, *, pidfds: bool = True) -> tuple[socket.socket, socket.sock
     one, other = socket.socketpair(socket.AF_UNIX, kind)
     try:
         for end in (one, other):
-            end.settimeout(None)  # whatever socket.setdefaulttimeout() says
+            if end.gettimeout() is not None:  # socket.setdefaulttimeout() says so
+                end.settimeout(None)
             _ask_for_credentials(end, pidfds=pidfds)
     except BaseException:
         one.close()
@@ -220,7 +221,7 @@ def domain_of(number: int) -> int | None:
     return None if failed else domain.value
 
 
-def adopt(number: int) -> socket.socket:
+def adopt(number: int, kind: int = -1) -> socket.socket:
     """
     Make a socket of a descriptor that has arrived, whatever ``socket.setdefaulttimeout()`` says.
 
@@ -229,10 +230,13 @@ def adopt(number: int) -> socket.socket:
     CPython asks it for its name, which waits for whoever holds a socket that is not local; with
     a stranger's, look at ``domain_of`` before.
 
+    Args:
+        kind: what it is to be, if it is to be a local socket of that kind; ask ``is_unix`` if it is.
+
     Raises:
         OSError: it is no socket.
     """
-    sock = socket.socket(fileno=number)
+    sock = socket.socket(-1 if kind < 0 else socket.AF_UNIX, kind, -1 if kind < 0 else 0, fileno=number)
     if sock.gettimeout():
         sock.settimeout(None)
     return sock
@@ -354,15 +358,14 @@ def receive_letter(sock: socket.socket, size: int, flags: int = 0, room: int = A
     data, ancillary, flags, _ = sock.recvmsg(size, room, flags | MSG_DONTWAIT | MSG_CMSG_CLOEXEC)
     letter = Letter(data, truncated=bool(flags & MSG_TRUNCATED))
     for level, kind, value in ancillary:
-        _put_into(letter, level, kind, value)
+        if level == socket.SOL_SOCKET:
+            _put_into(letter, kind, value)
     if not data:
         letter.ids = None  # an end of file on a stream says "pid 0, uid 0": nobody said that
     return letter
 
 
-def _put_into(letter: Letter, level: int, kind: int, value: bytes) -> None:
-    if level != socket.SOL_SOCKET:
-        return
+def _put_into(letter: Letter, kind: int, value: bytes) -> None:
     if kind == SCM_CREDENTIALS:
         letter.ids, letter.ucred = unpack_ids(value), value
     elif kind == SCM_PIDFD:

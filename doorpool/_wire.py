@@ -65,6 +65,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Sequence
 from enum import IntEnum
+from functools import lru_cache
 
 import attrs
 
@@ -112,6 +113,9 @@ class Codec(IntEnum):
 
     RAW = 0
     PICKLE = 1
+
+
+_CODECS = {int(codec): codec for codec in Codec}
 
 
 class Attribute(IntEnum):
@@ -225,6 +229,7 @@ def decode_greeting(data: bytes) -> Greeting | None:
         raise ProtocolError(f"the door's greeting is malformed: {error}") from None
 
 
+@lru_cache(maxsize=8)  # who opens a door again gets the same bytes; 64 KiB at most, each
 def _decode_greeting(data: bytes) -> Greeting:
     fields = _GREETING.unpack_from(data)
     _, _, codec, _, door_id, major, minor, max_request, max_descriptors, attributes, _ = fields
@@ -355,9 +360,9 @@ def decode_answer(data: bytes) -> Answer:
     if refused == 1:  # before the version: a refusal may be about just that
         return Answer(refusal=_decode_refusing(data[_ANSWER.size :]))
     check_version(data, "the server")
-    if refused or len(data) != _ANSWER.size or codec not in Codec.__members__.values():
+    if refused or len(data) != _ANSWER.size or codec not in _CODECS:
         raise ProtocolError("the answer to a knock is malformed")
-    return Answer(Codec(codec), page=page, segments=segments == 1)
+    return Answer(_CODECS[codec], page=page, segments=segments == 1)
 
 
 def _decode_refusing(data: bytes) -> Refusal:

@@ -277,6 +277,31 @@ def test_errors_in_the_keeper_leave_the_other_doors_alone(serve, caplog):
             handle.call()
 
 
+def test_the_keeper_turns_first_to_those_for_whom_somebody_waits():
+    from doorpool._keeper import keeper
+
+    bells = [os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC) for _ in range(3)]
+    heard = []
+
+    def hear(bell):
+        os.eventfd_read(bell)
+        heard.append(bell)
+
+    try:
+        for bell in bells:
+            keeper().watch(bell, lambda bell=bell: hear(bell))
+        keeper().prefer(bells[2])
+        # In the keeper's own thread, which therefore finds them ready all at one time.
+        keeper().soon(lambda: [os.eventfd_write(bell, 1) for bell in bells])
+        wait_until(lambda: len(heard) == len(bells))
+        assert heard == [bells[2], bells[0], bells[1]]
+    finally:
+        for bell in bells:
+            keeper().unwatch(bell)
+            os.close(bell)
+    assert bells[2] not in keeper()._first
+
+
 def test_channels_come_and_go_and_nothing_is_left(serve):
     serving = serve()
     before = len(os.listdir("/proc/self/fd"))
@@ -298,6 +323,8 @@ def test_a_channel_that_the_set_has_no_room_for_is_ended(gate, monkeypatch, numb
     class Full:
         def modify(self, *_):
             raise OSError(number, os.strerror(number))
+
+        register = modify
 
         def __getattr__(self, name):
             return getattr(epoll, name)

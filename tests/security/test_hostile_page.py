@@ -14,6 +14,7 @@ import pickle
 import random
 import re
 import socket
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -260,7 +261,14 @@ def test_a_page_is_not_there_in_a_forked_child(opened, kept, how):
     proxy, _, _ = opened
     page = proxy._line.handle._idle[0].page
     reader, writer = os.pipe()
-    child = os.fork() if how == "os.fork" else ctypes.PyDLL(None).fork()  # with the lock held
+    # A thread that has asked for the interpreter's lock in vain is not there in a child of a fork in C, which
+    # would wait for it to take the lock.
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(60)
+    try:
+        child = os.fork() if how == "os.fork" else ctypes.PyDLL(None).fork()  # with the lock held
+    finally:
+        sys.setswitchinterval(interval)
     if child == 0:
         try:
             page.post(b"from the child", 0, 0)

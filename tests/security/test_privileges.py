@@ -14,13 +14,14 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import attrs
 import pytest
-from support import become, byhand, enter_pid_namespace, enter_user_namespace
+from support import become, byhand, enter_pid_namespace, enter_user_namespace, run_python
 from support.actors import Actor, Fd, here, logged
 from support.marker import Marker
 from support.strangers import false_descriptor, frames_with, knock_and_push, overheard, pose_as_door
@@ -243,6 +244,45 @@ def drop_capabilities() -> None:
     header, data = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
     assert _libc.capset(header, data) == 0
     _libc.prctl(_PR_SET_DUMPABLE, 1, 0, 0, 0)
+
+
+def namespaces_seen_by_a_thread() -> list[bool]:
+    """
+    Say whether the user namespace of this process has changed, for a thread that has looked before.
+
+    First when the thread has tried to leave it, then in a child that it has forked, then in that
+    child when it has left.
+    """
+    seen = []
+
+    def look() -> None:
+        before = _credentials._own_user_namespace()
+        with pytest.raises(OSError, match="unshare"):  # not with other threads
+            enter_user_namespace((0, 0, 1))
+        seen.append(_credentials._own_user_namespace() != before)
+        reading, writing = os.pipe()
+        if (child := os.fork()) == 0:
+            try:
+                changes = [_credentials._own_user_namespace() != before]
+                enter_user_namespace((0, 0, 1))
+                changes.append(_credentials._own_user_namespace() != before)
+                os.write(writing, bytes(changes))
+            finally:
+                os._exit(0)
+        os.close(writing)
+        os.waitpid(child, 0)
+        seen.extend(bool(byte) for byte in os.read(reading, 2))
+        os.close(reading)
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    thread.join()
+    return seen
+
+
+def test_what_a_thread_remembers_of_its_user_namespace_does_not_outlive_a_fork(namespaces):
+    finished = run_python(namespaces_seen_by_a_thread)
+    assert finished.value == [False, False, True]
 
 
 @pytest.fixture

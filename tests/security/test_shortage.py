@@ -29,7 +29,7 @@ from support.rawdoor import PATIENCE, Background, Serving
 from support.shortage import only
 from support.victims import open_client
 
-from doorpool import Proxy, _credentials, _keeper
+from doorpool import Proxy, _credentials, _guests, _keeper
 from doorpool._errors import BrokenDoorError, CallTimeoutError
 from doorpool.door import Codec, Handle, Invocation
 
@@ -56,7 +56,8 @@ def serve(path: str, threads: int = 2) -> None:
 
 
 def fill(free: int = 0) -> None:
-    """Take all descriptors that can be had, but for a few."""
+    """Take all descriptors that can be had, but for a few, when nobody is about to give one back."""
+    wait_until(lambda: not guests(), timeout=PATIENCE)
     here.shortage.enter_context(only(free))
 
 
@@ -71,6 +72,11 @@ def answer_waiting() -> None:
 
 def ran() -> list[bytes]:
     return list(here.ran)
+
+
+def guests() -> int:
+    """How many callers have come in whose knocks are not closed yet."""
+    return len(_guests.guests()._guests)
 
 
 def channels() -> int:
@@ -218,7 +224,7 @@ def test_an_idle_channel_makes_room(server, path):
             handle.call(b"before")
         busy = stack.enter_context(Handle(path))
         running = Background(busy.call, b"wait", timeout=PATIENCE)
-        wait_until(lambda: b"wait" in server(ran))
+        wait_until(lambda: b"wait" in server(ran) and not server(guests))
         before = server(descriptors)
         late = stack.enter_context(Handle(path, lazy=True))
         wait_until(lambda: server(descriptors) == before + 1)
