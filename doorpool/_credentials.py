@@ -326,11 +326,16 @@ def pickle_bar_here() -> str | None:
         return f"real, effective and saved uid of this process are {uids}, not one"
     if not gids[0] == gids[1] == gids[2]:
         return f"real, effective and saved gid of this process are {gids}, not one"
-    if _libc.getauxval(_AT_SECURE):
+    if _got_privileges():
         return "this process got privileges from its program file (set-uid, set-gid or capabilities)"
     if uids[1] != 0 and _permitted_capabilities():
         return f"this process of uid {uids[1]} holds capabilities"
     return None
+
+
+@lru_cache(maxsize=1)  # a fact of the program that runs, from its first moment
+def _got_privileges() -> bool:
+    return bool(_libc.getauxval(_AT_SECURE))
 
 
 def _permitted_capabilities() -> int:

@@ -46,6 +46,7 @@ from doorpool._descriptor import Descriptor
 from doorpool._door import crossing_bar
 from doorpool._errors import ClosedError, DoorError, LimitError, MarshalError
 from doorpool._exceptions import text_of
+from doorpool._impl import shuttle
 from doorpool._info import DoorInfo, describe
 from doorpool._janitor import close_all
 from doorpool._keeper import keeper
@@ -73,6 +74,9 @@ if TYPE_CHECKING:
 __all__ = ["Endpoint"]
 
 log = logging.getLogger("doorpool")
+
+#: What to answer, whether the procedure returned, and what is to leave ``run`` besides.
+_Outcome = tuple[Parcel, bool, BaseException | None]
 
 _find_default_server: Callable[[], Server] | None = None
 
@@ -523,16 +527,53 @@ class Endpoint:
         """
         Answer one invocation, whatever happens; return whether the procedure returned.
 
-        Runs in a server thread.
+        Runs in a server thread.  All of an everyday call is in here, for each function more is a
+        fiftieth of it; and what its caller need not wait for comes behind the answer.
         """
         # step: call-taken
-        line = invocation.line
-        peer: Dialect | None = line.memo
-        if peer is None:  # always, where data is spoken
-            if self._plan is not None:
-                return self._serve_data(invocation, self._plan)
-            peer = line.memo = Dialect(invocation.words.python, invocation.words.main)
-        (data, buffers, descriptors), returned, interrupt = self._invoke(invocation, peer)
+        if self._plan is not None:
+            return self._serve_data(invocation, self._plan)
+        call = shuttle.unpack_call(invocation.data)
+        if call is None:
+            try:
+                call = unpack_arguments(invocation.data, invocation.buffers, invocation.descriptors)
+            except BaseException as error:  # an argument's own code may do anything while it is rebuilt
+                return self._finish(invocation, self._refusal(invocation, "the arguments", error, False))
+        args, kwargs = call
+        invocation.data, invocation.buffers = b"", ()
+        token = current.set(invocation)
+        outcome: _Outcome | None = None
+        try:
+            # step: procedure-begins
+            value = self.target(*args, **kwargs) if kwargs else self.target(*args)
+            # step: procedure-ended
+            data = shuttle.pack_value(value)
+        except BaseException as error:
+            if self._generation != _sockets.here():
+                _leave_forked_child(error)
+            outcome = self._failure(invocation, error)
+        else:
+            del call, args, kwargs  # nothing holds them afterwards
+            if data is not None and len(data) <= invocation.door.max_reply:
+                invocation.reply(data)  # a forked child that has come out of the procedure tells nobody
+                if self._generation != _sockets.here():
+                    _leave_forked_child(None)
+                return True
+        finally:
+            current.reset(token)
+            invocation.call = None  # or the two would hold one another
+        if outcome is None:
+            if self._generation != _sockets.here():
+                _leave_forked_child(None)
+            outcome = self._result(invocation, value)
+            del value
+        else:
+            del call, args, kwargs
+        return self._finish(invocation, outcome)
+
+    def _finish(self, invocation: Invocation, outcome: _Outcome) -> bool:
+        """Answer with what has been marshalled; return whether the procedure returned."""
+        (data, buffers, descriptors), returned, interrupt = outcome
         try:
             invocation.reply(data, buffers, descriptors)
         except LimitError as error:
@@ -547,46 +588,34 @@ class Endpoint:
             raise Interrupt(interrupt)
         return returned
 
-    def _invoke(
-        self, invocation: Invocation, peer: Dialect
-    ) -> tuple[Parcel, bool, BaseException | None]:  # fmt: skip
-        """
-        Run the procedure and marshal what becomes of it; nothing holds its arguments afterwards.
+    def _result(self, invocation: Invocation, value: Any) -> _Outcome:
+        """Marshal what the procedure has returned."""
+        try:
+            return pack_result(value, _peer(invocation)), True, None
+        except BaseException as error:  # a result's own code may do anything while it is pickled
+            return self._refusal(invocation, "the result", error, True)
 
-        Returns:
-            What to answer, whether it returned, and what is to leave ``run`` besides.
-        """
-        try:
-            args, kwargs = unpack_arguments(invocation.data, invocation.buffers, invocation.descriptors)
-        except BaseException as error:  # an argument's own code may do anything while it is rebuilt
-            refusal = _marshal_error("the arguments", error, may_have_run=False)
-            log.warning("%s: %s: %s", self.name, invocation.credentials, refusal)
-            return pack_refusal(refusal, peer), False, _interrupt(error)
-        invocation.data, invocation.buffers = b"", ()
-        token = current.set(invocation)
-        try:
-            # step: procedure-begins
-            value = self.target(*args, **kwargs)
-            if self._generation != _sockets.here():
-                _leave_forked_child(None)
-        except BaseException as error:
-            if self._generation != _sockets.here():
-                _leave_forked_child(error)
-            # Begin with the procedure's own frame; past a ``__setattr__`` that forbids it.
-            if error.__traceback__ is not None:
-                BaseException.with_traceback(error, error.__traceback__.tb_next)
-            self._log(error)
-            return pack_exception(error, peer), False, _interrupt(error)
-        finally:
-            current.reset(token)
-            invocation.call = None  # or the two would hold one another
-        try:
-            # step: procedure-ended
-            return pack_result(value, peer), True, None
-        except BaseException as error:  # likewise the result's, while it is pickled
-            refusal = _marshal_error("the result", error, may_have_run=True)
+    def _failure(self, invocation: Invocation, error: BaseException) -> _Outcome:
+        """Marshal what has left the procedure."""
+        # Begin with the procedure's own frame; past a ``__setattr__`` that forbids it.
+        if error.__traceback__ is not None:
+            trace = error.__traceback__.tb_next
+            if trace is not None and type(self.target) is Facade:
+                trace = trace.tb_next or trace
+            BaseException.with_traceback(error, trace)
+        self._log(error)
+        return pack_exception(error, _peer(invocation)), False, _interrupt(error)
+
+    def _refusal(
+        self, invocation: Invocation, what: str, error: BaseException, may_have_run: bool
+    ) -> _Outcome:  # fmt: skip
+        """Marshal that the arguments or the result cannot cross."""
+        refusal = _marshal_error(what, error, may_have_run=may_have_run)
+        if may_have_run:
             log.error("%s: %s", self.name, refusal, exc_info=error)
-            return pack_refusal(refusal, peer), False, _interrupt(error)
+        else:
+            log.warning("%s: %s: %s", self.name, invocation.credentials, refusal)
+        return pack_refusal(refusal, _peer(invocation)), False, _interrupt(error)
 
     # -- answering where data is spoken --------------------------------------------------------
 
@@ -755,6 +784,15 @@ def _leave_forked_child(error: BaseException | None) -> NoReturn:
         with contextlib.suppress(Exception):
             stream.flush()
     os._exit(status & 0xFF)
+
+
+def _peer(invocation: Invocation) -> Dialect:
+    """Return how the caller wants to be spoken to."""
+    line = invocation.line
+    if line.memo is None:
+        line.memo = Dialect(invocation.words.python, invocation.words.main)
+    peer: Dialect = line.memo
+    return peer
 
 
 def serve(invocation: Invocation) -> bool:

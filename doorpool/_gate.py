@@ -702,24 +702,21 @@ class Invocation:
         descriptors: Sequence[int] = (),
     ) -> None:
         self._open = False
-        if self._gate.generation != _sockets.here():
-            return  # a forked child that comes this way answers nothing: the parent will
         served = self.line
         try:
             # step: replying
-            channel, manifest = served.channel, b""
+            channel = served.channel
             page = channel.page
-            if kind == _REPLY and (buffers or channel.news):
-                manifest, buffers, descriptors = channel.stow(buffers, descriptors)
-            whole = b"".join((manifest, data)) if manifest else data
-            by_page = page is not None and kind == _REPLY and not buffers and not descriptors
-            if not by_page or not page.answer(whole, len(manifest)):  # type: ignore[union-attr]
-                if page is not None:
-                    page.answer_by_socket()
-                channel.post(kind, channel.number, data, buffers, descriptors, manifest=manifest)
+            everyday = page is not None and kind == _REPLY and not channel.news
+            if not everyday or buffers or descriptors or not page.answer(data, 0):  # type: ignore[union-attr]
+                if self._gate.generation != _sockets.here():
+                    return  # a forked child that comes this way answers nothing: the parent will
+                self._answer_at_length(channel, kind, data, buffers, descriptors)
         except OSError:
             self._gate.drop(served)  # nobody is there, or nobody reads
-        except BaseException:
+        except BaseException as error:
+            if isinstance(error, ValueError) and self._gate.generation != _sockets.here():
+                return  # likewise; a page is closed in a forked child, and says so
             self._gate.drop(served)  # a part of a reply is none
             raise
         else:
@@ -728,6 +725,25 @@ class Invocation:
         finally:
             if self.descriptors:
                 close_all(self.descriptors, served.channel.peer.uid)
+
+    @staticmethod
+    def _answer_at_length(
+        channel: Channel,
+        kind: int,
+        data: bytes | bytearray | memoryview,
+        buffers: Sequence[memoryview],
+        descriptors: Sequence[int],
+    ) -> None:
+        """Send an answer that is not quite an everyday one: by the page where it fits, or by the socket."""
+        page, manifest = channel.page, b""
+        if kind == _REPLY and (buffers or channel.news):
+            manifest, buffers, descriptors = channel.stow(buffers, descriptors)
+        if page is not None:
+            whole = b"".join((manifest, data)) if manifest else data
+            if kind == _REPLY and not buffers and not descriptors and page.answer(whole, len(manifest)):
+                return
+            page.answer_by_socket()
+        channel.post(kind, channel.number, data, buffers, descriptors, manifest=manifest)
 
 
 def flatten(

@@ -110,6 +110,10 @@ _DROPPED_KNOCKS = 3  #: How often a knock is made that vanishes at a door that i
 #: at all is found out so much later, and a door wakes us once instead of twice.
 _MOMENT = 0.005
 
+#: Nanoseconds for which the answer to a knock is looked for at most before we sleep.  It takes some
+#: 150 µs; to be woken where each side has a CPU of its own takes both of them 25 µs and more.
+_ANSWER_SPIN = 300_000
+
 FOREVER = 1e8  # seconds; three years
 
 
@@ -159,12 +163,22 @@ def _limits_in(greeting: Greeting) -> _wire.Limits:
     return _wire.Limits(greeting.max_request, greeting.max_descriptors, greeting.attributes)
 
 
-def _wait_a_moment(ours: socket.socket, deadline: float | None) -> None:
-    """Wait for the answer to a knock, for no longer than it takes somebody who is there."""
+def _wait_a_moment(ours: socket.socket, deadline: float | None, spin: int) -> None:
+    """
+    Wait for the answer to a knock, for no longer than it takes somebody who is there.
+
+    Args:
+        spin: nanoseconds for which to look before sleeping, each look followed by a yield.
+    """
+    poll = select.poll()
+    poll.register(ours, select.POLLIN)
+    until = time.monotonic_ns() + spin
+    while time.monotonic_ns() < until:
+        if poll.poll(0):
+            return
+        os.sched_yield()
     left = _MOMENT if deadline is None else min(_MOMENT, deadline - time.monotonic())
     if left > 0:
-        poll = select.poll()
-        poll.register(ours, select.POLLIN)
         poll.poll(left * 1000)
 
 
@@ -482,7 +496,9 @@ class Handle:
             ours = self._knock(door, deadline)
             try:
                 if not self._met:
-                    _wait_a_moment(ours, deadline)  # the greeting comes before: one wake-up for both
+                    # The greeting comes before: one wake-up for both.
+                    spin = _ANSWER_SPIN if self._spin < 0 else min(_ANSWER_SPIN, self._spin)
+                    _wait_a_moment(ours, deadline, spin)
                     self._meet(deadline)  # before anything of the answer is looked at
                 return self._hear(door, ours, deadline)
             finally:

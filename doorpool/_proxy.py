@@ -52,10 +52,12 @@ from doorpool._errors import (
 )
 from doorpool._exceptions import text_of
 from doorpool._handle import FOREVER, Came, check_seconds, check_spin, deadline_after
+from doorpool._impl import shuttle
 from doorpool._info import DoorInfo, describe
 from doorpool._janitor import close_all
 from doorpool._marshal import Dialect, own_dialect, pack_arguments, unpack_outcome
 from doorpool._objects import CALL, ENTER, EXIT, METHODS, Table, checked_table, decode_table, read_signature
+from doorpool._passing import Departure
 from doorpool._threads import waiting_for
 from doorpool._wire import Attribute, Knock
 from doorpool.door import Codec, Handle
@@ -180,11 +182,13 @@ class Line:
     def transact(self, args: tuple[Any, ...], kwargs: dict[str, Any], deadline: float | None) -> Any:
         """Make one call; see "Reopening" above."""
         handle = self.handle
-        data, buffers, descriptors = pack_arguments(args, kwargs, self.dialect)
+        descriptors: Departure | tuple[()] = ()
         try:
-            if self._pool is None:  # as ``_exchange`` does, in one function less
-                reply = handle.call_until(deadline, data, buffers, descriptors)
+            data = shuttle.pack_call(args, kwargs) if self._pool is None else None
+            if data is not None:  # an everyday call, in as few functions as can be
+                reply = handle.call_until(deadline, data)
             else:
+                data, buffers, descriptors = pack_arguments(args, kwargs, self.dialect)
                 reply = self._exchange(handle, (data, buffers, descriptors), deadline)
         except (RevokedError, BrokenDoorError, ClosedError) as first:
             again = functools.partial(self._pack_again, args=args, kwargs=kwargs, deadline=deadline)
@@ -193,7 +197,8 @@ class Line:
             if descriptors:
                 descriptors.close()
         if isinstance(reply, bytes):
-            return unpack_outcome(reply)
+            value = shuttle.unpack_value(reply)
+            return unpack_outcome(reply) if value is NotImplemented else value
         return unpack_outcome(*reply)
 
     #: What calling a proxy does: the same, where nothing has to be done before it.

@@ -174,6 +174,7 @@ def test_what_a_method_raises_is_raised(bank):
     with pytest.raises(LookupError, match="no such account") as caught:
         bank.fail()
     assert "in fail" in str(caught.value.__cause__)
+    assert "doorpool/_objects.py" not in str(caught.value.__cause__)
 
 
 def test_methods_have_the_options_of_a_proxy(bank):
