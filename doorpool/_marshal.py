@@ -38,12 +38,12 @@ Speed.  A call marshals four times, and the rest of it takes a few microseconds.
 strings, small containers of them and the like do not come here at all where there is the
 compiled part: ``_atoms.c`` writes and reads their pickles, counting them as well, and whoever
 calls asks it first.  For the others: atoms go straight through ``pickle.dumps``; all else
-through a ``Pickler`` that is *reused*, since making one costs more than most arguments (1.2 µs against 0.4 µs for ``((1, 2), {})``);
-and there is no ``dispatch_table`` on it, since a look-up there that misses costs a
-``KeyError`` per object (10 % of an object graph, and 145 % through cloudpickle's own, a
-``ChainMap``): ``reducer_override``, which is asked anyway, looks into cloudpickle's table by
-``dict.get``.  ``add(1, 2)`` takes 1.7 µs for all four, 0.75 µs with bare pickle (CPython
-3.11, 2-CPU virtual machine).
+through a ``Pickler`` that is *reused*, since making one costs more than most arguments (1.2
+µs against 0.4 µs for ``((1, 2), {})``); and there is no ``dispatch_table`` on it, since a
+look-up there that misses costs a ``KeyError`` per object (10 % of an object graph, and 145 %
+through cloudpickle's own, a ``ChainMap``): ``reducer_override``, which is asked anyway, looks
+into cloudpickle's table by ``dict.get``. ``add(1, 2)`` takes 1.7 µs for all four, 0.75 µs
+with bare pickle (CPython 3.11, 2-CPU virtual machine).
 
 When something cannot be pickled, the C pickler does not say where it was.  The value is
 then pickled once more, by the pickler that is written in Python, which can be asked what
