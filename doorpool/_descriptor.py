@@ -6,6 +6,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 __all__ = ["Descriptor"]
 
@@ -39,14 +40,20 @@ class Descriptor:
 
     def __del__(self, _ending: Callable[[], bool] = sys.is_finalizing) -> None:
         if self._number >= 0 and not _ending():  # as in Channel
-            warnings.warn(f"unclosed {self!r}", ResourceWarning, source=self, stacklevel=2)
-            self.close()
+            try:
+                warnings.warn(f"unclosed {self!r}", ResourceWarning, source=self, stacklevel=2)
+            finally:  # the warning may be an error
+                self.close()
 
     def __enter__(self) -> Descriptor:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def __reduce__(self) -> Any:
+        # Or a pickle would carry the bare number, which is somebody else's over there.
+        raise TypeError(f"cannot pickle a {type(self).__qualname__}: it can only cross a door")
 
     @property
     def closed(self) -> bool:

@@ -368,10 +368,30 @@ class Gate:
         if served.channel.page is not None:
             served.channel.page.answer_by_socket()
         if refusal is None:
-            served.channel.say(Kind.PONG, frame.number, served.door.limits().encode())
+            self._answer_ping(served, frame)
         else:
             served.channel.say(Kind.FAILURE, frame.number, refusal.encode())
         return False
+
+    @staticmethod
+    def _answer_ping(served: Served, frame: Frame) -> None:
+        """Say that we are here, and hand out a descriptor if one was asked for and can be had."""
+        channel, door = served.channel, served.door
+        number = -1
+        if frame.data == _wire.HAND_OUT:
+            with contextlib.suppress(OSError, ClosedError):
+                number = door.open_for(channel.peer.uid)
+        if number < 0:
+            channel.say(Kind.PONG, frame.number, door.limits().encode())
+            return
+        try:
+            channel.post(Kind.PONG, frame.number, door.limits().encode(), descriptors=[number])
+        except OSError as error:
+            if error.errno != errno.ETOOMANYREFS:
+                raise
+            channel.say(Kind.PONG, frame.number, door.limits().encode())
+        finally:
+            os.close(number)
 
     # -- parking and closing ---------------------------------------------------------------
 
@@ -603,6 +623,15 @@ class Invocation:
         """
         channel = self.line.channel
         return channel.closed or self.line.hung_up() or process_is_gone(channel.pidfd)
+
+    def wait_cancelled(self, seconds: float) -> bool:
+        """Wait until the caller has given up, or is dead, or the time is over; return whether he has."""
+        poll = select.poll()
+        channel = self.line.channel
+        if not channel.closed:
+            poll.register(self.line.fd, _GONE)
+            poll.poll(seconds * 1000)
+        return self.cancelled
 
     def reply(
         self,

@@ -37,13 +37,13 @@ would set its methods anew, to copies that see copies of its module's globals.
 Speed.  A call marshals four times, and the rest of it takes a few microseconds.  Numbers, short
 strings, small containers of them and the like do not come here at all where there is the
 compiled part: ``_atoms.c`` writes and reads their pickles, counting them as well, and whoever
-calls asks it first.  For the others: atoms go straight through ``pickle.dumps``; all else
-through a ``Pickler`` that is *reused*, since making one costs more than most arguments (1.2
-µs against 0.4 µs for ``((1, 2), {})``); and there is no ``dispatch_table`` on it, since a
-look-up there that misses costs a ``KeyError`` per object (10 % of an object graph, and 145 %
-through cloudpickle's own, a ``ChainMap``): ``reducer_override``, which is asked anyway, looks
-into cloudpickle's table by ``dict.get``. ``add(1, 2)`` takes 1.7 µs for all four, 0.75 µs
-with bare pickle (CPython 3.11, 2-CPU virtual machine).
+calls asks it first. For the others: atoms go straight through ``pickle.dumps``; all else through a
+``Pickler`` that is *reused*, since making one costs more than most arguments (1.2 µs against 0.4 µs
+for ``((1, 2), {})``); and there is no ``dispatch_table`` on it, since a look-up there that misses
+costs a ``KeyError`` per object (10 % of an object graph, and 145 % through cloudpickle's own, a
+``ChainMap``): ``reducer_override``, which is asked anyway, looks into cloudpickle's table by
+``dict.get``. ``add(1, 2)`` takes 1.7 µs for all four, 0.75 µs with bare pickle (CPython 3.11, 2-CPU
+virtual machine).
 
 When something cannot be pickled, the C pickler does not say where it was.  The value is
 then pickled once more, by the pickler that is written in Python, which can be asked what
@@ -66,16 +66,17 @@ import traceback
 import types
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NoReturn, cast
 
 import attrs
 import cloudpickle
 from cloudpickle import cloudpickle as _cloudpickle
 
-from doorpool import _exceptions
-from doorpool._errors import DoorError, MarshalError, ProtocolError
+from doorpool import _exceptions, _kinds, _passing  # noqa: F401  # _kinds registers
+from doorpool._errors import BusyError, DoorError, MarshalError, ProtocolError
 from doorpool._impl import shuttle
+from doorpool._janitor import close_all
 
 Data = bytes | bytearray | memoryview
 
@@ -145,8 +146,8 @@ class Dialect:
 #: - the pickle, or an envelope;
 #: - memory to be sent beside it, in this order; still the sender's objects' own, so it must be
 #:   copied or sent before the call returns.  One may be empty;
-#: - descriptors: none so far.
-Parcel = tuple[bytes, tuple[memoryview, ...], tuple[int, ...]]
+#: - what must go along as descriptors: a departure, to be closed when the call is over, or ().
+Parcel = tuple[bytes, tuple[memoryview, ...], _passing.Departure | tuple[()]]
 
 
 # --- who we are ---------------------------------------------------------------------------------
@@ -197,6 +198,7 @@ def pack_arguments(args: tuple[Any, ...], kwargs: dict[str, Any], to: Dialect) -
 
     Raises:
         MarshalError: one of them cannot cross; it names the path to it.  Nothing was sent.
+        OSError: ``EMFILE``: no free descriptor for a duplicate of one that is to go along.
     """
     call = (args, kwargs)
     for value in args:  # by hand: ``issuperset`` would take 0.15 µs more
@@ -210,23 +212,25 @@ def pack_arguments(args: tuple[Any, ...], kwargs: dict[str, Any], to: Dialect) -
         return _dump(_with_long(args, kwargs) if _has_long(args, kwargs) else call, to)
     except Exception as error:
         parts = (("args", args), ("kwargs", kwargs))
-        if came_by_a_signal(error):
+        if came_by_a_signal(error) or isinstance(error, _passing.NoDescriptorError):
             raise
         raise _cannot_cross(error, parts, to, may_have_run=False) from error
 
 
 def unpack_arguments(
-    data: Data, buffers: Iterable[bytearray | memoryview] = (), descriptors: tuple[int, ...] = ()
+    data: Data, buffers: Iterable[bytearray | memoryview] = (), descriptors: list[int] | None = None
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """
-    Rebuild the arguments of a call; the buffers become part of the objects.
+    Rebuild the arguments of a call; the buffers and descriptors become part of the objects.
+
+    The list of descriptors is emptied; those that are not part of anything are closed.
 
     Raises:
         MarshalError: they cannot be rebuilt here; it names what is missing and the remedies.
         ProtocolError: these are no arguments.
     """
     try:
-        call = _unpickle(data, buffers)
+        call = _unpickle(data, buffers, descriptors)
     except Exception as error:
         raise _cannot_rebuild("the arguments", data, error, may_have_run=False) from error
     # By hand: ``match`` would take as long as the unpickling.
@@ -241,12 +245,15 @@ def pack_result(value: Any, to: Dialect) -> Parcel:
 
     Raises:
         MarshalError: it cannot cross; it names the path.  The procedure has run.
+        BusyError: no free descriptor for a duplicate of one that is to go along.  Likewise.
     """
     kind = type(value)
     if kind in _SMALL_ATOMS or (kind is bytes and len(value) < _LONG):
         return _dumps(value, _PROTOCOL), (), ()
     try:
         return _dump(_Long(value) if _is_long(value) else value, to)
+    except _passing.NoDescriptorError as error:
+        raise BusyError(f"the result cannot be sent: {error.strerror}", may_have_run=True) from error
     except Exception as error:
         raise _cannot_cross(error, (("result", value),), to, may_have_run=True) from error
 
@@ -273,10 +280,12 @@ def pack_refusal(error: DoorError, to: Dialect) -> Parcel:
 
 
 def unpack_outcome(
-    data: Data, buffers: Iterable[bytearray | memoryview] = (), descriptors: tuple[int, ...] = ()
+    data: Data, buffers: Iterable[bytearray | memoryview] = (), descriptors: list[int] | None = None
 ) -> Any:
     """
     Return what the procedure returned, or raise what it raised.
+
+    The list of descriptors is emptied; those that are not part of the result are closed.
 
     Raises:
         MarshalError: the result cannot be rebuilt here.
@@ -286,11 +295,13 @@ def unpack_outcome(
     kind = data[0] if data else -1
     if kind == _RESULT:
         try:
-            return _unpickle(data, buffers)
+            return _unpickle(data, buffers, descriptors)
         except _FAILURES as error:
             if came_by_a_signal(error):
                 raise
             raise _cannot_rebuild("the result", data, error, may_have_run=True) from error
+    if descriptors:
+        close_all(descriptors)  # nothing but a result brings any
     if kind in (_EXCEPTION, _REFUSAL):
         _raise(_exceptions.open_envelope(_open(data), _unpickle, as_itself=kind == _REFUSAL))
     raise ProtocolError("what arrived is no outcome of a call", may_have_run=True)
@@ -329,7 +340,9 @@ def _all_atoms(kwargs: dict[str, Any]) -> bool:
     return _ATOMS.issuperset(map(type, kwargs.values())) and _ATOMS.issuperset(map(type, kwargs))
 
 
-def _unpickle(data: Data, buffers: Iterable[bytearray | memoryview] = ()) -> Any:
+def _unpickle(
+    data: Data, buffers: Iterable[bytearray | memoryview] = (), descriptors: list[int] | None = None
+) -> Any:
     """
     Unpickle: the one place in the library that does.
 
@@ -338,6 +351,9 @@ def _unpickle(data: Data, buffers: Iterable[bytearray | memoryview] = ()) -> Any
     """
     global _runs
     _runs += 1
+    if descriptors:
+        with _passing.Arrival(descriptors):
+            return _loads(data, buffers=buffers)
     return _loads(data, buffers=buffers) if buffers else _loads(data)
 
 
@@ -354,12 +370,16 @@ class _Rules:
     #: is one for each pickle, made when it is needed.
     cloud: cloudpickle.Pickler | None
 
+    #: What goes along with this pickle, if anything does; and whether anything may.
+    departure: _passing.Departure | None = None
+    passes = True
+
     def reducer_override(self, value: Any) -> Any:
         """Reduce what pickle would do otherwise; called for all but plain builtins."""
         kind = type(value)
         reduce = _TABLE.get(kind)
         if reduce is not None:
-            return reduce(value)
+            return self._pass(value, reduce) if type(reduce) is _passing.Kind else reduce(value)
         if issubclass(kind, type):
             return self._reduce_class(value)
         if kind is types.FunctionType:
@@ -367,9 +387,20 @@ class _Rules:
         if kind is types.CodeType:
             self._check_python(value.co_name)
             return _cloudpickle._code_reduce(value)
-        if issubclass(kind, BaseException):
-            return _exceptions.reduce_exception(value)
+        if issubclass(kind, _passing.guarded):
+            if issubclass(kind, BaseException):
+                return _exceptions.reduce_exception(value)
+            raise TypeError(f"cannot pickle a {kind.__qualname__}, being of a subclass")
         return NotImplemented
+
+    def _pass(self, value: Any, kind: _passing.Kind) -> Any:
+        """Reduce what crosses with descriptors."""
+        if not self.passes:
+            name = type(value).__qualname__
+            raise TypeError(f"a {name} crosses in arguments and results, and not in an exception")
+        if self.departure is None:
+            self.departure = _passing.Departure()
+        return self.departure.reduce(value, kind.reduce)
 
     def _reduce_class(self, kind: type) -> Any:
         if kind.__module__ in _MAINS:
@@ -459,6 +490,9 @@ class _Pickler(_Rules, pickle.Pickler):
         self.clear_memo()
         self.buffers.clear()
         self.cloud = None
+        if self.departure is not None:  # the pickle has failed
+            self.departure.close()
+            self.departure = None
         size = self.out.tell()
         self.out.seek(0)
         self.out.truncate()
@@ -472,6 +506,8 @@ _idle: deque[_Pickler] = deque(maxlen=16)
 
 
 def _dump(value: Any, to: Dialect) -> Parcel:
+    if _passing.late:
+        _passing.look_for_late()
     try:
         pickler = _idle.pop()
     except IndexError:
@@ -479,7 +515,10 @@ def _dump(value: Any, to: Dialect) -> Parcel:
     pickler.to = to
     try:
         pickler.dump(value)
-        return pickler.out.getvalue(), tuple(pickler.buffers), ()
+        if pickler.departure is None:
+            return pickler.out.getvalue(), tuple(pickler.buffers), ()
+        departure, pickler.departure = pickler.departure.seal(), None
+        return pickler.out.getvalue(), tuple(pickler.buffers), departure
     finally:
         pickler.forget()
 
@@ -488,6 +527,7 @@ def _dump_inside(value: Any, to: Dialect) -> bytes:
     """Pickle with all buffers inside, for what is not worth being kept waiting for."""
     pickler = _Pickler(beside=False)
     pickler.to = to
+    pickler.passes = False
     pickler.dump(value)
     return pickler.out.getvalue()
 
@@ -566,13 +606,15 @@ def _is_plain_reference(value: Any) -> bool:
     return getattr(sys.modules.get(value.__module__), value.__qualname__, None) is value
 
 
-def _reducers() -> dict[type, Callable[[Any], Any]]:
-    """What cloudpickle adds to pickle, but for text files, of which it sends a copy."""
+def _reducers() -> dict[type, Any]:
+    """What cloudpickle adds to pickle, but for text files, of which it sends a copy; and what passes."""
     table = dict(cloudpickle.Pickler.dispatch_table.maps[0])
     for kind in (io.TextIOWrapper, types.CodeType):
         table.pop(kind, None)
     table[memoryview] = _reduce_view
-    return table
+    for kind, reduce in table.items():
+        _passing.table.setdefault(kind, reduce)
+    return _passing.table
 
 
 _TABLE = _reducers()
@@ -660,6 +702,9 @@ def _find(parts: tuple[tuple[str, Any], ...], to: Dialect, error: Exception) -> 
             return (_safe_path(label, tracer.trail[:2]), None) if deep else None
         except Exception:
             return _safe_path(label, tracer.trail[:_STEPS]), tracer.trail[-1]
+        finally:
+            if tracer.departure is not None:
+                tracer.departure.close()
     return None
 
 

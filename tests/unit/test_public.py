@@ -39,12 +39,15 @@ PUBLIC = ERRORS | {
     "Descriptor",
     "DoorInfo",
     "Endpoint",
+    "Group",
     "Proxy",
     "Server",
     "Statistics",
+    "anyone",
     "buffer",
     "current_call",
     "empty",
+    "take",
 }
 
 #: Of ``doorpool.door``.
