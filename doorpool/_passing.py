@@ -13,7 +13,8 @@ descriptors go beside it (``SCM_RIGHTS``), in the order in which the pickler cam
 Who owns what
     A departure holds duplicates, so what was marshalled is what is sent, even if another
     thread closes the original meanwhile and its number is given out again.  It closes them when
-    the call is over, whatever became of it.
+    the call is over, whatever became of it; while a long one still runs, within half a second after the
+    server has read it.
 
     ``take(obj)`` closes the sender's own as well: when everything has been marshalled, and not
     before, so that of a call that was never made nothing is lost.  (A call that is made once
@@ -129,11 +130,12 @@ class Departure(Sequence[int]):
     One thread at a time.
     """
 
-    __slots__ = ("_generation", "_numbers", "_taken")
+    __slots__ = ("_generation", "_let_go", "_numbers", "_taken")
 
     def __init__(self) -> None:
         self._numbers: list[int] = []
         self._taken: list[Taken] = []
+        self._let_go = False
         self._generation = _sockets.generation
 
     def __del__(self, _ending: Callable[[], bool] = sys.is_finalizing) -> None:
@@ -206,6 +208,16 @@ class Departure(Sequence[int]):
                 taken.obj.close()
         self._taken.clear()
         return self
+
+    @property
+    def gone(self) -> bool:
+        """Whether it was let go."""
+        return self._let_go
+
+    def let_go(self) -> None:
+        """Close the duplicates before the call is over: the other side has its own."""
+        self._let_go = True
+        self.close()
 
     def close(self) -> None:
         """Close the duplicates; what was not sealed has not moved.  Idempotent."""

@@ -85,6 +85,11 @@ SERVER = """
         for each in value if isinstance(value, list) else [value]:
             each.close()
 
+    def hang_up(end, other):
+        with other:
+            end.close()
+            return other.recv(1) or "nobody has it"
+
     def give(count):
         return [take(Descriptor(os.memfd_create("given"))) for _ in range(count)]
 
@@ -96,7 +101,7 @@ SERVER = """
     procedures = {
         "held": passed.held, "kept": lambda: len(kept), "file": lambda: open(os.devnull),
         "back": back, "call": method, "stand": stand, "mixed": mixed, "keep": keep, "share": share,
-        "drop": drop, "give": give, "limit": limit,
+        "drop": drop, "give": give, "hang_up": hang_up, "limit": limit,
     }
 
     @server.endpoint("a.door")
@@ -135,6 +140,12 @@ def assert_no_more(there, before):
         wait_until(lambda: len(there("held")) <= len(before))
     except AssertionError:
         pytest.fail(f"held at the server: {there('held')}; before: {before}")
+
+
+def hang_up(end, other):
+    with other:
+        end.close()
+        return other.recv(1) or "nobody has it"
 
 
 def close_all(*values):
@@ -453,6 +464,28 @@ def test_nobody_has_a_copy_of_what_was_moved(there, parcel):
     assert parcel.somewhere
     there("drop", arrived)
     assert parcel.wait_closed(PROMPTLY)
+
+
+@pytest.mark.ids("F4")
+@pytest.mark.parametrize("where", ["there", "within one process"])
+def test_what_was_moved_is_closed_here_while_the_call_still_runs(request, serve, connect, where):
+    """A procedure may wait for what becomes of the other end."""
+    if where == "there":
+        there = request.getfixturevalue("there")
+    else:
+        serve(lambda _, *args: hang_up(*args))
+        there = connect()
+    one, other = socket.socketpair()
+    reader, writer = socket.socketpair()
+
+    def answer():
+        with one, writer:
+            one.recv(1)  # until nobody has the other end any more
+
+    thread = threading.Thread(target=answer)
+    thread.start()
+    assert there("hang_up", take(other), take(reader)) == "nobody has it"
+    thread.join()
 
 
 @pytest.mark.ids("F5")
