@@ -285,7 +285,7 @@ def test_no_delete_on_close_crosses(there, door_dir):
         with make(dir=door_dir) as file:
             name = Path(file.name)
             with unnest(there("back", nest(file))[1]) as arrived:
-                assert (type(arrived), arrived.name, arrived.delete) == (type(file), file.name, False)
+                assert (type(arrived), arrived.name, arrived._closer.delete) == (type(file), file.name, False)
             del arrived
             gc.collect()
             assert name.exists(), "closed by both sides of the door, and by the collector"
