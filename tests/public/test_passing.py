@@ -50,7 +50,7 @@ from doorpool.door import Handle
 PROMPTLY = 1.0  # seconds (threats.md 3.1, P3)
 
 SERVER = """
-    import contextlib, os
+    import contextlib, os, signal
     from doorpool import Descriptor, Server, take
     from support import passed
     from support.shortage import only
@@ -93,6 +93,9 @@ SERVER = """
     def give(count):
         return [take(Descriptor(os.memfd_create("given"))) for _ in range(count)]
 
+    def runs():
+        return signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+
     def limit(free):
         stack.close()
         if free:
@@ -101,7 +104,7 @@ SERVER = """
     procedures = {
         "held": passed.held, "kept": lambda: len(kept), "file": lambda: open(os.devnull),
         "back": back, "call": method, "stand": stand, "mixed": mixed, "keep": keep, "share": share,
-        "drop": drop, "give": give, "hang_up": hang_up, "limit": limit,
+        "drop": drop, "give": give, "runs": runs, "hang_up": hang_up, "limit": limit,
     }
 
     @server.endpoint("a.door")
@@ -118,7 +121,9 @@ SERVER = """
 def there(spawn_server, door_dir, connect):
     """A server in a process of its own: a proxy, called with the name of a procedure first."""
     spawn_server(SERVER, cwd=door_dir)
-    return connect()
+    proxy = connect()
+    wait_until(lambda: proxy("runs"))  # ``run`` has made the sockets that signals come in by
+    return proxy
 
 
 @pytest.fixture
