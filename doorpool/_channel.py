@@ -107,6 +107,7 @@ class Channel:
         shelf: the segments that big buffers cross in, or None; likewise.
         news: true if the next message should say something about those.
         stowed: the last message that was sent had a manifest, which must be read at the other end.
+        lent: lets go of the descriptors of the last message that had some; once the other end has it.
     """
 
     __slots__ = (
@@ -122,6 +123,7 @@ class Channel:
         "_reset",
         "_rest",
         "_surplus",
+        "lent",
         "news",
         "number",
         "page",
@@ -158,6 +160,7 @@ class Channel:
         self.shelf: Shelf | None = None
         self.news: Sized = ()
         self.stowed = False
+        self.lent: Callable[[], None] | None = None
 
     def __del__(self, _ending: Callable[[], bool] = sys.is_finalizing) -> None:
         # A channel lost between two byte codes (Ctrl-C) closes without a warning.  When the

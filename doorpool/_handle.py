@@ -721,7 +721,9 @@ class Handle:
         """
         Call with a deadline by ``time.monotonic()``; otherwise as ``call``.
 
-        The exchange is made on a second channel if the first was dead before it began.
+        The exchange is made on a second channel if the first was dead before it began.  What has the
+        descriptors may have a method ``let_go``, which is called if the answer takes long, when the
+        server has them; then ``gone`` must be true of it.
         """
         if self._closed:
             raise ClosedError(f"{self.name}: this handle is closed")
@@ -737,7 +739,11 @@ class Handle:
             try:
                 return self._exchange(channel, kind, deadline, data, buffers, descriptors)
             except _StaleChannel:
-                pass  # it certainly did not run: once more, on a fresh one
+                # It certainly did not run: once more, on a fresh one, if we still have what was to go along.
+                if getattr(descriptors, "gone", False):
+                    raise BrokenDoorError(
+                        f"{self.name}: the server closed the channel", filename=self.path
+                    ) from None
         return self._exchange(self._dial(deadline), kind, deadline, data, buffers, descriptors, fresh=True)
 
     def _prepared(
@@ -959,6 +965,8 @@ class Handle:
             patience = min(LOOK_UP, left)
         channel.patience = channel.send_patience = patience
         page, manifest = channel.page, b""
+        if descriptors:
+            channel.lent = getattr(descriptors, "let_go", None)
         if kind == _REQUEST:
             manifest, buffers, descriptors = channel.stow(buffers, descriptors)
         if page is not None and kind == _REQUEST and not buffers and not descriptors:
@@ -1051,6 +1059,9 @@ class Handle:
                 filename=self.path,
             )
         channel.patience = min(LOOK_UP, left)
+        if channel.lent is not None and not _sockets.unsent(channel.socket):
+            channel.lent()  # the server has read them; who waits for our end to be closed shall not wait long
+            channel.lent = None
 
     def _look_up_sending(self, channel: Channel, deadline: float | None) -> None:
         """Having sent nothing for a while: raise if the time is over or the server dead."""

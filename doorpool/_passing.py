@@ -13,7 +13,8 @@ descriptors go beside it (``SCM_RIGHTS``), in the order in which the pickler cam
 Who owns what
     A departure holds duplicates, so what was marshalled is what is sent, even if another
     thread closes the original meanwhile and its number is given out again.  It closes them when
-    the call is over, whatever became of it.
+    the call is over, whatever became of it; while a long one still runs, within half a second after the
+    server has read it.
 
     ``take(obj)`` closes the sender's own as well: when everything has been marshalled, and not
     before, so that of a call that was never made nothing is lost.  (A call that is made once
@@ -69,9 +70,9 @@ table: dict[type, Any] = {}
 #: so that the pickler asks once for all.
 guarded: tuple[type, ...] = (BaseException,)
 
-#: Modules whose types are registered when somebody has imported them: what each has when its import
-#: has come to its end, and what to do then.
-late: dict[str, tuple[str, Callable[[Any], None]]] = {}
+#: Modules whose types are registered when somebody has imported them: the name, what each has when
+#: its import has come to its end, and what to do then.  Replaced and not changed, for threads read it.
+late: tuple[tuple[str, str, Callable[[Any], None]], ...] = ()
 
 
 def register(kind: type, reduce: Reduce, *, movable: bool = True) -> None:
@@ -99,16 +100,23 @@ def register_late(module: str, last: str, register_its_own: Callable[[Any], None
         last: something that it has at the end of its import.
         register_its_own: called with the module.
     """
-    late[module] = last, register_its_own
+    global late
+    late = (*late, (module, last, register_its_own))
 
 
 def look_for_late() -> None:
-    """Register what has been imported since the last look."""
-    for name, (last, register_its_own) in list(late.items()):
-        module = sys.modules.get(name)
-        if hasattr(module, last):
-            register_its_own(module)
-            late.pop(name, None)
+    """Register what has been imported since the last look; 0.1 µs as long as that is nothing."""
+    for each in late:
+        if each[0] in sys.modules:
+            _register_late(*each)
+
+
+def _register_late(name: str, last: str, register_its_own: Callable[[Any], None]) -> None:
+    global late
+    module = sys.modules.get(name)
+    if hasattr(module, last):
+        register_its_own(module)
+        late = tuple(each for each in late if each[0] != name)
 
 
 def guard(kind: type) -> None:
@@ -131,12 +139,13 @@ class Departure(Sequence[int]):
     One thread at a time.
     """
 
-    __slots__ = ("_generation", "_numbers", "_promised", "_taken")
+    __slots__ = ("_generation", "_let_go", "_numbers", "_promised", "_taken")
 
     def __init__(self) -> None:
         self._numbers: list[int] = []
         self._taken: list[Taken] = []
         self._promised: list[tuple[int, Callable[[], Descriptor]]] = []
+        self._let_go = False
         self._generation = _sockets.generation
 
     def __del__(self, _ending: Callable[[], bool] = sys.is_finalizing) -> None:
@@ -222,6 +231,16 @@ class Departure(Sequence[int]):
                 taken.obj.close()
         self._taken.clear()
         return self
+
+    @property
+    def gone(self) -> bool:
+        """Whether it was let go."""
+        return self._let_go
+
+    def let_go(self) -> None:
+        """Close the duplicates before the call is over: the other side has its own."""
+        self._let_go = True
+        self.close()
 
     def close(self) -> None:
         """Close the duplicates; what was not sealed has not moved.  Idempotent."""

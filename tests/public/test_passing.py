@@ -50,7 +50,7 @@ from doorpool.door import Handle
 PROMPTLY = 1.0  # seconds (threats.md 3.1, P3)
 
 SERVER = """
-    import contextlib, os
+    import contextlib, os, signal
     from doorpool import Descriptor, Server, take
     from support import passed
     from support.shortage import only
@@ -85,8 +85,16 @@ SERVER = """
         for each in value if isinstance(value, list) else [value]:
             each.close()
 
+    def hang_up(end, other):
+        with other:
+            end.close()
+            return other.recv(1) or "nobody has it"
+
     def give(count):
         return [take(Descriptor(os.memfd_create("given"))) for _ in range(count)]
+
+    def runs():
+        return signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
 
     def limit(free):
         stack.close()
@@ -96,7 +104,7 @@ SERVER = """
     procedures = {
         "held": passed.held, "kept": lambda: len(kept), "file": lambda: open(os.devnull),
         "back": back, "call": method, "stand": stand, "mixed": mixed, "keep": keep, "share": share,
-        "drop": drop, "give": give, "limit": limit,
+        "drop": drop, "give": give, "runs": runs, "hang_up": hang_up, "limit": limit,
     }
 
     @server.endpoint("a.door")
@@ -113,7 +121,9 @@ SERVER = """
 def there(spawn_server, door_dir, connect):
     """A server in a process of its own: a proxy, called with the name of a procedure first."""
     spawn_server(SERVER, cwd=door_dir)
-    return connect()
+    proxy = connect()
+    wait_until(lambda: proxy("runs"))  # ``run`` has made the sockets that signals come in by
+    return proxy
 
 
 @pytest.fixture
@@ -135,6 +145,12 @@ def assert_no_more(there, before):
         wait_until(lambda: len(there("held")) <= len(before))
     except AssertionError:
         pytest.fail(f"held at the server: {there('held')}; before: {before}")
+
+
+def hang_up(end, other):
+    with other:
+        end.close()
+        return other.recv(1) or "nobody has it"
 
 
 def close_all(*values):
@@ -274,7 +290,7 @@ def test_no_delete_on_close_crosses(there, door_dir):
         with make(dir=door_dir) as file:
             name = Path(file.name)
             with unnest(there("back", nest(file))[1]) as arrived:
-                assert (type(arrived), arrived.name, arrived.delete) == (type(file), file.name, False)
+                assert (type(arrived), arrived.name, arrived._closer.delete) == (type(file), file.name, False)
             del arrived
             gc.collect()
             assert name.exists(), "closed by both sides of the door, and by the collector"
@@ -453,6 +469,28 @@ def test_nobody_has_a_copy_of_what_was_moved(there, parcel):
     assert parcel.somewhere
     there("drop", arrived)
     assert parcel.wait_closed(PROMPTLY)
+
+
+@pytest.mark.ids("F4")
+@pytest.mark.parametrize("where", ["there", "within one process"])
+def test_what_was_moved_is_closed_here_while_the_call_still_runs(request, serve, connect, where):
+    """A procedure may wait for what becomes of the other end."""
+    if where == "there":
+        there = request.getfixturevalue("there")
+    else:
+        serve(lambda _, *args: hang_up(*args))
+        there = connect()
+    one, other = socket.socketpair()
+    reader, writer = socket.socketpair()
+
+    def answer():
+        with one, writer:
+            one.recv(1)  # until nobody has the other end any more
+
+    thread = threading.Thread(target=answer)
+    thread.start()
+    assert there("hang_up", take(other), take(reader)) == "nobody has it"
+    thread.join()
 
 
 @pytest.mark.ids("F5")
