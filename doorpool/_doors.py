@@ -103,15 +103,10 @@ class _ArrivedLine(Line):
 
     def call(self, args: tuple[Any, ...], kwargs: dict[str, Any], deadline: float | None) -> Any:
         """Make one call, having knocked if this is the first."""
-        return self._call((CALL, *args) if self.is_object else args, kwargs, deadline)
+        return self.act((CALL, *args) if self.is_object else args, kwargs, deadline)
 
-    def call_method(
-        self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], deadline: float | None
-    ) -> Any:
+    def act(self, args: tuple[Any, ...], kwargs: dict[str, Any], deadline: float | None) -> Any:
         """Call a method of the object that the door leads to; likewise."""
-        return self._call((name, *args), kwargs, deadline)
-
-    def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any], deadline: float | None) -> Any:
         invocation = current.get(None)
         inherited = None if invocation is None else invocation.deadline
         if inherited is None or (deadline is not None and deadline <= inherited):

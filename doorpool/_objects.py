@@ -157,11 +157,12 @@ class Facade:
             same for each instance then.
     """
 
-    __slots__ = ("_entered", "_kind", "_lock", "names", "object")
+    __slots__ = ("_entered", "_kind", "_lock", "_plain", "names", "object")
 
     def __init__(self, target: Any, names: frozenset[str], kind: type | None = None) -> None:
         self.object = target
         self.names = names
+        self._plain = names - {ENTER, EXIT}  # which are called and no more
         self._kind = kind
         self._entered = 0
         self._lock = threading.Lock()
@@ -170,6 +171,8 @@ class Facade:
         return f"<object door to {self.object!r}>"
 
     def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
+        if args and type(args[0]) is str and args[0] in self._plain:  # nearly always
+            return getattr(self.object, args[0])(*args[1:], **kwargs)
         method, rest = resolve(self, args)
         return method(*rest, **kwargs)
 
