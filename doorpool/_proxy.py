@@ -637,7 +637,11 @@ class Proxy:
         if not line.enters:
             return self
         timeout = self._timeout
-        itself, value = line.call_method(ENTER, (), {}, deadline_after(timeout))
+        try:
+            itself, value = line.call_method(ENTER, (), {}, deadline_after(timeout))
+        except BaseException:
+            self.close()  # it may have been entered all the same, and the server is to undo that
+            raise
         return self if itself else value
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> Any:
