@@ -528,7 +528,7 @@ class Endpoint:
         Answer one invocation, whatever happens; return whether the procedure returned.
 
         Runs in a server thread.  All of an everyday call is in here, for each function more is a
-        fiftieth of it; and what its caller need not wait for comes behind the answer.
+        fiftieth of it.
         """
         # step: call-taken
         if self._plan is not None:
@@ -546,6 +546,8 @@ class Endpoint:
         try:
             # step: procedure-begins
             value = self.target(*args, **kwargs) if kwargs else self.target(*args)
+            if self._generation != _sockets.here():
+                _leave_forked_child(None)
             # step: procedure-ended
             data = shuttle.pack_value(value)
         except BaseException as error:
@@ -555,16 +557,12 @@ class Endpoint:
         else:
             del call, args, kwargs  # nothing holds them afterwards
             if data is not None and len(data) <= invocation.door.max_reply:
-                invocation.reply(data)  # a forked child that has come out of the procedure tells nobody
-                if self._generation != _sockets.here():
-                    _leave_forked_child(None)
+                invocation.reply(data)
                 return True
         finally:
             current.reset(token)
             invocation.call = None  # or the two would hold one another
         if outcome is None:
-            if self._generation != _sockets.here():
-                _leave_forked_child(None)
             outcome = self._result(invocation, value)
             del value
         else:
