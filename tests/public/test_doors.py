@@ -512,6 +512,53 @@ def test_the_shorter_of_two_deadlines_counts(far, serve, connect):
     assert left.get() <= 3
 
 
+def test_a_client_that_is_killed_in_its_callback_is_an_error_in_the_procedure(
+    serve, connect, spawn_python, door_dir
+):
+    ends: queue.SimpleQueue[Any] = queue.SimpleQueue()
+
+    def work(callback: Proxy) -> None:
+        try:
+            callback()
+        except BrokenDoorError as error:
+            ends.put(error.may_have_run)
+
+    serve(work)
+    client = spawn_python(
+        """
+        import time
+        from doorpool import Endpoint, Proxy
+
+        def stay():
+            ready()
+            time.sleep(60)
+
+        Proxy("a.door")(Endpoint(stay))
+        """,
+        cwd=door_dir,
+    )
+    client.wait_ready()
+    client.kill()
+    assert ends.get(timeout=PATIENCE) is True
+    with Endpoint(echo) as endpoint:
+        connect()(endpoint)
+
+
+def test_a_server_that_is_killed_in_a_callback_is_an_error_for_its_caller(far):
+    ended = threading.Event()
+
+    def kill() -> None:
+        far.child.kill()
+        ended.set()
+
+    endpoint = Endpoint(kill)
+    with pytest.raises(BrokenDoorError) as caught:
+        far("call")(endpoint)
+    assert caught.value.may_have_run
+    assert ended.wait(PATIENCE)
+    wait_until(lambda: endpoint.closed)
+
+
 def test_a_proxy_that_a_procedure_has_opened_itself_keeps_its_own_time(serve, connect, door_dir):
     def inner() -> float | None:
         return current_call().deadline
