@@ -4,6 +4,7 @@ Doors as arguments and results: what arrives, callbacks, whose they are, and whe
 
 from __future__ import annotations
 
+import errno
 import gc
 import inspect
 import os
@@ -27,6 +28,7 @@ from doorpool import (
     ClosedError,
     Credentials,
     Descriptor,
+    DoorError,
     Endpoint,
     LimitError,
     MarshalError,
@@ -270,6 +272,27 @@ def test_a_door_does_not_cross_in_an_exception(serve, connect):
             connect()()
         except RemoteError as error:
             raise RemoteError(str(error.__notes__)) from None
+
+
+@pytest.mark.parametrize("codec", ["pickle", "data"])
+@pytest.mark.parametrize("errno_", [errno.EMFILE, errno.ENFILE])
+def test_no_descriptor_for_a_door_that_is_to_go_along(serve, connect, monkeypatch, codec, errno_):
+    def fail(self: Endpoint) -> Descriptor:
+        raise OSError(errno_, os.strerror(errno_))
+
+    with Endpoint(echo, codec=codec, linger=True) as endpoint:
+        serve(lambda value=None: endpoint, codec=codec)
+        monkeypatch.setattr(Endpoint, "open", fail)
+        with pytest.raises(OSError, match=r"descriptor|open files") as caught:
+            connect()(endpoint)
+        assert not isinstance(caught.value, DoorError)
+        assert caught.value.errno == errno_
+        kind = BusyError if codec == "pickle" else MarshalError  # of which a data door has no more kinds
+        with pytest.raises(kind, match="the result cannot be sent") as caught:
+            connect()()
+        assert caught.value.may_have_run
+        monkeypatch.undo()
+        assert connect()()(5) == 5
 
 
 # -- nothing is opened
