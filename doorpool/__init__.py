@@ -11,26 +11,31 @@ Doors for Python on Linux: call a function of another process on the same machin
 The rooms of the house, from the roof down; each leans only on those below it:
 
     _server      Server                     _proxy      Proxy
+    _doors       doors as arguments and results
     _endpoint    Endpoint                   _call       Call, current_call
     _info        DoorInfo
     _threads     server threads: how many, when they come and go
+    _objects     objects behind doors: their methods
+    _data        plain data <-> bytes, by annotations
     _marshal     objects <-> bytes and buffers          _exceptions  what leaves a procedure
     _kinds       how files, sockets and the like cross  _passing     take; what crosses with a descriptor
     door         the raw layer, public: bytes, buffers and descriptors
     _handle      the caller's side of it    _door       the server's: names, ports, knocks
     _gate        where server threads wait for calls
     _guests      who has come, and how many of whom there may be
-    _descriptor  Descriptor
     _opening     knock and answer: who is at the other end
     _channel     the private pair on which calls go
     _names       the file system: attach, detach, stale names, long paths
     _segments    big buffers in shared memory: empty, buffer
     _keeper      the one thread that accepts and answers knocks
+    _doorman     asking a user's function who may come in
     _janitor     closing what others have sent, which may take as long as they like
     _sockets     sockets that carry credentials
     _wire        every byte that is sent: frames, knocks, answers, greetings
-    _shuttle     the page of memory by which two ends call each other (C; _impl has the choice of its twin)
-    _credentials, _errors
+    _shuttle     the page of memory by which two ends call each other, and pickles of what most calls
+                 consist of (both in C, the latter in _atoms.c; _impl has the choice of its twin)
+    _callers     rules: who may call, whose server is believed
+    _credentials, _descriptor, _errors
 """
 
 import sys as _sys
@@ -38,7 +43,9 @@ import sys as _sys
 if not _sys.platform.startswith("linux"):
     raise ImportError(f"doorpool needs Linux 5.4 or newer, and this is {_sys.platform}")
 
+from doorpool import _doors as _doors
 from doorpool._call import Call, current_call
+from doorpool._callers import Group, anyone
 from doorpool._credentials import Credentials
 from doorpool._descriptor import Descriptor
 from doorpool._endpoint import Endpoint
@@ -75,6 +82,7 @@ __all__ = [
     "DoorError",
     "DoorInfo",
     "Endpoint",
+    "Group",
     "LimitError",
     "MarshalError",
     "NotADoorError",
@@ -85,6 +93,7 @@ __all__ = [
     "RevokedError",
     "Server",
     "Statistics",
+    "anyone",
     "buffer",
     "current_call",
     "empty",

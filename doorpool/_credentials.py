@@ -19,7 +19,8 @@ What counts as "the same user", and why each word is there:
 - *One user namespace*, where the kernel can say (Linux 6.11): a sandboxed process with
   our uid mapped cannot trace us, so unpickling its bytes would let it out.
 
-A pid is a hint for people and logs.  Whether two messages come from one process is
+A pid is a hint for people and logs, for which ``Credentials.pidfd`` gives the process itself, or says that
+the number may have been given to another.  Whether two messages come from one process is
 asked of pidfds, whose inode numbers are never reused (Linux 6.9; before that they are
 all alike, and the comparison of pid, uid and gid stands alone, which is enough because
 only a message that carries the socket is ever believed).
@@ -38,6 +39,7 @@ from functools import lru_cache
 
 import attrs
 
+from doorpool._descriptor import Descriptor
 from doorpool._errors import SHORTAGE
 
 __all__ = ["Credentials"]
@@ -60,6 +62,10 @@ _libc.getauxval.restype = ctypes.c_ulong
 _libc.getauxval.argtypes = [ctypes.c_ulong]
 
 
+#: Device and inode of a pidfd: no two processes ever have the same.
+ProcessId = tuple[int, int]
+
+
 @attrs.frozen
 class Credentials:
     """
@@ -79,6 +85,43 @@ class Credentials:
     uid: int | None
     gid: int | None
     groups: tuple[int, ...] | None
+    _process: ProcessId | None = attrs.field(default=None, eq=False, repr=False)
+
+    def pidfd(self) -> Descriptor:
+        """
+        Return a descriptor of the very process: readable once it has ended, to be signalled by.
+
+        Close-on-exec, and the caller's to close.  Waits for nothing.
+
+        Raises:
+            ProcessLookupError: there is no such process any more; or its number may be another's by
+                now: it is, or this kernel (before Linux 6.9) cannot tell; or it is outside our pid
+                namespace, where no number says which it is.
+            OSError: ``EMFILE``.
+
+        Modelled on: pidfd_open(2)
+        """
+        if self.pid is None:
+            raise ProcessLookupError(errno.ESRCH, "the process has no number in our pid namespace")
+        descriptor = Descriptor(os.pidfd_open(self.pid))
+        try:
+            bar = self._pid_bar(descriptor.fileno())
+            if bar is not None:
+                raise ProcessLookupError(errno.ESRCH, bar)
+        except BaseException:
+            descriptor.close()
+            raise
+        return descriptor
+
+    def _pid_bar(self, pidfd: int) -> str | None:
+        """Say why a pidfd of our number may be of another process; None if it is of ours."""
+        found = process_id(pidfd)
+        if self._process is not None and found is not None:
+            same = found == self._process
+            return None if same else f"pid {self.pid} has been given to another process since"
+        if self.pid == os.getpid():
+            return None
+        return f"pid {self.pid} may have been given to another process since: the kernel does not say"
 
 
 Ids = tuple[int, int, int]  # pid, uid, gid, just as they stand in a struct ucred
@@ -176,14 +219,32 @@ def same_process(one: int, other: int) -> bool:
     return (a.st_dev, a.st_ino) == (b.st_dev, b.st_ino)
 
 
+@lru_cache(maxsize=1)
+def _anonymous_device() -> int:
+    """Return the device on which all inodes are alike, and pidfds were before Linux 6.9."""
+    number = os.eventfd(0, os.EFD_CLOEXEC)
+    try:
+        return os.fstat(number).st_dev
+    finally:
+        os.close(number)
+
+
+def process_id(pidfd: int) -> ProcessId | None:
+    """Return what tells a process from all others, of which the kernel must be 6.9 or later; else None."""
+    if pidfd < 0:
+        return None
+    status = os.fstat(pidfd)
+    return None if status.st_dev == _anonymous_device() else (status.st_dev, status.st_ino)
+
+
 # -- known and unknown ---------------------------------------------------------------
 
 
-@lru_cache(maxsize=1)
-def _overflow_ids() -> frozenset[int]:
-    """Return the ids that may mean "somebody who is not mapped here"."""
+@lru_cache(maxsize=2)
+def overflow_ids(kind: str) -> frozenset[int]:
+    """Return the ids, "uid" or "gid", that may mean "somebody who is not mapped here"."""
     try:
-        with open("/proc/sys/kernel/overflowuid") as file:
+        with open(f"/proc/sys/kernel/overflow{kind}") as file:
             return frozenset({65_534, int(file.read())})
     except (OSError, ValueError):
         return frozenset({65_534})
@@ -224,23 +285,29 @@ def _in_initial_user_namespace() -> bool:
         return False  # cannot tell, so an overflow uid stays unknown
 
 
-def _known_id(number: int, pid: int) -> int | None:
+def _known_id(number: int, pid: int, kind: str) -> int | None:
     """Return an id of a ucred, or None if it stands for nobody in particular."""
     if number == 0xFFFFFFFF:
         return None
-    if number in _overflow_ids() and (pid <= 0 or not _in_initial_user_namespace()):
+    if number in overflow_ids(kind) and (pid <= 0 or not _in_initial_user_namespace()):
         return None
     return number
 
 
-def credentials_of(ids: Ids, groups: tuple[int, ...] | None) -> Credentials:
-    """Turn what the kernel gave into what may be believed of it."""
+def known_uid(uid: int) -> int | None:
+    """Return the owner of a file, or None if the number stands for nobody in particular here."""
+    return _known_id(uid, os.getpid(), "uid")
+
+
+def credentials_of(ids: Ids, groups: tuple[int, ...] | None, pidfd: int = -1) -> Credentials:
+    """Turn what the kernel gave, perhaps with a pidfd that stays the caller's, into what may be believed."""
     pid, uid, gid = ids
     return Credentials(
         pid=pid if pid > 0 else None,
-        uid=_known_id(uid, pid),
-        gid=_known_id(gid, pid),
+        uid=_known_id(uid, pid, "uid"),
+        gid=_known_id(gid, pid, "gid"),
         groups=groups,
+        process=process_id(pidfd),
     )
 
 
@@ -259,11 +326,16 @@ def pickle_bar_here() -> str | None:
         return f"real, effective and saved uid of this process are {uids}, not one"
     if not gids[0] == gids[1] == gids[2]:
         return f"real, effective and saved gid of this process are {gids}, not one"
-    if _libc.getauxval(_AT_SECURE):
+    if _got_privileges():
         return "this process got privileges from its program file (set-uid, set-gid or capabilities)"
     if uids[1] != 0 and _permitted_capabilities():
         return f"this process of uid {uids[1]} holds capabilities"
     return None
+
+
+@lru_cache(maxsize=1)  # a fact of the program that runs, from its first moment
+def _got_privileges() -> bool:
+    return bool(_libc.getauxval(_AT_SECURE))
 
 
 def _permitted_capabilities() -> int:

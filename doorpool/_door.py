@@ -29,17 +29,21 @@ import logging
 import os
 import socket
 import sys
+import weakref
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 import attrs
 
 from doorpool import _janitor, _names, _opening, _sockets, _wire
+from doorpool._callers import Bar
 from doorpool._channel import Channel, process_is_gone
 from doorpool._credentials import Credentials, credentials_of, is_strange, peer_ucred, pickle_bar, unpack_ids
+from doorpool._doorman import doormen
 from doorpool._errors import SHORTAGE, ClosedError
 from doorpool._gate import Gate, Served
-from doorpool._guests import guests
+from doorpool._guests import MOST_UNREAD, guests
 from doorpool._keeper import keeper
 from doorpool._names import Name
 from doorpool._sockets import MAX_DESCRIPTORS
@@ -54,6 +58,43 @@ _REVOKED = Refusal(Reason.REVOKED, "the server has revoked this door")
 _DEAD = Refusal(Reason.CLOSED, "the caller has died")
 
 
+#: Knocks of one user of whom nobody knows yet whether he may come in; of strangers fewer.
+_MOST_PENDING = 256
+
+_Rule = Callable[[Credentials], Bar | str | None]
+
+
+def _denial(bar: Bar | str | None) -> Refusal | None:
+    """Make a refusal of what a rule has against somebody."""
+    if bar is None:
+        return None
+    told, logged = (bar, bar) if isinstance(bar, str) else (bar.told, bar.logged)
+    return Refusal(Reason.DENIED, f"refused by the server, which says: {told}", logged=logged)
+
+
+def crossing_bar(name: str, codec: Codec, to: Credentials, *, through: Codec) -> str | None:
+    """
+    Say why a door of one codec must not be handed to somebody; None if it may.
+
+    A pickle door would be of no use to another user, who is refused when he knocks; and whoever
+    speaks data so as to unpickle nothing should not be handed what he would have to.
+
+    Args:
+        name: of the door, for the message.
+        codec: that the door speaks.
+        to: who is to have it.
+        through: the codec of the channel by which it is handed over.
+    """
+    if codec is not Codec.PICKLE or (through is Codec.PICKLE and to.uid == os.geteuid()):
+        return None
+    if to.uid == os.geteuid():
+        return f'the door {name!r} speaks pickle, and this one speaks data: make it with codec="data", too'
+    return (
+        f"the door {name!r} speaks pickle, which is spoken only within one uid; ours is {os.geteuid()}, "
+        f'and it would go to uid {to.uid}: make it with codec="data"'
+    )
+
+
 class Door:
     """
     A door: a way to a procedure, for whoever holds a descriptor of it or may open its name.
@@ -64,7 +105,9 @@ class Door:
         cookie: anything of the server's; never shown to a client.
         codec: how values are written.  With ``Codec.PICKLE`` only processes of our own
             user may come in (``doorpool._credentials``).
-        admit: who else may not: given credentials, returns why not, or None.
+        admit: who else may not: given credentials, returns why not, or None.  In the keeper's
+            thread: it decides by what it has, and waits for nothing.  If it raises, nobody may.
+        consult: likewise, but a user's function, which may take its time: see ``doorpool._doorman``.
         trust: "namespace" or "uid": see ``doorpool._credentials``.
         refuse_descriptors: refuse every call that brings one.
         private: the gate is this door's alone (an attribute to be shown).
@@ -73,7 +116,8 @@ class Door:
             takes note, and neither waits nor works.
         max_request, max_reply: bytes of data and buffers; may be changed at any time.
         max_descriptors: of a request; likewise.
-        main, doc, signature: go into the greeting.
+        attributes: further bits to be shown.
+        main, doc, signature, methods: go into the greeting.
 
     Modelled on: door_create(3C)
     """
@@ -85,7 +129,8 @@ class Door:
         name: str = "door",
         cookie: Any = None,
         codec: Codec = Codec.RAW,
-        admit: Callable[[Credentials], str | None] | None = None,
+        admit: _Rule | None = None,
+        consult: _Rule | None = None,
         trust: str = "namespace",
         refuse_descriptors: bool = False,
         private: bool = False,
@@ -93,9 +138,11 @@ class Door:
         max_request: int = 2**30,
         max_reply: int = 2**30,
         max_descriptors: int = MAX_DESCRIPTORS,
+        attributes: int = 0,
         main: bytes = _wire.NO_MAIN,
         doc: str = "",
         signature: str = "",
+        methods: str = "",
     ) -> None:
         self.id = os.urandom(_wire.ID_SIZE)
         self.gate = gate
@@ -108,15 +155,20 @@ class Door:
         self.max_reply = max_reply
         self.max_descriptors = max_descriptors
         self._admit = admit
+        self._consult = consult
+        self._pending: Counter[int | None] = Counter()  # knocks about which the rule is being asked, by uid
         self._trust = trust
         self._on_unref = on_unref
         self._main = main
         self._doc = doc
         self._signature = signature
+        self._methods = methods
+        self._attributes = attributes
         self._generation = _sockets.generation
         self._keeper = keeper()
         self._names: dict[str, Name] = {}
         self._ports: set[socket.socket] = set()
+        self._cookies: dict[socket.socket, int] = {}  # of the descriptors whose ports these are
         with self._keeper.lock:
             self._guests = guests()
         self._channels: set[Served] = set()
@@ -157,12 +209,13 @@ class Door:
         """Return what the door says of itself now."""
         return _wire.Greeting(
             id=self.id, codec=self.codec, name=self.name, python=sys.version_info[:2],
-            main=self._main, doc=self._doc, signature=self._signature, **attrs.asdict(self.limits()),
+            main=self._main, doc=self._doc, signature=self._signature, methods=self._methods,
+            **attrs.asdict(self.limits()),
         )  # fmt: skip
 
     def limits(self) -> _wire.Limits:
         """Return what the door takes now."""
-        attributes = Attribute.PRIVATE * self.private
+        attributes = self._attributes | Attribute.PRIVATE * self.private
         attributes |= Attribute.REFUSE_DESCRIPTORS * self.refuse_descriptors
         return _wire.Limits(self.max_request, self.max_descriptors, attributes)
 
@@ -179,11 +232,29 @@ class Door:
             ClosedError: the door was revoked.
         """
         self._check_open()
+        return self._open(None, asked=False)
+
+    def open_for(self, uid: int | None) -> int:
+        """
+        Do as ``open`` for somebody who has asked for it, unless he is strange and has too many.
+
+        Raises:
+            OSError: ``EMFILE``: he has.
+        """
+        return self._open(uid, asked=True)
+
+    def _open(self, uid: int | None, *, asked: bool) -> int:
         holder, port = _sockets.door_pair()
         try:
             with self._keeper.lock:
                 self._check_open()
+                if asked and not self._guests.has_room(uid):
+                    raise OSError(errno.EMFILE, "others than our own user hold all that they may")
+                cookie = _sockets.cookie_of(holder.fileno())
                 self._add_port(port)
+                self._cookies[port], _made[cookie] = cookie, self
+                if asked:
+                    self._guests.add_port(port, uid)
         except BaseException:
             holder.close()
             port.close()
@@ -381,10 +452,16 @@ class Door:
             knock.close()
             raise
         self._forget_knock(port)  # while we hold what it brought: see _opening
+        self._carry_out(decision, knock)
+
+    def _carry_out(
+        self, decision: Channel | Refusal | None, knock: _opening.Visitor | _opening.Misfit
+    ) -> None:  # fmt: skip
+        """Let somebody in, or refuse him; None if that is still being decided."""
         if isinstance(decision, Refusal):
             self._say_refused(knock, decision)
             _opening.refuse(knock, decision)
-        elif isinstance(knock, _opening.Visitor):
+        elif decision is not None and isinstance(knock, _opening.Visitor):
             self._let_in(knock, decision)
 
     def _forget_knock(self, port: socket.socket) -> None:
@@ -409,13 +486,14 @@ class Door:
 
     def _close_port(self, port: socket.socket) -> None:
         self._ports.discard(port)
+        _made.pop(self._cookies.pop(port, 0), None)
         self._guests.forget_port(port)
         self._keeper.unwatch(port.fileno())
         _opening.close_port(port)
 
-    def _decide(self, knock: _opening.Visitor | _opening.Misfit) -> Channel | Refusal:
+    def _decide(self, knock: _opening.Visitor | _opening.Misfit) -> Channel | Refusal | None:
         """
-        Answer a knock with a channel, or say why not.
+        Answer a knock with a channel, or say why not; None if somebody is asked first.
 
         Raises:
             OSError: one of ``SHORTAGE``; nothing was sent.
@@ -425,6 +503,9 @@ class Door:
         refusal = self._revoked or self.gate.closing or self._why_not(knock)
         if refusal is not None:
             return refusal
+        return self._answer(knock) if self._consult is None else self._begin_to_ask(knock, self._consult)
+
+    def _answer(self, knock: _opening.Visitor) -> Channel | Refusal:
         try:
             return _opening.admit(knock, self.codec, spin=self.gate.spin)
         except OSError as error:
@@ -443,25 +524,68 @@ class Door:
 
     def _say_refused(self, knock: _opening.Visitor | _opening.Misfit, refusal: Refusal) -> None:
         self._keeper.say(
-            logging.WARNING, "%s: refused %s: %s", self.name, knock.credentials, refusal.text,
+            logging.WARNING, "%s: refused %s: %s", self.name, knock.credentials,
+            refusal.logged or refusal.text,
             about=(self.id, knock.credentials and knock.credentials.uid, refusal.reason),
         )  # fmt: skip
 
     def _why_not(self, visitor: _opening.Visitor) -> Refusal | None:
-        bar = None
+        bar: Bar | str | None = None
         if self.codec is Codec.PICKLE:
             bar = pickle_bar(visitor.credentials, visitor.letter.pidfd, trust=self._trust)
         if bar is None and self._admit is not None:
-            try:
-                bar = self._admit(visitor.credentials)
-            except Exception as error:
-                text = "%s: the rule about who may call has failed"
-                self._keeper.say(logging.ERROR, text, self.name, about=(self.id, "rule"), error=error)
-                bar = "its rule about who may call has failed"
-        if bar is not None:
-            return Refusal(Reason.DENIED, f"refused by the server, which says: {bar}")
-        busy = self._guests.objection(visitor.credentials.uid)
+            bar = self._ask_rule(self._admit, visitor.credentials)
+        return _denial(bar) or self._crowd(visitor.credentials.uid)
+
+    def _crowd(self, uid: int | None) -> Refusal | None:
+        """Say why there is no room for one more just now."""
+        busy = self._guests.objection(uid)
         return None if busy is None else Refusal(Reason.BUSY, f"the server has no channel to spare: {busy}")
+
+    def _begin_to_ask(self, visitor: _opening.Visitor, rule: _Rule) -> Refusal | None:
+        """Have a doorman ask about a visitor; what comes of it is carried out by ``_end_asking``."""
+        uid = visitor.credentials.uid
+        if self._pending[uid] >= (MOST_UNREAD if is_strange(uid) else _MOST_PENDING):
+            return Refusal(Reason.BUSY, f"its rule about who may call is being asked about uid {uid} already")
+        if self._pending.total() >= 2 * _MOST_PENDING:
+            return Refusal(Reason.BUSY, "its rule about who may call has too many to decide about")
+
+        def ask() -> None:
+            bar = self._ask_rule(rule, visitor.credentials)
+            with self._keeper.lock:
+                self._end_asking(visitor, bar)
+
+        try:
+            doormen().take(ask)
+        except RuntimeError:
+            return Refusal(Reason.BUSY, "the server has no thread to ask its rule about who may call")
+        self._pending[uid] += 1
+        return None
+
+    def _end_asking(self, visitor: _opening.Visitor, bar: Bar | str | None) -> None:
+        """Carry out what the rule has said, unless the door was taken away, or this process forked."""
+        if self._generation != _sockets.here():
+            return
+        uid = visitor.credentials.uid
+        self._pending[uid] -= 1
+        self._pending += Counter()  # drops those of whom there are none
+        decision: Channel | Refusal
+        try:
+            refusal = self._revoked or self.gate.closing or _denial(bar) or self._crowd(uid)
+            decision = refusal or self._answer(visitor)
+        except OSError as error:  # the knock is not in its queue any more, to be looked at again
+            decision = Refusal(Reason.BUSY, f"the server cannot answer ({error.strerror})")
+        self._carry_out(decision, visitor)
+        if isinstance(decision, Channel):
+            self._gain_reference()
+
+    def _ask_rule(self, rule: _Rule, who: Credentials) -> Bar | str | None:
+        try:
+            return rule(who)
+        except BaseException as error:  # whatever it is, it lets nobody in, and ends no thread of ours
+            text = "%s: the rule about who may call has failed for %s"
+            self._keeper.say(logging.ERROR, text, self.name, who, about=(self.id, "rule"), error=error)
+            return "its rule about who may call has failed"
 
     def watch_caller(self, served: Served) -> None:
         """Have the channel of a caller end when his process does, if it is open still."""
@@ -582,3 +706,22 @@ class Door:
         self._close_port(port)
 
     close = revoke
+
+
+#: The doors of this process, by the cookies of the descriptors of them that it has made.
+_made: weakref.WeakValueDictionary[int, Door] = weakref.WeakValueDictionary()
+
+_sockets.on_fork(_made.clear)
+
+
+def door_made_with(number: int) -> Door | None:
+    """
+    Return the door of this process of which it has made a descriptor that is open by this number.
+
+    By the kernel's word, not the descriptor's: None of one that another process has made, or
+    somebody else's connection to a name.
+    """
+    try:
+        return _made.get(_sockets.cookie_of(number))
+    except OSError:
+        return None

@@ -35,16 +35,21 @@ import threading
 import traceback
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from doorpool import _sockets
+from doorpool import _data, _sockets
 from doorpool._call import current
-from doorpool._credentials import Credentials
+from doorpool._callers import Bar, Judge, Rule, bar_unknown
+from doorpool._credentials import Credentials, is_strange
 from doorpool._descriptor import Descriptor
+from doorpool._door import crossing_bar
 from doorpool._errors import ClosedError, DoorError, LimitError, MarshalError
 from doorpool._exceptions import text_of
+from doorpool._impl import shuttle
 from doorpool._info import DoorInfo, describe
+from doorpool._janitor import close_all
+from doorpool._keeper import keeper
 from doorpool._marshal import (
     Dialect,
     Parcel,
@@ -56,8 +61,9 @@ from doorpool._marshal import (
     unpack_arguments,
 )
 from doorpool._names import absolute_path
+from doorpool._objects import Facade, encode_table, facade_of, resolve, signature_text
 from doorpool._threads import Interrupt
-from doorpool._wire import Reason, Refusal
+from doorpool._wire import NO_MAIN, Attribute, Reason, Refusal
 from doorpool.door import Codec, Door, Invocation
 
 if TYPE_CHECKING:
@@ -68,6 +74,9 @@ if TYPE_CHECKING:
 __all__ = ["Endpoint"]
 
 log = logging.getLogger("doorpool")
+
+#: What to answer, whether the procedure returned, and what is to leave ``run`` besides.
+_Outcome = tuple[Parcel, bool, BaseException | None]
 
 _find_default_server: Callable[[], Server] | None = None
 
@@ -83,17 +92,30 @@ class Endpoint:
     Offer a procedure to other processes.
 
     Args:
-        target: what is called: anything callable with the caller's arguments.  It runs in a
-            server thread, several at once if several call.
+        target: what is called: anything callable with the caller's arguments; or an object, whose
+            public methods are.  It runs in a server thread, several at once if several call.
         name: what messages call the door; the target's ``__qualname__`` by default.
         mode: of the names it gets, as ``ls -l`` shows it.  Connecting takes *write*
-            permission on Linux, so ``0o666`` lets everybody knock.  (Only processes of our
-            own user are let in: pickle is spoken here.)
-        codec: how values are written: "pickle".
+            permission on Linux, so ``0o666`` lets everybody knock.
+        codec: how values are written.  "pickle": any object, and only processes of our own user
+            are let in.  "data": plain data for callers of all users (MessagePack); arguments
+            and results are compared with the annotations of the target, and made what they
+            say, by ``msgspec``.  Nothing is unpickled.
+        callers: who of those that have come by the door may call: a set of uids and ``Group``
+            objects, a ``Group``, ``anyone``, or a function of ``Credentials``.  Asked once for
+            each channel, when it opens, a function in a thread of the library's; if it raises,
+            nobody may.  By default all that
+            the kernel has a name for.  With "pickle" it only narrows: our own user it must be.
+        errors: of "data": the exceptions whose text callers of other users are told; of all others
+            only the name of the type.  By default the built-in ones that arrive as
+            themselves, less the file names of system errors.  Our own user and root are told all.
+        tracebacks: of "data": whether callers see the server's traceback, of any exception.
         trust: "namespace": the caller must be in our user namespace too, where the kernel
             can say.  "uid": the same user is enough, a sandboxed one included.
         threads: how many threads of its own it has at most; without it its calls are run by
             the server's, which it shares with the other endpoints.
+        expose: the names of the object's methods that callers may reach, "__call__" among them if
+            it may be called itself; by default all that do not begin with an underscore.
         refuse_descriptors: refuse every call that brings a descriptor.
         max_request, max_reply: bytes; over it is a ``LimitError`` for the caller.  May be
             set at any time.
@@ -106,7 +128,9 @@ class Endpoint:
             you take the last one away.
 
     Raises:
-        TypeError: the target cannot be called, or only from ``async`` code.
+        TypeError: the target cannot be called, or only from ``async`` code, and has no public
+            methods either.  (An annotation that "data" cannot check is a ``TypeError`` when the door
+            is made: at the start of the server.)
         ValueError: an option is out of its range.
 
     Modelled on: door_create(3C), with DOOR_PRIVATE for ``threads``, DOOR_UNREF for
@@ -115,7 +139,9 @@ class Endpoint:
 
     def __init__(
         self, target: Callable[..., Any], *, name: str | None = None, mode: int = 0o600,
-        codec: str = "pickle", trust: str = "namespace", threads: int | None = None,
+        codec: str = "pickle", callers: Rule | None = None,
+        errors: Collection[type[BaseException]] | None = None, tracebacks: bool = False,
+        trust: str = "namespace", threads: int | None = None, expose: Iterable[str] | None = None,
         refuse_descriptors: bool = False, max_request: int = 2**30, max_reply: int = 2**30,
         max_descriptors: int = 253, on_unref: Callable[[], object] | None = None, linger: bool = False,
     ) -> None:  # fmt: skip
@@ -123,13 +149,18 @@ class Endpoint:
         self._door: Door | None = None
         self._pool: Pool | None = None  # the threads that run its calls, once there is a door
         self._closed = False
+        self._expired = False
         self._making = threading.RLock()
         self._generation = _sockets.generation
-        self.target = _checked_target(target)
+        self.target = facade_of(target, expose) or _checked_target(target)
         self.name = _checked_name(name, target)
         self.mode = check_mode(mode)
         self._trust = _checked_choice("trust", trust, ("namespace", "uid"))
-        self._codec = _checked_choice("codec", codec, ("pickle",))
+        self._codec = _checked_choice("codec", codec, ("pickle", "data"))
+        self._callers = None if callers is None else Judge(callers, "callers")
+        self._errors = _checked_errors(errors, codec)
+        self._tracebacks = _checked_tracebacks(tracebacks, codec)
+        self._plan: _data.Plan | None = None  # what the target takes, if data is spoken
         self._threads = None if threads is None else checked_threads("threads", threads)
         self._on_unref = _checked_callback("on_unref", on_unref)
         self._linger = bool(linger)
@@ -267,7 +298,8 @@ class Endpoint:
 
     def _check_open(self) -> None:
         if self._closed or self._generation != _sockets.here():
-            raise ClosedError(f"{self!r} is closed")
+            hint = ": nobody could reach it any more; linger=True would have kept it" if self._expired else ""
+            raise ClosedError(f"{self!r} is closed{hint}")
 
     def _ready_door(self) -> Door:
         """Return the door, made now if this is the first time it is needed."""
@@ -278,16 +310,18 @@ class Endpoint:
         if self._door is None:
             assert self._server is not None
             # May run foreign code: no lock is held.
-            doc, signature = inspect.getdoc(self.target) or "", _signature(self.target)
+            words = _describe(self.target)
+            if self._codec == "data" and self._plan is None:
+                self._plan = self._make_plan()
             with self._making:
                 self._check_open()
                 if self._door is None:
-                    self._make_door(self._server, doc, signature)
+                    self._make_door(self._server, words)
             self._server._await_set_up(self)
         assert self._door is not None
         return self._door
 
-    def _make_door(self, server: Server, doc: str, signature: str) -> None:
+    def _make_door(self, server: Server, words: dict[str, Any]) -> None:
         private = self._threads is not None
         self._pool = (
             server._make_private_pool(self.name, self._threads) if self._threads else server._shared_pool
@@ -296,7 +330,9 @@ class Endpoint:
             self._pool.gate,
             name=self.name,
             cookie=self,
-            codec=Codec.PICKLE,
+            codec=Codec.PICKLE if self._plan is None else Codec.DATA,
+            admit=self._rule(asks=False),
+            consult=self._rule(asks=True),
             trust=self._trust,
             refuse_descriptors=self._refuse_descriptors,
             private=private,
@@ -304,11 +340,16 @@ class Endpoint:
             max_request=self._max_request,
             max_reply=self._max_reply,
             max_descriptors=self._max_descriptors,
-            main=own_dialect().main,
-            doc=doc,
-            signature=signature,
+            main=own_dialect().main if self._plan is None else NO_MAIN,
+            **words,
         )
         _endpoints[self._door.id] = self
+
+    def _rule(self, *, asks: bool) -> Callable[[Credentials], Bar | None] | None:
+        """Return the rule about who may call, besides that of the codec, if it is of such a kind."""
+        if self._callers is not None:
+            return self._callers.bar if self._callers.asks is asks else None
+        return None if asks or self._plan is None else bar_unknown
 
     # -- handing out and taking away ---------------------------------------------------------
 
@@ -383,6 +424,22 @@ class Endpoint:
         """
         return Descriptor(self._ready_door().open())
 
+    def _check_crossing(self, to: Credentials, through: Codec) -> None:
+        """
+        Raise unless the door may be handed to somebody in a message; for whoever marshals it.
+
+        Args:
+            to: who is to have it.
+            through: the codec of the channel.
+
+        Raises:
+            MarshalError: it speaks pickle, and he must not, or the channel does not.
+        """
+        spoken = Codec.PICKLE if self._codec == "pickle" else Codec.DATA
+        bar = crossing_bar(self.name, spoken, to, through=through)
+        if bar is not None:
+            raise MarshalError(bar)
+
     def revoke(self) -> None:
         """
         Refuse new calls of this door.
@@ -418,6 +475,7 @@ class Endpoint:
             door.revoke()
         if self._server is not None:
             self._server._forget(self)
+        self._abandon()
 
     def _retire(self, refusal: Refusal) -> None:
         """Close because the server closes; callers are told this reason."""
@@ -426,6 +484,15 @@ class Endpoint:
             door = self._door
         if door is not None:
             door.revoke(refusal)
+
+    def _abandon(self) -> None:
+        """Leave a context manager that callers have entered and will never leave; for ``Server`` too."""
+        if not isinstance(self.target, Facade):
+            return
+        try:
+            self.target.abandon(f"{self.name}: whoever had entered it is gone")
+        except BaseException as error:
+            log.error("%s: leaving it for a caller who is gone has failed", self.name, exc_info=error)
 
     # -- unreferenced ------------------------------------------------------------------------
 
@@ -438,6 +505,7 @@ class Endpoint:
         """Tell, and close if it does not linger, unless somebody has got hold of it again."""
         if self._closed or not self.unreferenced:
             return
+        self._abandon()
         if self._on_unref is not None:
             assert self._pool is not None
             self._pool.see_to_a_waiter()
@@ -450,6 +518,7 @@ class Endpoint:
             if self._generation != _sockets.here():
                 _leave_forked_child(None)
         if not self._linger and self._door is not None and self._door.revoke_unreferenced():
+            self._expired = True
             self.close()
 
     # -- answering ---------------------------------------------------------------------------
@@ -458,14 +527,53 @@ class Endpoint:
         """
         Answer one invocation, whatever happens; return whether the procedure returned.
 
-        Runs in a server thread.
+        Runs in a server thread.  All of an everyday call is in here, for each function more is a
+        fiftieth of it; and what its caller need not wait for comes behind the answer.
         """
         # step: call-taken
-        line = invocation.line
-        peer: Dialect | None = line.memo
-        if peer is None:
-            peer = line.memo = Dialect(invocation.words.python, invocation.words.main)
-        (data, buffers, descriptors), returned, interrupt = self._invoke(invocation, peer)
+        if self._plan is not None:
+            return self._serve_data(invocation, self._plan)
+        call = shuttle.unpack_call(invocation.data)
+        if call is None:
+            try:
+                call = unpack_arguments(invocation.data, invocation.buffers, invocation.descriptors)
+            except BaseException as error:  # an argument's own code may do anything while it is rebuilt
+                return self._finish(invocation, self._refusal(invocation, "the arguments", error, False))
+        args, kwargs = call
+        invocation.data, invocation.buffers = b"", ()
+        token = current.set(invocation)
+        outcome: _Outcome | None = None
+        try:
+            # step: procedure-begins
+            value = self.target(*args, **kwargs) if kwargs else self.target(*args)
+            # step: procedure-ended
+            data = shuttle.pack_value(value)
+        except BaseException as error:
+            if self._generation != _sockets.here():
+                _leave_forked_child(error)
+            outcome = self._failure(invocation, error)
+        else:
+            del call, args, kwargs  # nothing holds them afterwards
+            if data is not None and len(data) <= invocation.door.max_reply:
+                invocation.reply(data)  # a forked child that has come out of the procedure tells nobody
+                if self._generation != _sockets.here():
+                    _leave_forked_child(None)
+                return True
+        finally:
+            current.reset(token)
+            invocation.call = None  # or the two would hold one another
+        if outcome is None:
+            if self._generation != _sockets.here():
+                _leave_forked_child(None)
+            outcome = self._result(invocation, value)
+            del value
+        else:
+            del call, args, kwargs
+        return self._finish(invocation, outcome)
+
+    def _finish(self, invocation: Invocation, outcome: _Outcome) -> bool:
+        """Answer with what has been marshalled; return whether the procedure returned."""
+        (data, buffers, descriptors), returned, interrupt = outcome
         try:
             invocation.reply(data, buffers, descriptors)
         except LimitError as error:
@@ -480,46 +588,141 @@ class Endpoint:
             raise Interrupt(interrupt)
         return returned
 
-    def _invoke(
-        self, invocation: Invocation, peer: Dialect
-    ) -> tuple[Parcel, bool, BaseException | None]:  # fmt: skip
+    def _result(self, invocation: Invocation, value: Any) -> _Outcome:
+        """Marshal what the procedure has returned."""
+        try:
+            return pack_result(value, _peer(invocation)), True, None
+        except BaseException as error:  # a result's own code may do anything while it is pickled
+            return self._refusal(invocation, "the result", error, True)
+
+    def _failure(self, invocation: Invocation, error: BaseException) -> _Outcome:
+        """Marshal what has left the procedure."""
+        # Begin with the procedure's own frame; past a ``__setattr__`` that forbids it.
+        if error.__traceback__ is not None:
+            trace = error.__traceback__.tb_next
+            if trace is not None and type(self.target) is Facade:
+                trace = trace.tb_next or trace
+            BaseException.with_traceback(error, trace)
+        self._log(error)
+        return pack_exception(error, _peer(invocation)), False, _interrupt(error)
+
+    def _refusal(
+        self, invocation: Invocation, what: str, error: BaseException, may_have_run: bool
+    ) -> _Outcome:  # fmt: skip
+        """Marshal that the arguments or the result cannot cross."""
+        refusal = _marshal_error(what, error, may_have_run=may_have_run)
+        if may_have_run:
+            log.error("%s: %s", self.name, refusal, exc_info=error)
+        else:
+            log.warning("%s: %s: %s", self.name, invocation.credentials, refusal)
+        return pack_refusal(refusal, _peer(invocation)), False, _interrupt(error)
+
+    # -- answering where data is spoken --------------------------------------------------------
+
+    def _serve_data(self, invocation: Invocation, plan: _data.Plan) -> bool:
+        """Answer one invocation of a data door, as ``_serve`` does."""
+        # The value has the descriptors that go with it, so it stays till they have gone.
+        parcel, value, interrupt = self._invoke_data(invocation, plan)
+        returned = value is not _NOTHING
+        try:
+            invocation.reply(*parcel)
+        except LimitError as error:
+            log.error("%s: %s", self.name, error, exc_info=error)
+            invocation.fail(Reason.REPLY_TOO_LARGE, str(error), limit=error.limit, value=error.value)
+            returned = False
+        finally:
+            _data.release(parcel)
+        if interrupt is not None:
+            raise Interrupt(interrupt)
+        return returned
+
+    def _invoke_data(
+        self, invocation: Invocation, plan: _data.Plan
+    ) -> tuple[_data.Parcel, Any, BaseException | None]:  # fmt: skip
         """
-        Run the procedure and marshal what becomes of it; nothing holds its arguments afterwards.
+        Run the procedure of a data door; nothing holds its arguments afterwards.
 
         Returns:
-            What to answer, whether it returned, and what is to leave ``run`` besides.
+            What to answer, what was returned or ``_NOTHING``, and what is to leave ``run`` besides.
         """
         try:
-            args, kwargs = unpack_arguments(invocation.data, invocation.buffers, invocation.descriptors)
-        except BaseException as error:  # an argument's own code may do anything while it is rebuilt
+            procedure, plan, args, kwargs = self._read_data(invocation, plan)
+        except BaseException as error:  # a validator of the user's may do anything
             refusal = _marshal_error("the arguments", error, may_have_run=False)
-            log.warning("%s: %s: %s", self.name, invocation.credentials, refusal)
-            return pack_refusal(refusal, peer), False, _interrupt(error)
-        invocation.data, invocation.buffers = b"", ()
+            keeper().say(
+                logging.WARNING, "%s: %s: %s", self.name, invocation.credentials, refusal,
+                about=(invocation.door.id, invocation.credentials.uid, "misfit"),
+            )  # fmt: skip
+            return _data.pack_refusal(refusal), _NOTHING, _interrupt(error)
         token = current.set(invocation)
         try:
-            # step: procedure-begins
-            value = self.target(*args, **kwargs)
+            value = procedure(*args, **kwargs)
             if self._generation != _sockets.here():
                 _leave_forked_child(None)
         except BaseException as error:
             if self._generation != _sockets.here():
                 _leave_forked_child(error)
-            # Begin with the procedure's own frame; past a ``__setattr__`` that forbids it.
-            if error.__traceback__ is not None:
+            if error.__traceback__ is not None:  # as in ``_invoke``
                 BaseException.with_traceback(error, error.__traceback__.tb_next)
             self._log(error)
-            return pack_exception(error, peer), False, _interrupt(error)
+            return self._pack_error(error, invocation), _NOTHING, _interrupt(error)
         finally:
             current.reset(token)
-            invocation.call = None  # or the two would hold one another
+            invocation.call = None
         try:
-            # step: procedure-ended
-            return pack_result(value, peer), True, None
-        except BaseException as error:  # likewise the result's, while it is pickled
+            return plan.pack_result(value, invocation.credentials), value, None
+        except BaseException as error:
             refusal = _marshal_error("the result", error, may_have_run=True)
             log.error("%s: %s", self.name, refusal, exc_info=error)
-            return pack_refusal(refusal, peer), False, _interrupt(error)
+            return _data.pack_refusal(refusal), _NOTHING, _interrupt(error)
+
+    def _make_plan(self) -> _data.Plan:
+        """Look at the annotations of the target, or, of an object, of all that callers may reach."""
+        if isinstance(self.target, Facade):
+            for name in self.target.names:
+                _data.plan_of(self.target.find(name))
+            return _ANY
+        return _data.Plan(self.target)
+
+    def _find_procedure(
+        self, plan: _data.Plan, args: list[Any]
+    ) -> tuple[Callable[..., Any], _data.Plan, list[Any]]:
+        """Return what a call of a data door comes to: its plan, and the arguments that are left for it."""
+        if not isinstance(self.target, Facade):
+            return self.target, plan, args
+        name = _data.read_text(args[0]) if args else None
+        try:
+            method, _ = resolve(self.target, () if name is None else (name,))
+        except (AttributeError, TypeError) as error:  # it is to leave a procedure, like any other
+            return functools.partial(_raise, error), _ANY, []
+        return method, _data.plan_of(method), args[1:]
+
+    def _read_data(
+        self, invocation: Invocation, plan: _data.Plan
+    ) -> tuple[Callable[..., Any], _data.Plan, tuple[Any, ...], dict[str, Any]]:  # fmt: skip
+        """Find out what is called, and make its arguments of what has come, by its annotations."""
+        uid = invocation.credentials.uid
+        arrivals = _data.Arrivals(invocation.descriptors, uid)
+        invocation.descriptors.clear()
+        try:
+            if invocation.buffers:
+                raise MarshalError("there are no buffers where data is spoken", may_have_run=False)
+            pieces, named = _data.unpack_arguments(invocation.data)
+            procedure, plan, pieces = self._find_procedure(plan, pieces)
+            args, kwargs = _data.reading(arrivals, functools.partial(plan.convert, pieces, named))
+        except BaseException:
+            close_all(arrivals.take_back(), uid)
+            raise
+        invocation.data = b""
+        close_all(arrivals.take_rest(), uid)
+        return procedure, plan, args, kwargs
+
+    def _pack_error(self, error: BaseException, invocation: Invocation) -> _data.Parcel:
+        """Marshal what left the procedure of a data door: of strangers, not everybody is told everything."""
+        friend = not is_strange(invocation.credentials.uid)
+        told = friend or self._tracebacks or _data.is_told(error, self._errors)
+        paths = friend or self._errors is not None
+        return _data.pack_exception(error, text=told, paths=paths, frames=self._tracebacks)
 
     def _log(self, error: BaseException) -> None:
         if isinstance(error, Exception):
@@ -527,6 +730,16 @@ class Endpoint:
         else:
             log.error("%s raised what is no Exception", self.name, exc_info=error)
 
+
+def _raise(error: Exception, *_: Any, **__: Any) -> NoReturn:
+    raise error
+
+
+#: The plan of what takes anything.
+_ANY = _data.Plan(lambda *_, **__: None)
+
+#: What a procedure has returned that did not return.
+_NOTHING = object()
 
 #: The endpoints of this process, by the ids of their doors.
 _endpoints: weakref.WeakValueDictionary[bytes, Endpoint] = weakref.WeakValueDictionary()
@@ -573,6 +786,15 @@ def _leave_forked_child(error: BaseException | None) -> NoReturn:
     os._exit(status & 0xFF)
 
 
+def _peer(invocation: Invocation) -> Dialect:
+    """Return how the caller wants to be spoken to."""
+    line = invocation.line
+    if line.memo is None:
+        line.memo = Dialect(invocation.words.python, invocation.words.main)
+    peer: Dialect = line.memo
+    return peer
+
+
 def serve(invocation: Invocation) -> bool:
     """Have the endpoint of an invocation answer it."""
     endpoint: Endpoint = invocation.door.cookie
@@ -616,6 +838,23 @@ def _checked_choice(what: str, value: str, choices: tuple[str, ...]) -> str:
     return value
 
 
+def _checked_errors(errors: Collection[Any] | None, codec: str) -> tuple[type[BaseException], ...] | None:
+    if errors is None:
+        return None
+    if codec != "data":
+        raise ValueError('errors= is for codec="data": by pickle an exception arrives as itself')
+    for kind in errors:
+        if not (isinstance(kind, type) and issubclass(kind, BaseException)):
+            raise TypeError(f"errors holds exception classes, not {kind!r}")
+    return tuple(errors)
+
+
+def _checked_tracebacks(tracebacks: bool, codec: str) -> bool:
+    if tracebacks and codec != "data":
+        raise ValueError('tracebacks= is for codec="data": by pickle the traceback comes along always')
+    return bool(tracebacks)
+
+
 def _checked_limit(what: str, value: int, most: int = 2**62) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{what} is a whole number, not {value!r}")
@@ -653,8 +892,12 @@ def check_mode(mode: int) -> int:
     return mode
 
 
-def _signature(target: Callable[..., Any]) -> str:
-    try:
-        return str(inspect.signature(target))
-    except (TypeError, ValueError):
-        return ""
+def _describe(target: Callable[..., Any]) -> dict[str, Any]:
+    """Return what a door's greeting says of what it leads to."""
+    if not isinstance(target, Facade):
+        return {"doc": inspect.getdoc(target) or "", "signature": signature_text(target)}
+    attributes = Attribute.OBJECT | Attribute.CONTEXT_MANAGER * target.is_context_manager
+    return {
+        "doc": target.doc(), "signature": target.signature(), "methods": encode_table(target.table()),
+        "attributes": attributes,
+    }  # fmt: skip

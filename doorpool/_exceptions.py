@@ -238,7 +238,7 @@ def envelop(error: BaseException, dump: Dump, *, as_itself: bool = False) -> Env
             arrives as it is, and only the traceback of its cause is anybody's business.
     """
     shown = error.__cause__ if as_itself else error
-    text = "" if shown is None else _format(shown)
+    text = "" if shown is None else traceback_of(shown)
     return text, list(_nodes(_Graph(error), dump, as_itself))
 
 
@@ -283,7 +283,7 @@ def _nodes(graph: _Graph, dump: Dump, as_itself: bool) -> Iterator[tuple[Any, ..
         try:
             node = _node(graph, place, error, dump, as_itself and place == 0)
         except BaseException as failure:  # a user's __getattribute__ can raise anything
-            node = _Node(_type_name(error), "", [], False, -1, -1, None, _reason(failure), b"")
+            node = _Node(name_of(error), "", [], False, -1, -1, None, _reason(failure), b"")
         if len(node.pickle) > room:
             reason = f"{len(node.pickle)} bytes of pickle are too much for an error"
             node = attrs.evolve(node, pickle=b"", members=None, reason=reason)
@@ -302,9 +302,9 @@ def _node(graph: _Graph, place: int, error: BaseException, dump: Dump, as_itself
             pickle = dump(_recipe(error, members))
         except BaseException as failure:
             reason = _reason(failure)
-    text = _clip(text_of(error), MAX_OTHER_TEXT if place else MAX_TEXT)
+    text = clip(text_of(error), MAX_OTHER_TEXT if place else MAX_TEXT)
     notes, suppress = _notes(error), bool(error.__suppress_context__)
-    return _Node(_type_name(error), text, notes, suppress, cause, context, members, reason, pickle)
+    return _Node(name_of(error), text, notes, suppress, cause, context, members, reason, pickle)
 
 
 def _may_arrive(error: BaseException) -> bool:
@@ -364,7 +364,7 @@ def open_envelope(envelope: Any, load: Load, *, as_itself: bool = False) -> Base
         message = f"a malformed exception arrived: {_reason(failure)}"
         raise ProtocolError(message, may_have_run=True) from failure
     if not welcome:
-        message = f"an exception arrived that must not: {_type_name(error)}"
+        message = f"an exception arrived that must not: {name_of(error)}"
         raise ProtocolError(message, may_have_run=True)
     if text:
         _attach(error, RemoteTraceback(text))
@@ -458,12 +458,13 @@ def _attach(error: BaseException, remote: RemoteTraceback) -> None:
 # --- words, from objects that may not want to give any ------------------------------------------
 
 
-def _format(error: BaseException) -> str:
+def traceback_of(error: BaseException) -> str:
+    """Write the traceback of an exception, at most ``MAX_TRACEBACK`` characters; never fails."""
     try:
         lines = traceback.format_exception(error)
     except BaseException as failure:
-        lines = [f"{_type_name(error)}: (no traceback: {_type_name(failure)})\n"]
-    return _clip("".join(lines), MAX_TRACEBACK)
+        lines = [f"{name_of(error)}: (no traceback: {name_of(failure)})\n"]
+    return clip("".join(lines), MAX_TRACEBACK)
 
 
 def text_of(error: BaseException) -> str:
@@ -477,24 +478,25 @@ def _notes(error: BaseException) -> list[str]:
     notes = getattr(error, "__notes__", None)
     if not isinstance(notes, (list, tuple)):
         return []
-    return [_clip(note, MAX_OTHER_TEXT) for note in notes[:32] if isinstance(note, str)]
+    return [clip(note, MAX_OTHER_TEXT) for note in notes[:32] if isinstance(note, str)]
 
 
-def _type_name(error: BaseException) -> str:
+def name_of(error: BaseException) -> str:
+    """Return the qualified name of an exception's class, the bare one of a builtin; never fails."""
     try:
         kind = type(error)
         module = f"{kind.__module__}."
         name = ("" if module == "builtins." else module) + kind.__qualname__
-        return _clip(name, MAX_OTHER_TEXT)
+        return clip(name, MAX_OTHER_TEXT)
     except BaseException:
         return "an exception"
 
 
 def _reason(failure: BaseException) -> str:
-    return _clip(f"{_type_name(failure)}: {text_of(failure)}", MAX_OTHER_TEXT)
+    return clip(f"{name_of(failure)}: {text_of(failure)}", MAX_OTHER_TEXT)
 
 
-def _clip(text: str, limit: int) -> str:
+def clip(text: str, limit: int) -> str:
     """Keep both ends of a text that is too long: the first cause and the last word."""
     text = str.__str__(text)  # of a subclass of str, the str alone
     if len(text) <= limit:

@@ -368,10 +368,30 @@ class Gate:
         if served.channel.page is not None:
             served.channel.page.answer_by_socket()
         if refusal is None:
-            served.channel.say(Kind.PONG, frame.number, served.door.limits().encode())
+            self._answer_ping(served, frame)
         else:
             served.channel.say(Kind.FAILURE, frame.number, refusal.encode())
         return False
+
+    @staticmethod
+    def _answer_ping(served: Served, frame: Frame) -> None:
+        """Say that we are here, and hand out a descriptor if one was asked for and can be had."""
+        channel, door = served.channel, served.door
+        number = -1
+        if frame.data == _wire.HAND_OUT:
+            with contextlib.suppress(OSError, ClosedError):
+                number = door.open_for(channel.peer.uid)
+        if number < 0:
+            channel.say(Kind.PONG, frame.number, door.limits().encode())
+            return
+        try:
+            channel.post(Kind.PONG, frame.number, door.limits().encode(), descriptors=[number])
+        except OSError as error:
+            if error.errno != errno.ETOOMANYREFS:
+                raise
+            channel.say(Kind.PONG, frame.number, door.limits().encode())
+        finally:
+            os.close(number)
 
     # -- parking and closing ---------------------------------------------------------------
 
@@ -604,6 +624,15 @@ class Invocation:
         channel = self.line.channel
         return channel.closed or self.line.hung_up() or process_is_gone(channel.pidfd)
 
+    def wait_cancelled(self, seconds: float) -> bool:
+        """Wait until the caller has given up, or is dead, or the time is over; return whether he has."""
+        poll = select.poll()
+        channel = self.line.channel
+        if not channel.closed:
+            poll.register(self.line.fd, _GONE)
+            poll.poll(seconds * 1000)
+        return self.cancelled
+
     def reply(
         self,
         data: bytes | bytearray | memoryview = b"",
@@ -673,24 +702,21 @@ class Invocation:
         descriptors: Sequence[int] = (),
     ) -> None:
         self._open = False
-        if self._gate.generation != _sockets.here():
-            return  # a forked child that comes this way answers nothing: the parent will
         served = self.line
         try:
             # step: replying
-            channel, manifest = served.channel, b""
+            channel = served.channel
             page = channel.page
-            if kind == _REPLY and (buffers or channel.news):
-                manifest, buffers, descriptors = channel.stow(buffers, descriptors)
-            whole = b"".join((manifest, data)) if manifest else data
-            by_page = page is not None and kind == _REPLY and not buffers and not descriptors
-            if not by_page or not page.answer(whole, len(manifest)):  # type: ignore[union-attr]
-                if page is not None:
-                    page.answer_by_socket()
-                channel.post(kind, channel.number, data, buffers, descriptors, manifest=manifest)
+            everyday = page is not None and kind == _REPLY and not channel.news
+            if not everyday or buffers or descriptors or not page.answer(data, 0):  # type: ignore[union-attr]
+                if self._gate.generation != _sockets.here():
+                    return  # a forked child that comes this way answers nothing: the parent will
+                self._answer_at_length(channel, kind, data, buffers, descriptors)
         except OSError:
             self._gate.drop(served)  # nobody is there, or nobody reads
-        except BaseException:
+        except BaseException as error:
+            if isinstance(error, ValueError) and self._gate.generation != _sockets.here():
+                return  # likewise; a page is closed in a forked child, and says so
             self._gate.drop(served)  # a part of a reply is none
             raise
         else:
@@ -699,6 +725,25 @@ class Invocation:
         finally:
             if self.descriptors:
                 close_all(self.descriptors, served.channel.peer.uid)
+
+    @staticmethod
+    def _answer_at_length(
+        channel: Channel,
+        kind: int,
+        data: bytes | bytearray | memoryview,
+        buffers: Sequence[memoryview],
+        descriptors: Sequence[int],
+    ) -> None:
+        """Send an answer that is not quite an everyday one: by the page where it fits, or by the socket."""
+        page, manifest = channel.page, b""
+        if kind == _REPLY and (buffers or channel.news):
+            manifest, buffers, descriptors = channel.stow(buffers, descriptors)
+        if page is not None:
+            whole = b"".join((manifest, data)) if manifest else data
+            if kind == _REPLY and not buffers and not descriptors and page.answer(whole, len(manifest)):
+                return
+            page.answer_by_socket()
+        channel.post(kind, channel.number, data, buffers, descriptors, manifest=manifest)
 
 
 def flatten(

@@ -64,6 +64,8 @@ class _Guest:
     served: Served
     timer: Timer | None = None
     delay: float = _SECOND_LOOK
+    fresh: bool = False  # trusted, and to be looked at soon
+    over: bool = False  # his channel is closed
 
 
 class Guests:
@@ -130,9 +132,18 @@ class Guests:
         self._strange_ports.discard(port)
 
     def forget_channel(self, served: Served) -> None:
-        """Count a channel out, and let the guest go that has it; idempotent, from any thread."""
+        """
+        Count a channel out, and let the guest go that has it; idempotent, from any thread.
+
+        A fresh one goes when he is looked at: the thread that closes his channel would wait here for
+        the keeper, who is opening the next, mostly.
+        """
         self._strange_channels.discard(served)
-        if served in self._guests:
+        guest = self._guests.get(served)
+        if guest is None:
+            return
+        guest.over = True  # before the look: see ``look_round``
+        if not guest.fresh:
             with self._keeper.lock:
                 self._end_channel(served)
 
@@ -160,12 +171,17 @@ class Guests:
             return
         if not self._fresh:
             self._keeper.after(_FIRST_LOOK, self.look_round)
+        guest.fresh = True
         self._fresh.append(guest)
 
     def look_round(self) -> None:
         """Let those trusted guests go that have read their answers; watch the others from now on."""
         guests, self._fresh = self._fresh, []
         for guest in guests:
+            guest.fresh = False  # from here on whoever closes the channel ends the visit as well
+            if guest.over:
+                self._dismiss(guest)
+                continue
             guest.served.door.watch_caller(guest.served)
             if guest.socket.fileno() >= 0 and not self._has_left(guest):
                 self._watch(guest)

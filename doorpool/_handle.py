@@ -53,11 +53,14 @@ from typing import Any, NoReturn
 import attrs
 
 from doorpool import _names, _opening, _sockets, _wire
+from doorpool._callers import Judge, Rule
 from doorpool._channel import DOZE, NOT, POLL, RECEIVE, Channel, Hangup, process_is_gone
 from doorpool._credentials import (
     ENDING,
     Credentials,
     credentials_of,
+    known_uid,
+    peer_groups,
     peer_pidfd,
     peer_ucred,
     pickle_bar,
@@ -106,6 +109,10 @@ _DROPPED_KNOCKS = 3  #: How often a knock is made that vanishes at a door that i
 #: Seconds for which an answer is waited for before the greeting is looked for: what is no door
 #: at all is found out so much later, and a door wakes us once instead of twice.
 _MOMENT = 0.005
+
+#: Nanoseconds for which the answer to a knock is looked for at most before we sleep.  It takes some
+#: 150 µs; to be woken where each side has a CPU of its own takes both of them 25 µs and more.
+_ANSWER_SPIN = 300_000
 
 FOREVER = 1e8  # seconds; three years
 
@@ -156,12 +163,22 @@ def _limits_in(greeting: Greeting) -> _wire.Limits:
     return _wire.Limits(greeting.max_request, greeting.max_descriptors, greeting.attributes)
 
 
-def _wait_a_moment(ours: socket.socket, deadline: float | None) -> None:
-    """Wait for the answer to a knock, for no longer than it takes somebody who is there."""
+def _wait_a_moment(ours: socket.socket, deadline: float | None, spin: int) -> None:
+    """
+    Wait for the answer to a knock, for no longer than it takes somebody who is there.
+
+    Args:
+        spin: nanoseconds for which to look before sleeping, each look followed by a yield.
+    """
+    poll = select.poll()
+    poll.register(ours, select.POLLIN)
+    until = time.monotonic_ns() + spin
+    while time.monotonic_ns() < until:
+        if poll.poll(0):
+            return
+        os.sched_yield()
     left = _MOMENT if deadline is None else min(_MOMENT, deadline - time.monotonic())
     if left > 0:
-        poll = select.poll()
-        poll.register(ours, select.POLLIN)
         poll.poll(left * 1000)
 
 
@@ -209,11 +226,12 @@ class Handle:
     Args:
         door: a path, or the number of a descriptor, which is taken over if this succeeds.
         open_timeout: seconds for opening.
-        server: the uids that are believed; by default our own, and root for a door that
-            does not speak pickle.
+        server: whose server is believed, as a rule of ``doorpool._callers``; by default our own
+            user's, and root's for a door that does not speak pickle.  On a path it is asked
+            about the listener first, unless that is root's, and then about whoever answers.
         trust: "namespace" or "uid": see ``doorpool._credentials``.
         words: what to say of ourselves when knocking.
-        codec: what the door must speak; any by default.
+        codec: what the door must speak, one or several; any by default.
         lazy: look at the greeting only; the first call opens the first channel.
         spin: seconds that a wait looks at the shared page before it parks; by default as long as
             that is worth it; 0: never.
@@ -229,12 +247,12 @@ class Handle:
 
     def __init__(
         self, door: _names.Path | int, *, open_timeout: float | None = 5.0,
-        server: Collection[int] | None = None, trust: str = "namespace",
-        codec: Codec | None = None, words: Knock | None = None, lazy: bool = False,
+        server: Rule | None = None, trust: str = "namespace",
+        codec: Codec | Collection[Codec] | None = None, words: Knock | None = None, lazy: bool = False,
         spin: float | None = None,
     ) -> None:  # fmt: skip
         deadline = deadline_after(check_seconds(open_timeout, "open_timeout"))
-        self._server = None if server is None else frozenset(server)
+        self._server = None if server is None else Judge(server, "server")
         self._trust = trust
         words = words or Knock(sys.version_info[:2])
         self._words = attrs.evolve(words, page=shuttle.PAGE_BYTES, segments=True)
@@ -245,7 +263,8 @@ class Handle:
         self._reset()
         self._socket = self._reach(door, deadline)
         self.server: Credentials
-        self._codec = codec
+        self._codecs = (codec,) if isinstance(codec, Codec) else codec
+        self._believed: tuple[int | None] | None = None  # the uid that has answered first
         self._met = False
         try:
             # On a connection of our own we knock at once, so that the server wakes up once for both.
@@ -355,7 +374,8 @@ class Handle:
 
     def _check_listener(self, sock: socket.socket) -> None:
         """Look, before knocking, whose door this is; root may listen for others to serve."""
-        listener = credentials_of(unpack_ids(peer_ucred(sock)), None)
+        groups = None if self._server is None else peer_groups(sock)
+        listener = credentials_of(unpack_ids(peer_ucred(sock)), groups)
         if listener.uid != 0:
             self._believe(Codec.RAW if self._server is not None else None, listener, -1)
 
@@ -402,9 +422,10 @@ class Handle:
     def _check_codec(self) -> None:
         """Refuse a door that speaks something else; that it answers so too is seen at each opening."""
         spoken = self.greeting.codec
-        if self._codec is not None and spoken is not self._codec:
+        if self._codecs is not None and spoken not in self._codecs:
+            wanted = " or a ".join(codec.name.lower() for codec in self._codecs)
             raise NotADoorError(
-                f"{self.name} is a {spoken.name.lower()} door and not a {self._codec.name.lower()} one",
+                f"{self.name} is a {spoken.name.lower()} door and not a {wanted} one",
                 filename=self.path,
             )
 
@@ -475,7 +496,9 @@ class Handle:
             ours = self._knock(door, deadline)
             try:
                 if not self._met:
-                    _wait_a_moment(ours, deadline)  # the greeting comes before: one wake-up for both
+                    # The greeting comes before: one wake-up for both.
+                    spin = _ANSWER_SPIN if self._spin < 0 else min(_ANSWER_SPIN, self._spin)
+                    _wait_a_moment(ours, deadline, spin)
                     self._meet(deadline)  # before anything of the answer is looked at
                 return self._hear(door, ours, deadline)
             finally:
@@ -568,6 +591,7 @@ class Handle:
                     f"with {opened.codec.name}"
                 )
             self._believe(opened.codec, channel.peer, channel.pidfd)
+            self._check_same(channel.peer)
             self._share(opened)
         except BaseException:
             channel.close()
@@ -578,6 +602,13 @@ class Handle:
         self.server = channel.peer
         channel.doze(DOZE)
         return channel
+
+    def _check_same(self, server: Credentials) -> None:
+        """Refuse another user than answered first: a rule may believe several, but a door is one's."""
+        if self._believed is None:
+            self._believed = (server.uid,)
+        if self._believed != (server.uid,):
+            self._refuse(f"uid {server.uid} answers now, and uid {self._believed[0]} did before")
 
     def _share(self, opened: _opening.Opened) -> None:
         """Map the page that came with an answer; if there is no memory for it, ask again, for none."""
@@ -603,21 +634,28 @@ class Handle:
             pidfd: of its process.
         """
         own = os.geteuid()
-        allowed = self._server
-        if allowed is None:
-            allowed = frozenset({own}) if codec is Codec.PICKLE else frozenset({own, 0})
-        if server.uid is None or server.uid not in allowed:
+        allowed = {own} if codec is Codec.PICKLE else {own, 0}
+        judge = self._server
+        if not (server.uid in allowed if judge is None else self._asked(judge, server)):
             self._refuse(
                 f"its server is pid {server.pid}, uid {server.uid}; "
-                f"believed are the uids {sorted(allowed)}, ours is {own}"
+                f"believed are {judge or Judge(allowed, 'server')}, ours is {own}"
             )
-        if self._owner not in (None, 0, server.uid):
+        if self._owner not in (None, 0) and known_uid(self._owner) != server.uid:
             self._refuse(f"its file belongs to uid {self._owner}, and uid {server.uid} answers")
         bar = pickle_bar(server, pidfd, trust=self._trust) if codec is Codec.PICKLE else None
         if bar is ENDING:
             raise BrokenDoorError(f"{self.name}: the server is ending", filename=self.path)
         if bar is not None:
             self._refuse(f"its server is pid {server.pid}: {bar}")
+
+    def _asked(self, judge: Judge, server: Credentials) -> bool:
+        """Ask the rule; one that fails believes nobody."""
+        try:
+            return judge.admits(server)
+        except Exception as error:
+            text = f"{judge}, the rule about whom to believe, has failed: {type(error).__qualname__}: {error}"
+            raise AccessError(f"{self.name} is not believed: {text}", filename=self.path) from error
 
     def _refuse(self, text: str) -> NoReturn:
         raise AccessError(f"{self.name} is not believed: {text}", filename=self.path)
@@ -651,6 +689,24 @@ class Handle:
         deadline = deadline_after(check_seconds(timeout, "timeout"))
         came = self.call_until(deadline, data, buffers, descriptors)
         return Reply(*came) if isinstance(came, tuple) else Reply(came)
+
+    def open_channel(self, deadline: float | None) -> None:
+        """Open a channel and keep it for the next call: it is known then who the server is."""
+        self._give_back(self._dial(deadline))
+
+    def ask_descriptor(self, deadline: float | None) -> int:
+        """
+        Have the server make a descriptor of the door that shares its fate with no other.
+
+        Raises:
+            DoorError: it did not.
+        """
+        came = self.call_until(deadline, _wire.HAND_OUT, kind=_PING)
+        descriptors = came[2] if isinstance(came, tuple) else []
+        if len(descriptors) != 1:
+            close_all(descriptors)
+            raise BusyError(f"{self.name}: the server has made no descriptor of its door")
+        return descriptors.pop()
 
     def call_until(
         self,

@@ -9,7 +9,12 @@ from doorpool._wire import Attribute, Greeting
 
 __all__ = ["DoorInfo"]
 
-_ATTRIBUTES = {Attribute.PRIVATE: "private", Attribute.REFUSE_DESCRIPTORS: "refuse_descriptors"}
+_ATTRIBUTES = {
+    Attribute.PRIVATE: "private",
+    Attribute.REFUSE_DESCRIPTORS: "refuse_descriptors",
+    Attribute.OBJECT: "object",
+    Attribute.CONTEXT_MANAGER: "context_manager",
+}
 
 
 @attrs.frozen
@@ -22,7 +27,8 @@ class DoorInfo:
         name: what the server calls it.
         path: by which it was opened, absolute; None if by descriptor.
         server: who answers, as the kernel says.
-        attributes: of "private", "refuse_descriptors", "local" (it is a door of this process).
+        attributes: of "private", "refuse_descriptors", "local" (it is a door of this process),
+            "object" (it leads to an object, whose methods are called) and "context_manager".
         codec: how values are written.
         max_request: the most bytes of a request.
         max_descriptors: the most descriptors of a request.

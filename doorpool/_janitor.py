@@ -58,6 +58,9 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 NOBODY = -1  #: In place of a uid: nobody is held to account.
 
+#: As a number; the property of ``socket.socket`` makes an enum of it, which takes a microsecond.
+_type_of = socket.SocketType.type.__get__
+
 Closed = tuple[int, int | None]  # a descriptor, and the uid that sent it
 
 
@@ -194,7 +197,7 @@ def close_socket(sock: socket.socket, uid: int | None = NOBODY) -> None:
 
 def _holds_something(sock: socket.socket) -> bool:
     """Tell whether messages are in a socket's queue, be it such as have no bytes."""
-    if sock.type == socket.SOCK_STREAM:  # where each message has bytes
+    if _type_of(sock) == socket.SOCK_STREAM:  # where each message has bytes
         return _sockets.unread(sock) > 0
     for _ in range(2):  # ECONNRESET is told once, before what is there
         try:

@@ -878,23 +878,28 @@ def reach(path: Path, *, deadline: float | None = None) -> Reached:
     Modelled on: open(2) of a door
     """
     told = absolute_path(path)
-    with _explaining(told), _held(_find(told)) as node:
-        status = os.fstat(node)
-        if not stat.S_ISSOCK(status.st_mode):
-            raise NotADoorError(f"{_kind(status.st_mode)} is at {told!r}, not a door", filename=told)
-        return Reached(told, status.st_uid, _connect(node, status, told, deadline))
+    with _explaining(told):
+        node, status = _find(told)
+        own_number(node)
+        try:
+            if stat.S_ISSOCK(status.st_mode):
+                return Reached(told, status.st_uid, _connect(node, status, told, deadline))
+        finally:
+            close_number(node)
+        raise NotADoorError(f"{_kind(status.st_mode)} is at {told!r}, not a door", filename=told)
 
 
-def _find(told: str) -> int:
-    """Open (``O_PATH``) what is at a path, following links where the rules allow."""
+def _find(told: str) -> tuple[int, os.stat_result]:
+    """Open (``O_PATH``) what is at a path, following links where the rules allow; tell what it is."""
     path = told
     for _ in range(_MOST_LINKS):
         place = _Place(path)
         try:
             _check_for_client(place, told)
             node = _open_node(place, told)
-            if not stat.S_ISLNK(os.fstat(node).st_mode):
-                return node
+            status = os.fstat(node)
+            if not stat.S_ISLNK(status.st_mode):
+                return node, status
             path = _follow(place, node, told)
         finally:
             place.close()

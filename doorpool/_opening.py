@@ -244,7 +244,7 @@ def _channel_of(letter: Letter) -> Channel:
         raise ProtocolError("the answer to a knock brought a door in place of a channel")
     sock.settimeout(None)
     assert letter.ids is not None
-    return _make_channel(letter, sock, credentials_of(letter.ids, peer_groups(sock)))
+    return _make_channel(letter, sock, credentials_of(letter.ids, peer_groups(sock), letter.pidfd))
 
 
 def discard(letter: Letter) -> None:
@@ -389,7 +389,8 @@ def _visitor(letter: Letter) -> Visitor:
     sock = take_socket(letter, "a knock", socket.SOCK_STREAM)
     try:
         assert letter.ids is not None
-        return Visitor(words, letter, sock, credentials_of(letter.ids, peer_groups(sock)))
+        who = credentials_of(letter.ids, peer_groups(sock), letter.pidfd)
+        return Visitor(words, letter, sock, who)
     except BaseException:
         sock.close()
         raise

@@ -59,6 +59,7 @@ class Kind:
     """How objects of one type cross; in a table of reducers, told from others by its type."""
 
     reduce: Reduce
+    movable: bool = True
 
 
 #: What a pickler looks an object's type up in.  ``_marshal`` puts its own reducers into it, so
@@ -74,7 +75,7 @@ guarded: tuple[type, ...] = (BaseException,)
 late: tuple[tuple[str, str, Callable[[Any], None]], ...] = ()
 
 
-def register(kind: type, reduce: Reduce) -> None:
+def register(kind: type, reduce: Reduce, *, movable: bool = True) -> None:
     """
     Have objects of exactly this type cross together with their descriptors.
 
@@ -85,8 +86,9 @@ def register(kind: type, reduce: Reduce) -> None:
             function is called there with the ``Descriptor``s, then the arguments; it takes over
             (``take``) those that it keeps, and the rest is closed.  It may be called more than
             once for one object, and must not change it in a way that matters.
+        movable: ``take`` may move it, by closing the sender's own.
     """
-    table[kind] = Kind(reduce)
+    table[kind] = Kind(reduce, movable)
 
 
 def register_late(module: str, last: str, register_its_own: Callable[[Any], None]) -> None:
@@ -137,12 +139,13 @@ class Departure(Sequence[int]):
     One thread at a time.
     """
 
-    __slots__ = ("_generation", "_let_go", "_numbers", "_taken")
+    __slots__ = ("_generation", "_let_go", "_numbers", "_promised", "_taken")
 
     def __init__(self) -> None:
         self._numbers: list[int] = []
         self._taken: list[Taken] = []
         self._let_go = False
+        self._promised: list[tuple[int, Callable[[], Descriptor]]] = []
         self._generation = _sockets.generation
 
     def __del__(self, _ending: Callable[[], bool] = sys.is_finalizing) -> None:
@@ -180,6 +183,11 @@ class Departure(Sequence[int]):
         """Add a descriptor that was made for the other side, and own it from now on."""
         self._numbers.append(_sockets.own_number(descriptor.take()))
 
+    def give_later(self, make: Callable[[], Descriptor]) -> None:
+        """Add a descriptor that is made, by this function, when all has been marshalled."""
+        self._promised.append((len(self._numbers), make))
+        self._numbers.append(-1)
+
     def reduce(self, value: Any, reduce: Reduce) -> Any:
         """Reduce one object; return what ``Pickler.reducer_override`` should."""
         first = len(self._numbers)
@@ -207,7 +215,15 @@ class Departure(Sequence[int]):
         return not self._numbers
 
     def seal(self) -> Departure:
-        """Move what is to be moved, all having been marshalled; return itself."""
+        """
+        Make what was promised and move what is to be moved, all having been marshalled; return itself.
+
+        Raises:
+            Exception: what was promised cannot be made; nothing has moved.
+        """
+        for place, make in self._promised:
+            self._numbers[place] = _sockets.own_number(make().take())
+        self._promised.clear()
         for taken in self._taken:
             # The kernel gives the number back whatever ``close`` says, and what it might say (that
             # the disk is full) is for who has the file now.
@@ -231,9 +247,11 @@ class Departure(Sequence[int]):
         for taken in self._taken:
             taken.kept = None
         self._taken.clear()
+        self._promised.clear()
         while self._numbers:
             number = self._numbers.pop()
-            if self._generation == _sockets.here():  # in a forked child they are closed already
+            # In a forked child they are closed already.
+            if number >= 0 and self._generation == _sockets.here():
                 _sockets.close_number(number)
 
 
@@ -287,7 +305,8 @@ def take(obj: _T) -> _T:
     Modelled on: DOOR_RELEASE of door_call(3C) and door_return(3C)
     """
     look_for_late()
-    if type(table.get(type(obj))) is not Kind or type(obj) is Taken:
+    kind = table.get(type(obj))
+    if type(kind) is not Kind or not kind.movable or type(obj) is Taken:
         raise TypeError(f"take() is for files, sockets and the like, not for {type(obj).__qualname__}")
     return Taken(obj)  # type: ignore[return-value]
 

@@ -1,7 +1,7 @@
 """
 A proxy: somebody else's procedure, to be called like one's own.
 
-All views of one open door (``options``) share a ``_Line``: the handle, who was believed
+All views of one open door (``options``) share a ``Line``: the handle, who was believed
 when it was opened, and how to open the path anew when the server has been restarted.
 
 Opening
@@ -22,17 +22,20 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import os
 import sys
+import textwrap
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing import reduction
 from typing import Any, TypeVar
 
-from doorpool import _sockets
+from doorpool import _data, _sockets
+from doorpool._callers import Judge, Rule
 from doorpool._descriptor import Descriptor
 from doorpool._endpoint import Endpoint, endpoint_with_id
 from doorpool._errors import (
@@ -41,14 +44,22 @@ from doorpool._errors import (
     CallTimeoutError,
     ClosedError,
     DoorError,
+    MarshalError,
+    NotADoorError,
     Path,
+    ProtocolError,
     RevokedError,
 )
+from doorpool._exceptions import text_of
 from doorpool._handle import FOREVER, Came, check_seconds, check_spin, deadline_after
+from doorpool._impl import shuttle
 from doorpool._info import DoorInfo, describe
-from doorpool._marshal import Dialect, Parcel, own_dialect, pack_arguments, unpack_outcome
+from doorpool._janitor import close_all
+from doorpool._marshal import Dialect, own_dialect, pack_arguments, unpack_outcome
+from doorpool._objects import CALL, ENTER, EXIT, METHODS, Table, checked_table, decode_table, read_signature
+from doorpool._passing import Departure
 from doorpool._threads import waiting_for
-from doorpool._wire import Knock
+from doorpool._wire import Attribute, Knock
 from doorpool.door import Codec, Handle
 
 __all__ = ["Proxy"]
@@ -57,10 +68,16 @@ __all__ = ["Proxy"]
 #: not there yet nor a server that is still to listen can be waited for by an event.
 _RETRY = 0.02
 
+#: What a proxy can speak; which of them, its door says.
+_SPOKEN: tuple[Codec, ...] = (Codec.PICKLE, Codec.DATA)
+
 _SUBMITTERS = 64  #: Threads at most that ``submit`` and ``map`` start.
 
 
 _T = TypeVar("_T")
+
+#: What is to be sent, however it was written: bytes, memory and descriptors.
+_AnyParcel = tuple[bytes, Sequence[memoryview], Sequence[int]]
 
 
 class _Unchanged:
@@ -73,24 +90,38 @@ class _Unchanged:
 _UNCHANGED = _Unchanged()
 
 
-class _Line:
+class Line:
     """What the views of one open door share."""
 
     def __init__(
         self, door: Path | int, *, open_timeout: float | None, reopens: bool, trust: str,
-        spin: float | None,
+        server: Rule | None, spin: float | None,
     ) -> None:  # fmt: skip
         self.spin = spin
         self.open_timeout = open_timeout
         self.trust = trust
+        self.server = server
         self.closed = False
         self.warns = True  # when it is collected open
+        self.enters = False  # ``with`` enters the object, and does not only close the door
+        self._codecs = _SPOKEN
         self.handle = self._open(door, open_timeout)
+        self._codecs = (self.handle.greeting.codec,)  # reopened, it speaks what it spoke at first
         self.reopens = reopens and self.handle.path is not None
         self.id = self.handle.greeting.id
-        self._believed = self.handle.server.uid, self.handle.greeting.codec
         self._take(self.handle)
+        self._believed = self.handle.server.uid, self.handle.greeting.codec
         self._reset()
+        self._become(self._codecs == (Codec.DATA,))
+
+    def _become(self, speaks_data: bool) -> None:
+        """Be such a line as the door has said that it needs, now that it has been opened."""
+        self.__class__ = _LINES[speaks_data, self.is_object]
+
+    @property
+    def identity(self) -> tuple[bytes, int | None]:
+        """The door's id, and the user whose word it is."""
+        return self.id, self._believed[0]
 
     def _reset(self) -> None:
         """Begin anew: at first, and in a forked child, where the parent's threads are not."""
@@ -118,40 +149,46 @@ class _Line:
 
     def _open(self, door: Path | int, open_timeout: float | None) -> Handle:
         """Open the door; see "Opening" above."""
-        own = own_dialect()
-        words = Knock(own.python, own.main)
         deadline = deadline_after(check_seconds(open_timeout, "open_timeout"))
         last = isinstance(door, int)
         while True:
             try:
-                return Handle(
-                    door,
-                    open_timeout=_left(deadline),
-                    trust=self.trust,
-                    codec=Codec.PICKLE,
-                    words=words,
-                    spin=self.spin,
-                )
+                return self._make_handle(door, _left(deadline))
             except (RevokedError, BrokenDoorError):
                 if last:
                     raise
             last = True
+
+    def _make_handle(self, door: Path | int, open_timeout: float | None, **options: Any) -> Handle:
+        own = own_dialect()
+        return Handle(
+            door, open_timeout=open_timeout, trust=self.trust, server=self.server, codec=self._codecs,
+            words=Knock(own.python, own.main), spin=self.spin, **options,
+        )  # fmt: skip
+
+    def _find_home(self) -> Endpoint | None:
+        """Return the endpoint that the door leads to, if it is known to be of this very process."""
+        return endpoint_with_id(self.handle.greeting.id) if self.handle.is_local else None
 
     def _take(self, handle: Handle) -> None:
         self.info = describe(handle.greeting, handle.path, handle.server, local=handle.is_local)
         self.dialect = Dialect(handle.greeting.python, handle.greeting.main)
         home = endpoint_with_id(handle.greeting.id) if handle.is_local else None
         self._pool = home._pool if home is not None else None  # of this very process, if the door is
+        self._table: Table | None = None
+        self.is_object = bool(handle.greeting.attributes & Attribute.OBJECT)
         self.handle = handle  # last: who calls by it marshals for it
 
-    def call(self, args: tuple[Any, ...], kwargs: dict[str, Any], deadline: float | None) -> Any:
+    def transact(self, args: tuple[Any, ...], kwargs: dict[str, Any], deadline: float | None) -> Any:
         """Make one call; see "Reopening" above."""
         handle = self.handle
-        data, buffers, descriptors = pack_arguments(args, kwargs, self.dialect)
+        descriptors: Departure | tuple[()] = ()
         try:
-            if self._pool is None:  # as ``_exchange`` does, in one function less
-                reply = handle.call_until(deadline, data, buffers, descriptors)
+            data = shuttle.pack_call(args, kwargs) if self._pool is None else None
+            if data is not None:  # an everyday call, in as few functions as can be
+                reply = handle.call_until(deadline, data)
             else:
+                data, buffers, descriptors = pack_arguments(args, kwargs, self.dialect)
                 reply = self._exchange(handle, (data, buffers, descriptors), deadline)
         except (RevokedError, BrokenDoorError, ClosedError) as first:
             again = functools.partial(self._pack_again, args=args, kwargs=kwargs, deadline=deadline)
@@ -160,8 +197,40 @@ class _Line:
             if descriptors:
                 descriptors.close()
         if isinstance(reply, bytes):
-            return unpack_outcome(reply)
+            value = shuttle.unpack_value(reply)
+            return unpack_outcome(reply) if value is NotImplemented else value
         return unpack_outcome(*reply)
+
+    #: What calling a proxy does: the same, where nothing has to be done before it.
+    call = transact
+
+    def call_method(
+        self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], deadline: float | None
+    ) -> Any:
+        """Call a method of the object that the door leads to."""
+        return self.transact((name, *args), kwargs, deadline)
+
+    def methods(self) -> Table:
+        """Return what may be called, as far as the door has said when it was opened."""
+        if self._table is None:
+            self._table = decode_table(self.handle.greeting.methods)
+        return self._table if self._table is not None else self._ask_methods()
+
+    def all_methods(self) -> Table:
+        """Return what may be called, with signatures and docstrings, asking for what was left out."""
+        table = self.methods()
+        if None in table.values():
+            with contextlib.suppress(DoorError):  # of a door that is gone, what is known must do
+                return self._ask_methods()
+        return table
+
+    def _ask_methods(self) -> Table:
+        deadline = deadline_after(check_seconds(self.open_timeout, "open_timeout"))
+        table = checked_table(self.call_method(METHODS, (), {}, deadline))
+        if table is None:
+            raise ProtocolError(f"{self.handle.name} says that it is an object, and not what its methods are")
+        self._table = table
+        return table
 
     def ping(self, deadline: float | None) -> None:
         """Have the server answer; reopened like a call."""
@@ -171,7 +240,7 @@ class _Line:
         except (RevokedError, BrokenDoorError, ClosedError) as first:
             self._try_anew(handle, first, deadline, lambda it: it.ping(timeout=_left(deadline)))
 
-    def _exchange(self, handle: Handle, parcel: Parcel, deadline: float | None) -> Came:
+    def _exchange(self, handle: Handle, parcel: _AnyParcel, deadline: float | None) -> Came:
         if self._pool is None:
             return handle.call_until(deadline, *parcel)
         with waiting_for(self._pool, handle.name):
@@ -192,22 +261,27 @@ class _Line:
         self, gone: Handle, first: DoorError, deadline: float | None, attempt: Callable[[Handle], _T]
     ) -> _T:
         """Try once more through the reopened door, if that may be; the first error stands if it fails."""
-        if first.may_have_run or self.closed or not self.reopens:
-            raise first
-        if isinstance(first, ClosedError):
-            if self.handle is gone:
+        try:
+            if first.may_have_run or self.closed or not self.reopens:
                 raise first
-            return attempt(self.handle)  # another thread has reopened it, and closed that one in our hands
-        try:
-            handle = self._reopen(gone, deadline)
-        except (DoorError, OSError) as second:
-            raise first from second
-        try:
-            return attempt(handle)
-        except DoorError as second:  # what is none says nothing about the call; the first error would
-            if second.may_have_run:
-                raise
-            raise first from second
+            if isinstance(first, ClosedError):
+                if self.handle is gone:
+                    raise first
+                return attempt(
+                    self.handle
+                )  # another thread has reopened it, and closed that one in our hands
+            try:
+                handle = self._reopen(gone, deadline)
+            except (DoorError, OSError) as second:
+                raise first from second
+            try:
+                return attempt(handle)
+            except DoorError as second:  # what is none says nothing about the call; the first error would
+                if second.may_have_run:
+                    raise
+                raise first from second
+        finally:
+            del first  # or this frame and the error's traceback hold one another, and the door with them
 
     def _reopen(self, gone: Handle, deadline: float | None) -> Handle:
         """Open the path anew, unless another thread has done so meanwhile."""
@@ -244,13 +318,19 @@ class _Line:
         timeouts = [seconds for seconds in (self.open_timeout, _left(deadline)) if seconds is not None]
         handle = self._open(gone.path, min(timeouts, default=None))
         believed = handle.server.uid, handle.greeting.codec
-        if believed == self._believed:
-            return handle
-        handle.close()
-        raise AccessError(
-            f"{gone.name} is served by uid {believed[0]} with codec {believed[1].name} now, and "
-            f"was opened with uid {self._believed[0]} and codec {self._believed[1].name}"
-        )
+        if believed != self._believed:
+            handle.close()
+            raise AccessError(
+                f"{gone.name} is served by uid {believed[0]} with codec {believed[1].name} now, and "
+                f"was opened with uid {self._believed[0]} and codec {self._believed[1].name}"
+            )
+        if bool(handle.greeting.attributes & Attribute.OBJECT) != self.is_object:
+            handle.close()
+            raise NotADoorError(
+                f"{gone.name} was opened as the door of {_kind(self.is_object)}, and is one of "
+                f"{_kind(not self.is_object)} now", filename=gone.path,
+            )  # fmt: skip
+        return handle
 
     def executor(self) -> ThreadPoolExecutor:
         """Return the threads in which ``submit`` calls."""
@@ -271,6 +351,69 @@ class _Line:
             executor.shutdown(wait=False, cancel_futures=True)
 
 
+class DataLine(Line):
+    """A line on which data is spoken, and never a pickle."""
+
+    def transact(self, args: tuple[Any, ...], kwargs: dict[str, Any], deadline: float | None) -> Any:
+        """Make one call; as ``Line.transact``."""
+        handle = self.handle
+        parcel = _data.pack_arguments(args, kwargs, to=handle.server)
+        try:
+            try:
+                reply = self._exchange(handle, parcel, deadline)
+            except (RevokedError, BrokenDoorError, ClosedError) as first:
+                again = functools.partial(self._pack_again, args=args, kwargs=kwargs, deadline=deadline)
+                reply = self._try_anew(handle, first, deadline, again)
+        finally:
+            _data.release(parcel)
+        data, _, descriptors = reply if isinstance(reply, tuple) else (reply, (), [])
+        arrivals = _data.Arrivals(descriptors, handle.server.uid)
+        try:
+            result = _data.unpack_outcome(data, arrivals)
+        except BaseException:
+            close_all(arrivals.take_back(), handle.server.uid)
+            raise
+        close_all(arrivals.take_rest(), handle.server.uid)
+        return result
+
+    call = transact
+
+    def _pack_again(
+        self, handle: Handle, args: tuple[Any, ...], kwargs: dict[str, Any], deadline: float | None
+    ) -> Came:
+        parcel = _data.pack_arguments(args, kwargs, to=handle.server)
+        try:
+            return self._exchange(handle, parcel, deadline)
+        finally:
+            _data.release(parcel)
+
+
+class _ObjectLine(Line):
+    """What the views of an object's door share: a call names the method first."""
+
+    def call(self, args: tuple[Any, ...], kwargs: dict[str, Any], deadline: float | None) -> Any:
+        """Call the object itself."""
+        return self.transact((CALL, *args), kwargs, deadline)
+
+
+class _ObjectDataLine(_ObjectLine, DataLine):
+    """Likewise, where data is spoken."""
+
+
+#: What a line is, by what the door says of itself when it is opened: whether it speaks data, and
+#: whether it leads to an object.  (A bound method in place of a class would make a ring.)
+_LINES: dict[tuple[bool, bool], type[Line]] = {
+    (False, False): Line,
+    (True, False): DataLine,
+    (False, True): _ObjectLine,
+    (True, True): _ObjectDataLine,
+}
+
+
+def _kind(is_object: bool) -> str:
+    return "an object" if is_object else "a function"
+
+
 _crossing = threading.Lock()
 
 
@@ -289,6 +432,9 @@ class Proxy:
     Opening happens here and fails here.  Any number of threads may call at once; each call
     has a channel of its own.  In a forked child the proxy goes on with channels of its own.
 
+    The door of an object has the object's public methods besides: ``bank.deposit(10)``.  What
+    a proxy has itself (``close``, ``options``, ...) comes first; ``method`` reaches the rest.
+
     Args:
         door: a path; or the number or ``Descriptor`` of an open door, taken over if this
             succeeds; or an ``Endpoint`` or another ``Proxy``, for a second descriptor of it.
@@ -300,6 +446,12 @@ class Proxy:
             certainly did not run.
         spin: seconds for which a call looks whether the answer is there, before it sleeps; by
             default up to 0.0002, as long as that is worth it; 0: never.
+        server: whose server to believe, before anything of a call is sent: a set of uids and
+            ``Group`` objects, a ``Group``, ``anyone``, or a function of ``Credentials``.  By default
+            our own user's, and root's for a door that speaks data.  It is asked about whoever
+            listens at a path (unless that is root), and about whoever answers; and whom it
+            has believed first, stays who is meant, however often the path is opened anew.  A
+            door that speaks pickle must be our own user's in any case.
         trust: "namespace": believe a server only in our own user namespace, where the kernel
             can say.  "uid": the same user is enough.
 
@@ -315,23 +467,29 @@ class Proxy:
     Modelled on: door_call(3C)
     """
 
-    __slots__ = ("__weakref__", "_line", "_timeout")
+    __slots__ = ("__weakref__", "_line", "_methods", "_timeout")
 
-    _line: _Line
+    _line: Line
+    _methods: dict[str, RemoteMethod] | None
 
     def __init__(
         self, door: Path | int | Descriptor | Endpoint | Proxy, *, timeout: float | None = None,
         open_timeout: float | None = 5.0, wait: float = 0.0, reopen: bool = True,
-        trust: str = "namespace", spin: float | None = None,
+        server: Rule | None = None, trust: str = "namespace", spin: float | None = None,
     ) -> None:  # fmt: skip
         check_spin(spin)
+        self._methods = None
+        if server is not None:
+            Judge(server, "server")  # that it is a rule
         self._timeout = check_seconds(timeout, "timeout")
         wait = _checked_wait(wait)
         if trust not in ("namespace", "uid"):
             raise ValueError(f"trust is 'namespace' or 'uid', not {trust!r}")
 
-        def connect(opened: Path | int) -> _Line:
-            return _Line(opened, open_timeout=open_timeout, reopens=reopen, trust=trust, spin=spin)
+        def connect(opened: Path | int) -> Line:
+            return Line(
+                opened, open_timeout=open_timeout, reopens=reopen, trust=trust, server=server, spin=spin
+            )
 
         if isinstance(door, int | Descriptor | Endpoint | Proxy):
             self._line = _connect_descriptor(door, connect)
@@ -360,7 +518,7 @@ class Proxy:
         Closing any view closes the door for all of them.
         """
         view = object.__new__(Proxy)
-        view._line = self._line
+        view._line, view._methods = self._line, None
         absent = isinstance(timeout, _Unchanged)
         view._timeout = self._timeout if absent else check_seconds(timeout, "timeout")  # type: ignore[arg-type]
         return view
@@ -399,6 +557,44 @@ class Proxy:
         seconds = self._timeout if timeout is None else check_seconds(timeout, "timeout")
         self._line.ping(deadline_after(seconds))
 
+    # -- the methods of an object --------------------------------------------------------------
+
+    def method(self, name: str) -> RemoteMethod:
+        """
+        Return a method of the object that the door leads to, to be called like one's own.
+
+        ``bank.method("close")`` reaches one whose name the proxy has for itself; any other is
+        ``bank.deposit`` as well.
+
+        Raises:
+            AttributeError: the object has no such method, or none for callers.
+        """
+        known = self._methods
+        if known is None:
+            known = self._methods = {}
+        found = known.get(name)
+        if found is None:
+            if not self._line.is_object or name not in self._line.methods():
+                raise AttributeError(f"{self!r} has no method {name!r}", name=name, obj=self)
+            found = known[name] = RemoteMethod(self.options(), name)  # of a view: itself would make a ring
+        return found
+
+    def __getattr__(self, name: str) -> RemoteMethod:
+        if name.startswith("_"):  # no look-up of Python's own ever leaves the process
+            raise AttributeError(
+                f"{type(self).__name__!r} object has no attribute {name!r}", name=name, obj=self
+            )
+        return self.method(name)
+
+    def _signature_text(self) -> str:
+        return self._line.info.signature
+
+    def __dir__(self) -> Iterable[str]:
+        names = set(object.__dir__(self))
+        if self._line.is_object:
+            names.update(name for name in self._line.methods() if not name.startswith("_"))
+        return names
+
     # -- the door ------------------------------------------------------------------------------
 
     @property
@@ -432,17 +628,34 @@ class Proxy:
         """
         self._line.close()
 
-    def __enter__(self) -> Proxy:
-        return self
+    def __enter__(self) -> Any:
+        line = self._line
+        if not line.enters:
+            return self
+        timeout = self._timeout
+        itself, value = line.call_method(ENTER, (), {}, deadline_after(timeout))
+        return self if itself else value
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> Any:
+        with contextlib.closing(self):
+            return self._leave(error) if self._line.enters else None
+
+    def _leave(self, error: BaseException | None) -> bool:
+        """Leave the object that was entered; return whether it has dealt with the error."""
+        line, deadline = self._line, deadline_after(self._timeout)
+        try:
+            return bool(line.call_method(EXIT, () if error is None else (error,), {}, deadline))
+        except MarshalError as failed:
+            if error is None or failed.may_have_run:
+                raise
+        text = f"{type(error).__qualname__}: {text_of(error)}"
+        return bool(line.call_method(EXIT, (text,), {}, deadline))
 
     def __repr__(self) -> str:
         return repr(self._line)
 
     def __eq__(self, other: object) -> bool:
-        return self._line.id == other._line.id if isinstance(other, Proxy) else NotImplemented
+        return self._line.identity == other._line.identity if isinstance(other, Proxy) else NotImplemented
 
     def __hash__(self) -> int:
         return hash(self._line.id)
@@ -452,6 +665,126 @@ class Proxy:
             f"{self!r} is an open door and cannot be pickled: open a Proxy of the path where it is "
             "needed, or pass it as an argument of multiprocessing.Process"
         )
+
+
+class _Doc:
+    """The docstring of a class, and of its instances what their doors say."""
+
+    def __init__(self, text: str | None) -> None:
+        self._text = text
+
+    def __get__(self, proxy: Proxy | None, _: type | None = None) -> str | None:
+        if proxy is None:
+            return self._text
+        line = proxy._line
+        doc = f"{line.info.name}{line.info.signature}\n\n{line.info.doc}".rstrip()
+        if line.is_object:
+            doc += "\n\nMethods:\n"
+            for name, (signature, text) in sorted(_told(line.all_methods())):
+                doc += f"\n    {name}{signature}\n" + textwrap.indent(text, " " * 8) + "\n"
+        return doc
+
+
+class _Signature:
+    """The signature of what a proxy leads to; of its class, none that ``inspect`` would not find itself."""
+
+    def __get__(self, it: Any, _: type | None = None) -> inspect.Signature:
+        text = "" if it is None else it._signature_text()
+        signature = read_signature(text) if text else None
+        if signature is None:
+            raise AttributeError("nothing is said of its signature", name="__signature__", obj=it)
+        return signature
+
+
+def _told(table: Table) -> Iterator[tuple[str, tuple[str, str]]]:
+    for name, entry in table.items():
+        yield name, entry or ("(...)", "")
+
+
+Proxy.__doc__ = _Doc(Proxy.__doc__)  # type: ignore[assignment]
+Proxy.__signature__ = _Signature()  # type: ignore[attr-defined]
+
+
+class RemoteMethod:
+    """
+    A method of an object behind a door; made by ``Proxy``, which see.
+
+    It may be called, handed around like any function, and passed through a door.
+    """
+
+    __slots__ = ("__weakref__", "_name", "_proxy")
+
+    def __init__(self, proxy: Proxy, name: str) -> None:
+        self._proxy = proxy
+        self._name = name
+
+    def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
+        """Call the method; as ``Proxy.__call__``."""
+        proxy = self._proxy
+        timeout = proxy._timeout
+        deadline = None if timeout is None else deadline_after(timeout)
+        return proxy._line.call_method(self._name, args, kwargs, deadline)
+
+    def options(self, **options: Any) -> RemoteMethod:
+        """Return the method with other options; as ``Proxy.options``."""
+        return RemoteMethod(self._proxy.options(**options), self._name)
+
+    def submit(self, /, *args: Any, **kwargs: Any) -> Future[Any]:
+        """Call in a thread of this process; as ``Proxy.submit``."""
+        return self._proxy._line.executor().submit(self, *args, **kwargs)
+
+    def map(self, *iterables: Iterable[Any], timeout: float | None = None) -> Iterator[Any]:
+        """Call once for each set of arguments, many at once; as ``Proxy.map``."""
+        return self._proxy._line.executor().map(self, *iterables, timeout=timeout)
+
+    @property
+    def __self__(self) -> Proxy:
+        return self._proxy
+
+    @property
+    def __name__(self) -> str:
+        return self._name
+
+    def _signature_text(self) -> str:
+        return self._entry()[0]
+
+    def _entry(self) -> tuple[str, str]:
+        return self._proxy._line.all_methods().get(self._name) or ("", "")
+
+    def __get__(self, instance: object, owner: type | None = None) -> RemoteMethod:
+        return self  # bound already; that there is this tells ``help`` that it is a routine
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, RemoteMethod):
+            return NotImplemented
+        return (self._proxy, self._name) == (other._proxy, other._name)
+
+    def __hash__(self) -> int:
+        return hash((self._proxy, self._name))
+
+    def __reduce__(self) -> Any:
+        return Proxy.method, (self._proxy, self._name)
+
+    def __repr__(self) -> str:
+        return f"<method {self._name!r} of {self._proxy!r}>"
+
+
+class _MethodDoc(_Doc):
+    """The docstring of ``RemoteMethod``, and of each the method's own."""
+
+    def __get__(self, method: Any, _: type | None = None) -> str | None:
+        return self._text if method is None else method._entry()[1]
+
+
+RemoteMethod.__doc__ = _MethodDoc(RemoteMethod.__doc__)  # type: ignore[assignment]
+RemoteMethod.__signature__ = _Signature()  # type: ignore[attr-defined]
+
+
+def proxy_of(line: Line) -> Proxy:
+    """Make the first view of a door that was opened otherwise."""
+    proxy = object.__new__(Proxy)
+    proxy._line, proxy._methods, proxy._timeout = line, None, None
+    return proxy
 
 
 def _left(deadline: float | None) -> float | None:
@@ -465,7 +798,7 @@ def _checked_wait(wait: float) -> float:
     return check_seconds(wait, "wait") or FOREVER
 
 
-def _connect_path(path: Path, connect: Callable[[Path], _Line], wait: float) -> _Line:
+def _connect_path(path: Path, connect: Callable[[Path], Line], wait: float) -> Line:
     """Open a path, trying again for a while if no door is there yet."""
     until = time.monotonic() + wait
     while True:
@@ -480,7 +813,7 @@ def _connect_path(path: Path, connect: Callable[[Path], _Line], wait: float) -> 
         time.sleep(_RETRY)
 
 
-def _connect_descriptor(door: int | Descriptor | Endpoint | Proxy, connect: Callable[[int], _Line]) -> _Line:
+def _connect_descriptor(door: int | Descriptor | Endpoint | Proxy, connect: Callable[[int], Line]) -> Line:
     """Open a descriptor; one that was given is taken over only if this succeeds."""
     if isinstance(door, int):
         return connect(door)
@@ -507,6 +840,7 @@ def _reduce_for_multiprocessing(proxy: Proxy) -> Any:
         "timeout": proxy._timeout,
         "open_timeout": line.open_timeout,
         "trust": line.trust,
+        "server": line.server,
         "spin": line.spin,
     }
     if line.handle.path is not None:

@@ -502,6 +502,8 @@ class Server:
             self._cut(self._pools.close(0), "by an exception")
             raise
         self._cut(late, f"after {timeout} s")
+        for endpoint in endpoints:
+            endpoint._abandon()
         self._pools.join(_JOIN)
 
     def _cut(self, late: list[Invocation], when: str) -> None:

@@ -177,7 +177,7 @@ enum outcome {
 #define TRUSTED_FOR 100000 /* ns: after which one looks again who is at the other end */
 #define SLICE 1000000      /* ns: of a long look, after which signals are heard */
 #define LOOKS 8            /* looks between two yields, where both sides have a CPU */
-#define FIRST_LOOKS 80     /* and before the first: a yield takes 0.5 us, a look 0.025, a small call 2 */
+#define FIRST_LOOKS 240    /* and before the first: a yield takes 0.5 us, a look 0.025, a small call up to 5 */
 #define ROUNDS 4           /* yields between two looks at the set */
 #define CPUS_FOR 100000000 /* ns: for which the number of CPUs is remembered */
 
@@ -461,7 +461,8 @@ look_for(struct shuttle *s, look_t look, bool elsewhere, int64_t time, int set)
     for (unsigned rounds = 0;; rounds++) {
         for (int i = 0; i < looks && seen == NOTHING; i++) {
             seen = look(s);
-            cpu_relax();
+            if (seen == NOTHING) /* a pause takes 0.02 us and more, and somebody waits for what was found */
+                cpu_relax();
         }
         if (seen != NOTHING)
             break;
@@ -1383,6 +1384,8 @@ static PyType_Spec Page_spec = {
 
 /* -- the module -- */
 
+extern PyMethodDef doorpool_atoms_methods[]; /* of _atoms.c, which is compiled into the same module */
+
 PyDoc_STRVAR(make_page_doc,
 "make_page()\n--\n\n"
 "Make a page; return the descriptor of its memory, which is the caller's.\n\n"
@@ -1431,7 +1434,8 @@ module_exec(PyObject *module)
     if (PyModule_AddObjectRef(module, "PageError", state->page_error) != 0)
         return -1;
     state->page_type = (PyTypeObject *)PyType_FromModuleAndSpec(module, &Page_spec, NULL);
-    if (PyModule_AddObjectRef(module, "Page", (PyObject *)state->page_type) != 0)
+    if (PyModule_AddObjectRef(module, "Page", (PyObject *)state->page_type) != 0
+        || PyModule_AddFunctions(module, doorpool_atoms_methods) != 0)
         return -1;
     if (PyModule_AddIntConstant(module, "NOTHING", NOTHING) != 0
         || PyModule_AddIntConstant(module, "BY_SOCKET", BY_SOCKET) != 0

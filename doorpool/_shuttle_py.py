@@ -36,6 +36,28 @@ class Page:
         raise PageError("the shared page is no page: this doorpool runs without the compiled shuttle")
 
 
+def pack_call(_args: tuple[Any, ...], _kwargs: dict[str, Any]) -> None:
+    """Leave the arguments of a call to pickle: what is quicker in C is not here."""
+
+
+def unpack_call(_data: bytes | bytearray | memoryview) -> None:
+    """Leave them to pickle, which reads what ``_atoms.c`` writes."""
+
+
+def pack_value(_value: Any) -> None:
+    """Leave a result to pickle."""
+
+
+def unpack_value(_data: bytes | bytearray | memoryview) -> Any:
+    """Leave it to pickle; that is what this answer means."""
+    return NotImplemented
+
+
+def unpacked() -> int:
+    """Return how many pickles have been read here: none."""
+    return 0
+
+
 def make_page() -> int:
     """
     Make no page.

@@ -37,6 +37,7 @@ from doorpool._credentials import SO_PASSPIDFD, UCRED, Ids, own_ucred, unpack_id
 from doorpool._errors import SHORTAGE
 
 SO_DOMAIN = 39  # asm-generic/socket.h
+SO_COOKIE = 57
 SCM_CREDENTIALS = 2  # linux/socket.h
 SCM_PIDFD = 4
 MADV_WIPEONFORK = 18  # asm-generic/mman-common.h
@@ -219,6 +220,21 @@ def domain_of(number: int) -> int | None:
     where = ctypes.byref(domain), ctypes.byref(size)
     failed = _libc.getsockopt(number, socket.SOL_SOCKET, SO_DOMAIN, *where)
     return None if failed else domain.value
+
+
+def cookie_of(number: int) -> int:
+    """
+    Return the number that the kernel gives a socket, and no other ever again, whoever holds it.
+
+    Raises:
+        OSError: it is no socket.
+    """
+    cookie, size = ctypes.c_uint64(), ctypes.c_uint(8)
+    where = ctypes.byref(cookie), ctypes.byref(size)
+    if _libc.getsockopt(number, socket.SOL_SOCKET, SO_COOKIE, *where):
+        failed = ctypes.get_errno()
+        raise OSError(failed, os.strerror(failed))
+    return cookie.value
 
 
 def adopt(number: int, kind: int = -1) -> socket.socket:

@@ -13,6 +13,7 @@ peeked at): what the door says of itself.  A claim, good for choosing how to mar
      8 16  door id                            56  4+n  name, UTF-8, behind its length
     24  2  Python major, minor                    4+n  doc        (the same)
     26 14  0                                      4+n  signature  (the same)
+                                                  4+n  methods    (the same; see ``_objects``)
                                               end 16   identity of __main__ (0: none)
 
 *Knock* (client -> server on a descriptor, one message, with one end of a fresh stream
@@ -28,6 +29,8 @@ shared page if there is one, and the server's credentials attached; a refusal br
      4  2  version                            12  4  1 if segments may be used
      6  1  0 accepted, 1 refused              16  …  refusal, where the answer is one
      7  1  codec
+
+A *ping* may carry the word "open": its answer then brings a fresh descriptor of the door.
 
 *Bell* (both ways, one message of one byte, "B"): there is something in the shared page; no part
 of a frame, and behind none that is not whole.
@@ -107,12 +110,16 @@ FAREWELL_MAGIC = b"dpBY"
 
 BELL = b"B"
 
+#: The data of a ping whose answer shall bring a fresh descriptor of the door.
+HAND_OUT = b"open"
+
 
 class Codec(IntEnum):
     """How values are written on a channel; the server's choice, fixed when it opens."""
 
     RAW = 0
     PICKLE = 1
+    DATA = 2  # MessagePack; see doorpool._data
 
 
 _CODECS = {int(codec): codec for codec in Codec}
@@ -123,6 +130,8 @@ class Attribute(IntEnum):
 
     PRIVATE = 1
     REFUSE_DESCRIPTORS = 2
+    OBJECT = 4
+    CONTEXT_MANAGER = 8
 
 
 class Kind(IntEnum):
@@ -183,6 +192,7 @@ class Greeting:
     attributes: int = 0
     doc: str = ""
     signature: str = ""
+    methods: str = ""
 
     def encode(self) -> bytes:
         """Write the greeting as one message of at most ``GREETING_SIZE`` bytes."""
@@ -190,7 +200,9 @@ class Greeting:
             GREETING_MAGIC, VERSION, self.codec, 0, self.id, *self.python,
             self.max_request, self.max_descriptors, self.attributes, 0,
         )  # fmt: skip
-        texts = [(self.name, 1_024), (self.doc, 32_768), (self.signature, 16_384)]
+        texts = [
+            (self.name, 1_024), (self.doc, 32_768), (self.signature, 16_384), (self.methods, 14_000),
+        ]  # fmt: skip
         fields = [_stretch(text.encode("utf-8", "replace"), size) for text, size in texts]
         return head + b"".join(_LENGTH.pack(len(f)) + f for f in fields) + self.main
 
@@ -234,7 +246,7 @@ def _decode_greeting(data: bytes) -> Greeting:
     fields = _GREETING.unpack_from(data)
     _, _, codec, _, door_id, major, minor, max_request, max_descriptors, attributes, _ = fields
     texts, at = [], _GREETING.size
-    for _ in range(3):
+    for _ in range(4):
         (length,) = _LENGTH.unpack_from(data, at)
         at += _LENGTH.size
         if at + length > len(data):
@@ -243,10 +255,10 @@ def _decode_greeting(data: bytes) -> Greeting:
         at += length
     if len(data) != at + 16:
         raise ValueError(f"{len(data)} bytes, not {at + 16}")
-    name, doc, signature = texts
+    name, doc, signature, methods = texts
     return Greeting(
         door_id, Codec(codec), name, (major, minor), data[at:], max_request, max_descriptors,
-        attributes, doc, signature,
+        attributes, doc, signature, methods,
     )  # fmt: skip
 
 
@@ -299,13 +311,19 @@ def decode_knock(data: bytes) -> Knock:
 
 @attrs.frozen
 class Refusal:
-    """Why something was refused, and whether the procedure may have run all the same."""
+    """
+    Why something was refused, and whether the procedure may have run all the same.
+
+    Attributes:
+        logged: what our own log says in place of the text; never sent.
+    """
 
     reason: Reason
     text: str = ""
     may_have_run: bool = False
     limit: int = 0
     value: int = 0
+    logged: str = ""
 
     def encode(self) -> bytes:
         """Write the refusal; its text is cut to what a letter takes."""

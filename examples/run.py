@@ -1,9 +1,10 @@
 """
-Run one of the examples: its server, and, as soon as the door answers, its client.
+Run one of the examples: its server, and, as soon as the door answers, its client.  What else is
+in the folder runs between the two; its door has its name (``proxy.py``: ``proxy.door``).
 
     python examples/run.py 03_hello_world
 
-The two run as processes of their own, in a directory made for the purpose.  What they print
+They run as processes of their own, in a directory made for the purpose.  What they print
 is shown with the name of the side that printed it.  Afterwards the server is told to stop,
 as Ctrl-C or `kill` would tell it, and must then end by itself.
 """
@@ -36,17 +37,21 @@ def show(side, lines):
 def main(name: str) -> int:
     folder = Path(__file__).resolve().parent / name
     with tempfile.TemporaryDirectory(prefix="dp-") as cwd:
-        server, server_printer = start(folder / "server.py", cwd)
+        others = sorted({path.stem for path in folder.glob("*.py")} - {"server", "client"})
+        running = []
         try:
-            Proxy(os.path.join(cwd, "server.door"), wait=10).close()
+            for name in ("server", *others):
+                running.append(start(folder / f"{name}.py", cwd))
+                Proxy(os.path.join(cwd, f"{name}.door"), wait=10).close()
             client, client_printer = start(folder / "client.py", cwd)
             client.wait()
             client_printer.join()
         finally:
-            server.terminate()
-            server.wait()
-            server_printer.join()
-    return client.returncode or server.returncode
+            for server, printer in reversed(running):
+                server.terminate()
+                server.wait()
+                printer.join()
+    return client.returncode or max(server.returncode for server, _ in running)
 
 
 if __name__ == "__main__":

@@ -197,6 +197,74 @@ def test_limits_do_not_matter_to_being_let_go(serve, news):
     news.wait()
 
 
+@pytest.mark.ids("U10")
+@pytest.mark.parametrize(
+    "message", [b"", b"gone", b"dpKN" + bytes(40)], ids=["empty", "text", "half a knock"]
+)
+def test_no_message_makes_a_door_unreferenced(endpoint, news, closing, message):
+    """It is the end of the last descriptor that does, which is no message at all."""
+    endpoint.detach()
+    news.wait()
+    with endpoint.open() as descriptor, socket.socket(fileno=os.dup(descriptor.fileno())) as forger:
+        forger.send(message)
+        settle(endpoint)
+        assert not endpoint.unreferenced
+        assert len(news.threads) == 1
+        with Proxy(descriptor.dup()) as proxy:
+            assert proxy("still here") == "still here"
+    news.wait()
+
+
+@pytest.mark.ids("U10")
+def test_one_holder_ends_his_own_descriptor_and_no_others(endpoint, news, closing):
+    endpoint.detach()
+    news.wait()
+    with endpoint.open() as mine:
+        with endpoint.open() as his, socket.socket(fileno=his.dup().take()) as end:
+            end.shutdown(socket.SHUT_RDWR)
+        settle(endpoint)
+        assert not endpoint.unreferenced
+        with Proxy(mine.dup()) as proxy:
+            assert proxy(1) == 1
+    news.wait()
+    assert len(news.threads) == 2
+
+
+_EXEC = """
+import os, sys
+os.set_inheritable(int(sys.argv[1]), sys.argv[2] == "True")
+os.execv(sys.executable, [sys.executable, "-c", "print('here', flush=True); input()"])
+"""
+
+
+@pytest.mark.ids("U16")
+@pytest.mark.parametrize("inherited", [False, True])
+def test_a_holder_that_execs(endpoint, news, inherited):
+    """Its descriptor is closed, or it is what the next program has."""
+    endpoint.detach()
+    news.wait()
+
+    descriptor = endpoint.open()
+    os.set_inheritable(descriptor.fileno(), True)
+    child = subprocess.Popen(
+        [sys.executable, "-c", _EXEC, str(descriptor.fileno()), str(inherited)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        pass_fds=[descriptor.fileno()],
+    )
+    descriptor.close()
+    assert child.stdout.readline() == b"here\n"
+    if inherited:
+        settle(endpoint)
+        assert not endpoint.unreferenced
+    else:
+        news.wait()
+    child.communicate(b"\n")
+    if inherited:
+        news.wait()
+    assert len(news.threads) == 2
+
+
 # -- when it is told, and where
 
 

@@ -75,6 +75,15 @@ def test_calls_are_right_however_long_one_looks(serve, connect, spin):
 
 
 @pytest.mark.skipif(_impl.NAME != "c", reason="no compiled shuttle here")
+def test_a_server_thread_that_looks_for_long_sees_its_caller_go(serve, connect):
+    server = serve(identity, server={"spin": 60.0})
+    proxy = connect()
+    assert proxy(1) == 1
+    proxy.close()
+    wait_until(lambda: server.statistics().channels == 0)
+
+
+@pytest.mark.skipif(_impl.NAME != "c", reason="no compiled shuttle here")
 @pytest.mark.parametrize("spin", [0, 3.0])
 def test_a_time_out_holds_however_long_one_looks(serve, connect, spin):
     serve(time.sleep)

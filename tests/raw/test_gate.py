@@ -13,7 +13,9 @@ import pytest
 from support import rawpeer, wait_until
 from support.rawdoor import PATIENCE, Background, Canary
 
+from doorpool import _guests
 from doorpool._errors import AccessError, BrokenDoorError, BusyError, ClosedError, RevokedError
+from doorpool._keeper import keeper
 from doorpool.door import Door, Gate, Handle
 
 
@@ -264,7 +266,6 @@ def test_rule_that_fails_refuses(serve):
 
 
 def test_errors_in_the_keeper_leave_the_other_doors_alone(serve, caplog):
-    from doorpool._keeper import keeper
 
     def fail():
         raise ZeroDivisionError
@@ -278,7 +279,6 @@ def test_errors_in_the_keeper_leave_the_other_doors_alone(serve, caplog):
 
 
 def test_the_keeper_turns_first_to_those_for_whom_somebody_waits():
-    from doorpool._keeper import keeper
 
     bells = [os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC) for _ in range(3)]
     heard = []
@@ -311,6 +311,60 @@ def test_channels_come_and_go_and_nothing_is_left(serve):
     wait_until(lambda: serving.door.channels == 0 and not serving.door._ports)
     wait_until(lambda: len(os.listdir("/proc/self/fd")) == before)
     assert serving.gate.channels == 0
+
+
+@pytest.fixture
+def served(gate, monkeypatch):
+    """Open a channel, at which the keeper does not look for an hour; return it as the gate sees it."""
+    wait_until(lambda: not _guests.guests()._guests)
+    monkeypatch.setattr(_guests, "_FIRST_LOOK", 3_600.0)
+    door = Door(gate)
+    with Handle(door.open()) as handle:
+        (served,) = door._channels
+        yield served
+        handle.close()
+        gate.wait(0.05)
+    door.revoke()
+    with keeper().lock:
+        _guests.guests().look_round()
+
+
+def look_round():
+    with keeper().lock:
+        _guests.guests().look_round()
+
+
+@pytest.mark.ids("E05")
+def test_the_process_of_a_caller_is_watched_from_the_first_look_on(served):
+    assert served.channel.pidfd not in keeper()._callbacks
+    look_round()
+    assert served.channel.pidfd in keeper()._callbacks
+
+
+@pytest.mark.ids("E03")
+def test_a_caller_who_has_gone_before_the_first_look_leaves_nothing_behind(served, gate):
+    (guest,) = _guests.guests()._guests.values()
+    number = served.channel.pidfd
+    gate.drop(served)
+    assert guest.socket.fileno() >= 0  # whoever closes a channel does not wait for the keeper
+    look_round()
+    assert guest.socket.fileno() < 0
+    assert not _guests.guests()._guests
+    assert number not in keeper()._callbacks
+    with keeper().lock:  # even if it was about to be looked at just then
+        served.door.watch_caller(served)
+    assert number not in keeper()._callbacks
+
+
+@pytest.mark.ids("E03")
+def test_a_caller_who_goes_after_the_first_look_is_not_watched_any_more(served, gate, monkeypatch):
+    monkeypatch.setattr(_guests._sockets, "unsent", lambda _: 1)  # so that he is kept
+    look_round()
+    (guest,) = _guests.guests()._guests.values()
+    number = served.channel.pidfd
+    gate.drop(served)
+    assert guest.socket.fileno() < 0
+    assert number not in keeper()._callbacks
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.ENOMEM])

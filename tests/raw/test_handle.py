@@ -16,6 +16,7 @@ import pytest
 from support import rawpeer, run_as_uid, wait_until
 from support.rawdoor import PATIENCE, Background, Canary
 
+from doorpool import _handle
 from doorpool._errors import BrokenDoorError, BusyError, CallTimeoutError, ClosedError, RevokedError
 from doorpool.door import Handle, Reason
 
@@ -296,6 +297,20 @@ def test_knocks_that_are_dropped_are_made_again():
 
 
 # -- fork
+
+
+@pytest.mark.parametrize(("spin", "looks"), [(0, False), (2_000_000, True)])
+def test_an_answer_is_looked_for_only_as_long_as_one_may(monkeypatch, spin, looks):
+    yields = []
+    monkeypatch.setattr(os, "sched_yield", lambda: yields.append(1))
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        _handle._wait_a_moment(ours, None, spin)
+        assert bool(yields) == looks
+        theirs.send(b"an answer")
+        yields.clear()
+        _handle._wait_a_moment(ours, None, spin)
+        assert not yields
 
 
 def _child_calls(handle, words):

@@ -20,7 +20,7 @@ from doorpool._wire import Answer, Assembly, Codec, Greeting, Knock, Reason, Ref
 
 LIMIT = 4096
 
-GREETING = rawpeer.greeting(name="näme", doc="What it does.", signature="(x)", attributes=3)
+GREETING = rawpeer.greeting(name="näme", doc="What it does.", signature="(x)", attributes=3, methods="{}")
 KNOCK = rawpeer.knock()
 ANSWER = rawpeer.answer()
 REFUSAL = rawpeer.refusal(rawpeer.TOO_LARGE, "too much", limit=10, value=11)
@@ -63,7 +63,7 @@ def allowed(decode, data):
 def test_greeting_is_written_as_agreed():
     said = Greeting(
         id=b"\x11" * 16, codec=Codec.RAW, name="näme", python=(3, 11), attributes=3,
-        doc="What it does.", signature="(x)",
+        doc="What it does.", signature="(x)", methods="{}",
     )  # fmt: skip
     assert said.encode() == GREETING
     assert _wire.decode_greeting(GREETING) == said
@@ -111,6 +111,7 @@ def test_texts_of_a_greeting_are_cut_between_characters():
     said = Greeting(
         id=bytes(16), codec=Codec.RAW, name="ä" * 40_000, python=(3, 11), doc="€" * 40_000,
         signature="x" * 99_999,
+        methods="m" * 99_999,
     )  # fmt: skip
     written = said.encode()
     read = _wire.decode_greeting(written)
@@ -166,9 +167,9 @@ def _at(message, index, value):
     [
         pytest.param(read_frame, PLAIN, 0, set(b"QRFPAG"), id="kind of a frame"),
         pytest.param(read_frame, PLAIN, 1, {1}, id="version of a frame"),
-        pytest.param(_wire.decode_greeting, GREETING, 6, {0, 1}, id="codec of a greeting"),
+        pytest.param(_wire.decode_greeting, GREETING, 6, {0, 1, 2}, id="codec of a greeting"),
         pytest.param(_wire.decode_answer, ANSWER, 6, {0}, id="whether an answer is a refusal"),
-        pytest.param(_wire.decode_answer, ANSWER, 7, {0, 1}, id="codec of an answer"),
+        pytest.param(_wire.decode_answer, ANSWER, 7, {0, 1, 2}, id="codec of an answer"),
         pytest.param(_wire.decode_refusal, REFUSAL, 0, set(range(1, 14)), id="reason of a refusal"),
     ],
 )

@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support import become, enter_user_namespace
 from support.actors import Actor, Fd, counts, keep
 from support.marker import Marker
+from support.strangers import drop_capabilities
 from support.victims import call, open_client, open_descriptor, serve
 
 V, M = 4201, 6602  # the victim's uid, and the stranger's
@@ -98,6 +100,20 @@ def come_by(actor: Callable[..., Actor], path: str) -> Callable[..., Any]:
             os.close(number)
 
     return come
+
+
+@pytest.fixture
+def sandboxed(namespaces, actor) -> Callable[[int, int], Actor]:
+    """Start an actor in a user namespace of its own, where a uid outside is one inside."""
+
+    def start(inside: int, outside: int) -> Actor:
+        one = actor(0)
+        one(enter_user_namespace, (inside, outside, 1))
+        one(become, inside)
+        one(drop_capabilities)
+        return one
+
+    return start
 
 
 class Canary:

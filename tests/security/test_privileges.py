@@ -239,13 +239,6 @@ def test_a_program_with_privileges_from_its_file_speaks_no_pickle(
 # -- user namespaces (B24, B05) --------------------------------------------------------------------
 
 
-def drop_capabilities() -> None:
-    """Give up what a process has over the namespace that it made."""
-    header, data = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
-    assert _libc.capset(header, data) == 0
-    _libc.prctl(_PR_SET_DUMPABLE, 1, 0, 0, 0)
-
-
 def namespaces_seen_by_a_thread() -> list[bool]:
     """
     Say whether the user namespace of this process has changed, for a thread that has looked before.
@@ -283,20 +276,6 @@ def namespaces_seen_by_a_thread() -> list[bool]:
 def test_what_a_thread_remembers_of_its_user_namespace_does_not_outlive_a_fork(namespaces):
     finished = run_python(namespaces_seen_by_a_thread)
     assert finished.value == [False, False, True]
-
-
-@pytest.fixture
-def sandboxed(namespaces, actor) -> Callable[[int, int], Actor]:
-    """Start an actor in a user namespace of its own, where a uid outside is one inside."""
-
-    def start(inside: int, outside: int) -> Actor:
-        one = actor(0)
-        one(enter_user_namespace, (inside, outside, 1))
-        one(become, inside)
-        one(drop_capabilities)
-        return one
-
-    return start
 
 
 @pytest.mark.ids("B24")

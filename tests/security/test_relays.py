@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from support import byhand, enter_pid_namespace
 from support.actors import Actor, Fd, counts, give, here, logged
@@ -25,15 +26,17 @@ from support.marker import Marker
 from support.processes import wait_until
 from support.victims import (
     call,
+    give_client_end,
     give_port,
     hold_keeper,
     let_keeper_go,
+    next_number,
     open_client,
     seen,
     serve,
 )
 
-from doorpool import _opening
+from doorpool import Server, _opening, current_call
 from doorpool._errors import AccessError, BusyError, DoorError, ProtocolError
 
 V, M = 4201, 6602
@@ -569,6 +572,45 @@ def test_a_set_uid_program_is_not_believed(
                 opening()
 
 
+@pytest.mark.ids("B22", "K2")
+@pytest.mark.parametrize("raising", [False, True], ids=["as its caller", "with its real uid raised"])
+def test_a_set_uid_program_calls_for_nobody(actor, setuid_writer, victim, raising, path):
+    """A valid call of plain data, which it writes on a channel that a stranger has opened honestly."""
+    server, stranger, canary = actor(victim), actor(M), actor(victim)
+    server(serve_data, path)
+    canary(open_client, "objects", path)
+    stranger(open_client, "objects", path, server={victim})
+    assert stranger(call, "mine") == "mine"
+    number = stranger(next_number)
+    end = stranger(give_client_end)
+    frame = byhand.frame_bytes("Q", number, msgspec.msgpack.encode([["forged"], {}]))
+    try:
+        stranger(run_writer, setuid_writer, Fd(end), frame, raising)
+    finally:
+        os.close(end)
+    assert canary(call, "tweet") == "tweet"
+    with pytest.raises(DoorError):
+        stranger(call, "on the same channel")
+    assert stranger(call, "on a new one") == "on a new one"
+    heard = [(ids[1], value) for ids, value in server(seen)]
+    assert heard == [(M, "mine"), (victim, "tweet"), (M, "on a new one")]
+
+
+def serve_data(path: str) -> None:
+    here.seen = []
+    here.layer = "objects"
+    here.server = Server()
+    here.endpoint = here.server.attach(note, path, mode=0o666, codec="data")
+    here.server.start()
+
+
+def note(value: Any) -> Any:
+    caller = current_call().caller
+    here.seen.append(((caller.pid, caller.uid, caller.gid, caller.groups), value))
+    here.callers = [*getattr(here, "callers", []), caller]
+    return value
+
+
 def open_passed(number: int) -> Any:
     return open_client("objects", number)
 
@@ -602,6 +644,51 @@ def in_child(function: Any, *args: Any) -> tuple[int, int]:
         finally:
             os._exit(code)
     return pid, os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+@pytest.mark.ids("B09", "K9")
+def test_a_reused_pid_is_not_the_callers_process(own_pids, path):
+    """A caller has gone, and another process has its number: the credentials do not lead to that one."""
+    own_pids(serve_data, path)
+    assert own_pids(look_for_callers, path) == [
+        "nobody has it",
+        "it has been given to another process since",
+    ]
+
+
+def look_for_callers(path: str) -> list[str]:
+    """Have a child call and end; look for it when its pid is free, and when another has it."""
+    pid, code = in_child(call_and_end, path)
+    assert code == 0
+    (caller,) = here.callers
+    assert caller.pid == pid
+    said = []
+    with pytest.raises(ProcessLookupError) as caught:
+        caller.pidfd()
+    said.append("nobody has it" if "given" not in str(caught.value) else str(caught.value))
+    choose_next_pid(pid)
+    reading, writing = os.pipe()
+    other = os.fork()
+    if other == 0:
+        os.close(writing)
+        os.read(reading, 1)
+        os._exit(0)
+    try:
+        assert other == pid
+        with pytest.raises(ProcessLookupError) as caught:
+            caller.pidfd()
+        said.append(str(caught.value).partition(f"pid {pid} ")[2].replace("has been", "it has been"))
+    finally:
+        os.close(reading)
+        os.close(writing)
+        os.waitpid(other, 0)
+    return said
+
+
+def call_and_end(path: str) -> int:
+    open_client("objects", path)
+    call("from a child")
+    return 0
 
 
 @pytest.mark.ids("B19", "K9")

@@ -42,7 +42,7 @@ def greeting_bytes(codec: int = PICKLE, name: bytes = b"door", version: int = VE
     head = _GREETING.pack(
         b"dpGR", version, codec, 0, os.urandom(16), *sys.version_info[:2], 1 << 30, 253, 0, 0
     )
-    texts = b"".join(struct.pack("<I", len(text)) + text for text in (name, b"", b""))
+    texts = b"".join(struct.pack("<I", len(text)) + text for text in (name, b"", b"", b""))
     return head + texts + bytes(16)
 
 

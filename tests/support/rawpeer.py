@@ -82,13 +82,14 @@ def greeting(
     name: str = "by hand",
     doc: str = "",
     signature: str = "",
+    methods: str = "",
     main: bytes = bytes(16),
 ) -> bytes:
     head = struct.pack(
         "<4sHBB16sBB14xQIHH", magic, version, codec, 0, id, *python, max_request, max_descriptors,
         attributes, 0,
     )  # fmt: skip
-    texts = [text.encode() for text in (name, doc, signature)]
+    texts = [text.encode() for text in (name, doc, signature, methods)]
     return head + b"".join(struct.pack("<I", len(text)) + text for text in texts) + main
 
 

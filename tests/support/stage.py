@@ -331,17 +331,24 @@ class _Part:
 class _ServerPart(_Part):
     """A server; each row of the table has a door of its own there."""
 
-    def __init__(self, control: socket.socket, journal: str) -> None:
+    def __init__(self, control: socket.socket, journal: str, spin: float | None = None) -> None:
         super().__init__(control, journal)
         from doorpool import Server
 
         # Threads that a row has needed are gone well within the second in which all comes back.
-        self.server = Server(idle_timeout=0.05).start()
+        self.server = Server(idle_timeout=0.05, spin=spin).start()
         self.endpoints: dict[str, Any] = {}
         self.letting_go = threading.Event()
 
     def channels(self) -> int:
         return self.server.statistics().channels
+
+    def do_wait_no_channels(self, patience: float) -> int:
+        """Wait until no channel is left; return how many there are all the same."""
+        deadline = time.monotonic() + patience
+        while (left := self.channels()) and time.monotonic() < deadline:
+            time.sleep(0.001)
+        return left
 
     def do_open(self, path: str) -> None:
         self.endpoints[path] = self.server.attach(self.procedure, path)
@@ -394,6 +401,30 @@ class _ClientPart(_Part):
     """A client: one call of the row's door, and one of the canary's that is under way meanwhile."""
 
     canary: Any = None
+    warm: Any = None
+
+    def do_warm_up(self, path: str, number: int, spin: float | None) -> bool:
+        """Open a proxy that ``call_again`` uses, and call; return whether its channel has a page."""
+        from doorpool import Proxy
+
+        self.warm = Proxy(path, reopen=False, spin=spin)
+        self.warm(number, 0, b"")
+        return self.warm._line.handle._idle[0].page is not None
+
+    def do_call_again(self, number: int, timeout: float | None) -> None:
+        threading.Thread(target=self.call_again, args=(number, timeout)).start()
+
+    def call_again(self, number: int, timeout: float | None) -> None:
+        call = self.warm if timeout is None else self.warm.options(timeout=timeout)
+        try:
+            right = call(number, 3, b"") == (number, bytearray(3))
+            outcome = ("result" if right else "another's result", None, "")
+        except Exception as error:
+            outcome = (type(error).__name__, getattr(error, "may_have_run", None), str(error))
+        self.say("outcome", number, *outcome, time.monotonic())
+
+    def do_cool_down(self) -> None:
+        self.warm.close()
 
     def do_open_canary(self, path: str) -> None:
         from doorpool import Proxy

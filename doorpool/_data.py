@@ -1,0 +1,766 @@
+"""
+Plain data to bytes, and back: MessagePack, for doors of callers whose pickles must not be loaded.
+
+The job is that of ``_marshal``, for ``codec="data"``: nothing that arrives runs as code.  What a value
+becomes is decided by the *receiver*: at the server by the annotations of the procedure, at the client, which
+has none, by what MessagePack itself can say.
+
+What is sent.  Arguments are ``[[positional...], {name: keyword...}]``.  An outcome begins with one byte:
+
+    'V'   a result
+    'E'   what left the procedure: [name of its type, text or nil, traceback or nil]
+    'A'   a refusal, as text: the arguments do not fit, the procedure did not run
+    'R'   a refusal, as text: the result does not fit, or cannot be written; it has run
+
+Arguments.  The request is taken apart into one piece of MessagePack for each argument, bound to the
+parameters, and each piece is decoded by a decoder of the parameter's own type, which says what is wrong, and
+where in it.  So what no annotation speaks of stays plain data: None, bool, int of 64 bits, float, str, bytes,
+list, dict, aware ``datetime``, and ``Descriptor``.  (A tuple or a set arrives as a list, an object as a
+dict, where nothing says that it is to be more.)
+
+Errors.  The caller raises the class of that name in a *fixed table* of built-in classes that take one text;
+all else is a ``RemoteError``.  No name is ever looked up anywhere else: ``SystemExit`` would end the
+client, ``StopIteration`` end a loop of his, ``exec`` is no class, and one of ours would speak of his call.
+Of what the other side says nothing sets ``may_have_run`` but the kind of the outcome.
+
+Descriptors go beside the bytes, and are named inside them by a MessagePack extension that has its place in
+their list.  Each may be named once.  ``register`` adds other kinds of things that are made of descriptors.
+
+Roads not taken: decoding to plain data and ``msgspec.convert`` (it takes text for bytes, by base64); one
+decoder for a struct of all parameters (variadic and positional-only ones have no place in it).
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import re
+import types
+import typing
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
+from typing import Any, NoReturn
+
+import attrs
+import msgspec
+from msgspec.msgpack import Decoder, Encoder, Ext
+
+from doorpool._credentials import Credentials
+from doorpool._descriptor import Descriptor
+from doorpool._errors import DoorError, MarshalError, ProtocolError, RemoteError, RemoteTraceback
+from doorpool._exceptions import MAX_TRACEBACK, clip, name_of, text_of, traceback_of
+
+Data = bytes | bytearray | memoryview
+Parcel = tuple[bytes, tuple[memoryview, ...], Sequence[int]]
+
+_RESULT, _EXCEPTION, _MISFIT, _BAD_RESULT = b"V", b"E", b"A", b"R"
+
+#: Characters of an exception's text, and of a word about a misfit: a stranger chooses the values in them.
+_MAX_TEXT = 4096
+
+#: The extension of MessagePack that stands for a descriptor.  Each extension begins with its own number in
+#: the message, by which whoever wrote it finds the object again; here the place in the list of
+#: descriptors follows.
+_DESCRIPTOR = 1
+
+#: Extensions in one message; two bytes count them.
+_MOST_EXTENSIONS = 2**16 - 1
+
+#: What a caller raises, by name: classes that take one text.  See "Errors" above.
+_RAISED: dict[str, type[Exception]] = {
+    kind.__name__: kind
+    for kind in (
+        ArithmeticError, AssertionError, AttributeError, BlockingIOError, BrokenPipeError, BufferError,
+        ChildProcessError, ConnectionAbortedError, ConnectionError, ConnectionRefusedError,
+        ConnectionResetError, EOFError, Exception, FileExistsError, FileNotFoundError, FloatingPointError,
+        ImportError, IndexError, InterruptedError, IsADirectoryError, KeyError, LookupError, MemoryError,
+        ModuleNotFoundError, NameError, NotADirectoryError, NotImplementedError, OSError, OverflowError,
+        PermissionError, ProcessLookupError, RecursionError, ReferenceError, RuntimeError, TimeoutError,
+        TypeError, UnboundLocalError, UnicodeError, ValueError, ZeroDivisionError,
+    )
+}  # fmt: skip
+
+
+# --- descriptors and what is made of them ---------------------------------------------------------
+
+
+class Luggage(list[int]):
+    """
+    The numbers of the descriptors that go along with a message: those of objects, which stay
+    theirs, and those that are made for it, which are its own.
+
+    Attributes:
+        to: who will have them.
+    """
+
+    def __init__(self, to: Credentials) -> None:
+        self.to = to
+        self._promised: list[tuple[int, Callable[[], Descriptor]]] = []
+        self._own: list[Descriptor] = []
+
+    def give_later(self, make: Callable[[], Descriptor]) -> None:
+        """Add a descriptor that is made, by this function, when all has been written."""
+        self._promised.append((len(self), make))
+        self.append(-1)
+
+    def seal(self) -> Luggage:
+        """
+        Make what was promised, all having been written; return itself.
+
+        Raises:
+            Exception: it cannot be made; nothing goes along.
+        """
+        try:
+            for place, make in self._promised:
+                self._own.append(make())
+                self[place] = self._own[-1].fileno()
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def close(self) -> None:
+        """Close what was made for the message, which has gone; idempotent."""
+        while self._own:
+            self._own.pop().close()
+
+
+def release(parcel: Parcel) -> None:
+    """Let go of what was made for a parcel, which has gone."""
+    if isinstance(parcel[2], Luggage):
+        parcel[2].close()
+
+
+@attrs.frozen
+class _Kind:
+    reduce: Callable[[Any, Luggage], bytes]
+    rebuild: Callable[[bytes, Arrivals], Any]
+
+
+_kinds: dict[type, tuple[int, _Kind]] = {}
+_codes: dict[int, _Kind] = {}
+
+
+def register(
+    kind: type,
+    code: int,
+    reduce: Callable[[Any, Luggage], bytes],
+    rebuild: Callable[[bytes, Arrivals], Any],
+) -> None:
+    """
+    Let a kind of object cross data doors, which is made of descriptors.
+
+    Args:
+        kind: its class, subclasses excluded.
+        code: of the extension, from 0 to 127.
+        reduce: given the object and the ``Luggage``, the list of numbers to be sent, which it extends,
+            returns what else there is to say.  The numbers stay the object's.
+        rebuild: given that, and the ``Arrivals`` from which it takes numbers, returns an object that
+            owns them.  The bytes are the other side's: it believes nothing, and raises ``ValueError``.
+    """
+    if code in _codes or not 0 <= code <= 127:
+        raise ValueError(f"extension {code} is taken, or none")
+    _kinds[kind] = code, _Kind(reduce, rebuild)
+    _codes[code] = _Kind(reduce, rebuild)
+
+
+class Arrivals:
+    """
+    The descriptors that came with a message, each of which may be taken once.
+
+    Attributes:
+        left: the numbers that nobody has taken, for their owner to close; -1 for one that was.
+        made: objects that own some.
+        passer: the uid of who has sent them.
+    """
+
+    __slots__ = ("left", "made", "passer")
+
+    def __init__(self, numbers: Sequence[int], passer: int | None = None) -> None:
+        self.left = list(numbers)
+        self.passer = passer
+        self.made: list[Any] = []
+
+    def take(self, place: int) -> int:
+        """
+        Return a number, for the caller to own.
+
+        Raises:
+            ValueError: there is none at this place any more.
+        """
+        if not 0 <= place < len(self.left) or self.left[place] < 0:
+            raise ValueError(f"there is no descriptor {place}, or it is named twice")
+        number, self.left[place] = self.left[place], -1
+        return number
+
+    def take_rest(self) -> list[int]:
+        """Return the numbers that nobody has taken, for the caller to close."""
+        rest = [number for number in self.left if number >= 0]
+        self.left = []
+        return rest
+
+    def take_back(self) -> list[int]:
+        """Return all numbers, also those of objects that were made of them, for the caller to close."""
+        made, self.made = self.made, []
+        owned = [number for each in made for number in _numbers_of(each)]
+        return owned + self.take_rest()
+
+
+def _numbers_of(made: Any) -> list[int]:
+    """Take the descriptors out of something that was made of them: a ``Descriptor``, or something like it."""
+    if isinstance(made, Descriptor):
+        return [] if made.closed else [made.take()]
+    made.close()
+    return []
+
+
+def _reduce_descriptor(descriptor: Descriptor, numbers: Luggage) -> bytes:
+    if descriptor.closed:
+        raise ValueError("this descriptor is closed")
+    numbers.append(descriptor.fileno())
+    return (len(numbers) - 1).to_bytes(2, "big")
+
+
+def _rebuild_descriptor(body: bytes, arrivals: Arrivals) -> Descriptor:
+    return Descriptor(arrivals.take(int.from_bytes(body, "big")))
+
+
+register(Descriptor, _DESCRIPTOR, _reduce_descriptor, _rebuild_descriptor)
+
+#: What the message that is being read has brought, or what it refers to while it is only looked at.
+_arrivals: ContextVar[Arrivals | list[Any]] = ContextVar("doorpool.arrivals")
+
+#: What the message that is being written takes along: the numbers, and the objects that they are of.
+_departing: ContextVar[tuple[Luggage, list[Any]]] = ContextVar("doorpool.departing")
+_NOBODY = Credentials(None, None, None, None)
+
+
+# --- hooks ----------------------------------------------------------------------------------------
+
+
+#: How to get the plain value out of one of a subclass, whose own methods are not asked.
+_BARE: dict[type, Callable[[Any], Any]] = {
+    int: int.__int__,
+    str: str.__str__,
+    float: float.__float__,
+    bytes: lambda value: bytes.__getitem__(value, slice(None)),
+}
+
+
+def _write(value: Any) -> Any:
+    """Reduce what msgspec does not know by itself; see ``msgspec.msgpack.Encoder``."""
+    known = _kinds.get(type(value))
+    if known is not None:
+        numbers, objects = _departing.get()
+        if len(objects) > _MOST_EXTENSIONS:
+            raise ValueError(f"more than {_MOST_EXTENSIONS} objects of descriptors")
+        body = len(objects).to_bytes(2, "big") + known[1].reduce(value, numbers)
+        objects.append(value)
+        return Ext(known[0], body)
+    for plain, bare in _BARE.items():
+        if isinstance(value, plain):  # of a class that is one and more; what is more stays here
+            return bare(value)
+    raise TypeError(f"objects of type {type(value).__module__}.{type(value).__qualname__} are not plain data")
+
+
+def _read_extension(code: int, body: memoryview) -> Any:
+    """Make what an extension stands for."""
+    kind = _codes.get(code)
+    if kind is None:
+        raise ValueError(f"there is no extension {code}")
+    arrivals = _arrivals.get()
+    if isinstance(arrivals, list):  # only looked at, by whoever wrote it
+        return arrivals[int.from_bytes(body[:2], "big")]
+    made = kind.rebuild(bytes(body[2:]), arrivals)
+    arrivals.made.append(made)
+    return made
+
+
+def _check_custom(kind: Any, value: Any) -> Any:
+    """Accept an object where an annotation wants one of a class that MessagePack does not know."""
+    wanted = typing.get_origin(kind) or kind
+    if isinstance(wanted, type) and isinstance(value, wanted):
+        return value
+    name = getattr(kind, "__qualname__", kind)
+    raise ValueError(f"Expected `{name}`, got `{type(value).__qualname__}`")
+
+
+_encoder = Encoder(enc_hook=_write)
+_decoder_of = functools.partial(Decoder, ext_hook=_read_extension, dec_hook=_check_custom)
+_read_plain = _decoder_of(Any)
+_read_call = Decoder(tuple[list[msgspec.Raw], dict[str, msgspec.Raw]])
+
+
+def _encode(value: Any, to: Credentials | None = None) -> tuple[bytes, Luggage, list[Any]]:
+    """Write a value; return the bytes, the descriptors, and the objects that these are of."""
+    numbers = Luggage(to or _NOBODY)
+    objects: list[Any] = []
+    token = _departing.set((numbers, objects))
+    try:
+        return _encoder.encode(value), numbers, objects
+    finally:
+        _departing.reset(token)
+
+
+# --- what a procedure takes -----------------------------------------------------------------------
+
+
+class Plan:
+    """
+    What a procedure takes and returns, ready to be compared with what comes.
+
+    Args:
+        function: anything that is called: its signature and its annotations count.  Of one that
+            has no signature (some builtins), nothing is known and nothing is checked.
+
+    Raises:
+        TypeError: an annotation cannot be resolved, or is none that can be checked.
+    """
+
+    __slots__ = ("_decoders", "_hints", "_joined", "_returns", "_signature", "name")
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.name = str(getattr(function, "__qualname__", None) or type(function).__qualname__)
+        self._signature = _signature_of(function)
+        hints = _hints_of(function)
+        self._decoders: dict[str, Decoder[Any]] = {}
+        self._hints: dict[str, str] = {}  # what messages say of each parameter
+        self._joined: set[str] = set()  # variadic parameters of which one type says what all get together
+        for parameter in self._signature.parameters.values() if self._signature else ():
+            hint = hints.get(parameter.name, Any)
+            if typing.get_origin(hint) is typing.Unpack:
+                hint = typing.get_args(hint)[0]
+                self._joined.add(parameter.name)
+            if hint is not Any:
+                self._hints[parameter.name] = f" ({parameter.name} is: {inspect.formatannotation(hint)})"
+            self._decoders[parameter.name] = self._decoder(f"the parameter {parameter.name!r}", hint)
+        # What a class returns is itself; what ``__init__`` returns says nothing.
+        hint = Any if isinstance(function, type) else hints.get("return", Any)
+        self._returns = None if hint in (Any, object) else self._decoder("the result", hint)
+
+    def _decoder(self, what: str, hint: Any) -> Decoder[Any]:
+        try:
+            return _decoder_of(hint)
+        except Exception as error:
+            raise TypeError(f"{self.name}: {what} cannot be checked as data: {error}") from error
+
+    # -- arguments ---------------------------------------------------------------------------
+
+    def convert(
+        self, args: Sequence[Any], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:  # fmt: skip
+        """
+        Make of the pieces that came what the procedure is to be called with.
+
+        Raises:
+            MarshalError: they do not fit; it names the parameter, the path in it and what it expects.
+        """
+        if self._signature is None:
+            positional = [_fit(f"args[{n}]", _read_plain, piece) for n, piece in enumerate(args)]
+            named = {name: _fit(f"kwargs[{name!r}]", _read_plain, piece) for name, piece in kwargs.items()}
+            return tuple(positional), named
+        try:
+            bound = self._signature.bind(*args, **kwargs)
+        except TypeError as error:
+            raise _misfit(f"{self.name}(): {error}") from None
+        given = bound.arguments
+        for parameter in self._signature.parameters.values():
+            if parameter.name in given:
+                given[parameter.name] = self._fit_parameter(parameter, given[parameter.name])
+        return bound.args, bound.kwargs
+
+    def _fit_parameter(self, parameter: inspect.Parameter, given: Any) -> Any:
+        name, decoder = parameter.name, self._decoders[parameter.name]
+        fit = functools.partial(_fit, decoder=decoder, hint=self._hints.get(name, ""))
+        if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            return fit(name, piece=given)
+        if name in self._joined:
+            return fit(name, piece=_encoder.encode(given))
+        if parameter.kind is parameter.VAR_POSITIONAL:
+            return tuple(fit(f"{name}[{n}]", piece=piece) for n, piece in enumerate(given))
+        return {key: fit(f"{name}[{clip(repr(key), 64)}]", piece=piece) for key, piece in given.items()}
+
+    # -- the result --------------------------------------------------------------------------
+
+    def pack_result(self, value: Any, to: Credentials | None = None) -> Parcel:
+        """
+        Marshal what the procedure returned.
+
+        Args:
+            to: who will have it.
+
+        Raises:
+            MarshalError: it is not what the annotation promises, or no data; it names the path.
+        """
+        try:
+            data, luggage, objects = _encode(value, to)
+        except Exception as error:
+            raise _cannot_write((("result", value),), error, to, may_have_run=True) from error
+        if self._returns is not None:
+            _check_written(self._returns, data, objects)
+        try:
+            return _RESULT + data, (), luggage.seal()
+        except Exception as error:
+            raise _cannot_write((("result", value),), error, to, may_have_run=True) from error
+
+
+def _signature_of(function: Callable[..., Any]) -> inspect.Signature | None:
+    try:
+        return inspect.signature(function)
+    except (TypeError, ValueError):
+        return None
+
+
+_FUNCTIONS = types.FunctionType, types.MethodType, types.BuiltinFunctionType
+
+
+def _hints_of(function: Any) -> dict[str, Any]:
+    """
+    Return the annotations of what is called, as types.
+
+    Raises:
+        TypeError: one of them says nothing here.
+    """
+    while isinstance(function, functools.partial):
+        function = function.func
+    if isinstance(function, type):
+        begin = inspect.getattr_static(function, "__init__")
+        function = begin if isinstance(begin, types.FunctionType) else function
+    elif not isinstance(function, _FUNCTIONS) and not hasattr(function, "__wrapped__"):
+        function = type(function).__call__
+    try:
+        return typing.get_type_hints(function, include_extras=True)
+    except Exception as error:
+        name = getattr(function, "__qualname__", function)
+        raise TypeError(
+            f"an annotation of {name} says nothing here ({error}), so what comes cannot be compared with it"
+        ) from error
+
+
+_plans: dict[Any, Plan] = {}
+_MOST_PLANS = 1_000
+
+
+def plan_of(function: Callable[..., Any]) -> Plan:
+    """Return the plan of a function or method, made when it is first asked for.  Raises as ``Plan``."""
+    # A method is made anew at each look at it; its function and whether it is bound are what counts.
+    key = getattr(function, "__func__", function), getattr(function, "__self__", None) is not None
+    try:
+        plan = _plans.get(key)
+    except TypeError:  # it cannot be hashed
+        return Plan(function)
+    if plan is None:
+        if len(_plans) >= _MOST_PLANS:
+            _plans.clear()
+        plan = _plans[key] = Plan(function)
+    return plan
+
+
+def convert(
+    function: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:  # fmt: skip
+    """Make of what ``unpack_arguments`` gave what a function is to be called with.  Raises as ``Plan``."""
+    return plan_of(function).convert(args, kwargs)
+
+
+# --- misfits --------------------------------------------------------------------------------------
+
+
+_WHERE = re.compile(r"(?s)(.*) - at `(key` in `)?\$(.*)`")
+_STEP = re.compile(r"\.([^.\[]+)|\[(\d+)\]|\[\.\.\.\]")
+_SOMEWHERE = "[...]"  # how msgspec writes the way to a value of a dict
+
+
+def _misfit(text: str) -> MarshalError:
+    return MarshalError(printable(text), may_have_run=False)
+
+
+def printable(text: str) -> str:
+    """Cut a text, and show what does not print: a stranger may have chosen it."""
+    text = clip(text, _MAX_TEXT)
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def _where(name: str, error: Exception, decoder: Decoder[Any], piece: Any) -> str:
+    """Say what is wrong, and where in something of a name; msgspec calls that ``$``."""
+    text = text_of(error)
+    found = _WHERE.fullmatch(text) if isinstance(error, msgspec.ValidationError) else None
+    if found is not None:
+        path = found[3]
+        if _SOMEWHERE in path:
+            path = _with_keys(path, decoder, piece)
+        return f"{name}{path}{', a key' if found[2] else ''}: {found[1]}"
+    if isinstance(error, msgspec.ValidationError | ValueError):
+        return f"{name}: {text}"
+    if isinstance(error, RecursionError):
+        return f"{name} is nested too deeply"
+    return f"{name}: {name_of(error)}: {text}"
+
+
+def _with_keys(path: str, decoder: Decoder[Any], piece: Any) -> str:
+    """
+    Say in a path which keys lead to the misfit, if that can be found out.
+
+    Half of the dict is taken away, again and again, as long as the rest does not fit either: a
+    stranger who sends many keys costs no more than some twenty times the reading of them.
+    """
+    try:
+        whole = _read_bare.decode(piece)
+        place, told = whole, ""
+        for step in _STEP.finditer(path):
+            if step[0] == _SOMEWHERE:
+                key = _misfitting_key(place, decoder, whole)
+                place, told = place[key], f"{told}[{clip(repr(key), 64)}]"
+            else:
+                place, told = place[step[1] if step[1] is not None else int(step[2])], told + step[0]
+    except Exception:  # it cannot: a key that is no key in Python, an extension
+        return path
+    return told
+
+
+def _misfitting_key(place: dict[Any, Any], decoder: Decoder[Any], whole: Any) -> Any:
+    """Leave in a dict, a part of a whole, the one item for which the whole does not fit."""
+    while len(place) > 1:
+        items = list(place.items())
+        place.clear()
+        place.update(items[: len(items) // 2])
+        if _fits(decoder, whole):
+            place.clear()
+            place.update(items[len(items) // 2 :])
+    return next(iter(place))
+
+
+def _fits(decoder: Decoder[Any], whole: Any) -> bool:
+    try:
+        decoder.decode(_bare_encoder.encode(whole))
+    except msgspec.ValidationError:
+        return False
+    return True
+
+
+_read_bare, _bare_encoder = Decoder(), Encoder()
+
+
+def _fit(name: str, decoder: Decoder[Any], piece: Any, hint: str = "") -> Any:
+    """Read one argument; what its type's own code does meanwhile is its own affair, but for errors."""
+    try:
+        return decoder.decode(piece)
+    except Exception as error:
+        raise _misfit(f"the argument {_where(name, error, decoder, piece)}{hint}") from error
+
+
+def _check_written(decoder: Decoder[Any], data: bytes, objects: list[Any]) -> None:
+    token = _arrivals.set(list(objects))
+    try:
+        decoder.decode(data)
+    except Exception as error:
+        text = printable(
+            f"{_where('result', error, decoder, data)}, which is not what the procedure promises"
+        )
+        raise MarshalError(text, may_have_run=True) from error
+    finally:
+        _arrivals.reset(token)
+
+
+def _cannot_write(
+    parts: tuple[tuple[str, Any], ...], error: Exception, to: Credentials | None, *, may_have_run: bool
+) -> MarshalError:  # fmt: skip
+    path = next((path for label, value in parts if (path := _find(label, value, to)) is not None), "it")
+    if isinstance(error, RecursionError):
+        why = "it is nested too deeply, or contains itself"
+    elif isinstance(error, OverflowError):
+        why = "an int of data has at most 64 bits"
+    else:
+        why = text_of(error)
+    return MarshalError(f"{path} cannot cross a data door: {why}", may_have_run=may_have_run)
+
+
+_STEPS = 64  # of a path
+
+
+def _find(path: str, value: Any, to: Credentials | None) -> str | None:
+    """Find what cannot be written, and the path to it; None if nothing stands in the way."""
+    if _fails(value, to):
+        for _ in range(_STEPS):
+            step = next(((name, part) for name, part in _parts(value) if _fails(part, to)), None)
+            if step is None:
+                break
+            path, value = path + step[0], step[1]
+        return path
+    return None
+
+
+def _fails(value: Any, to: Credentials | None) -> bool:
+    try:
+        _encode(value, to)
+    except Exception:
+        return True
+    return False
+
+
+def _parts(value: Any) -> Iterator[tuple[str, Any]]:
+    """The parts of a value, and how one gets to them."""
+    if isinstance(value, dict):
+        for key, part in value.items():
+            yield f"[key {clip(repr(key), 64)}]", key
+            yield f"[{clip(repr(key), 64)}]", part
+    elif isinstance(value, list | tuple | set | frozenset):
+        for place, part in enumerate(value):
+            yield f"[{place}]", part
+    else:
+        for name in _fields_of(value):
+            if hasattr(value, name):
+                yield f".{name}", getattr(value, name)
+
+
+def _fields_of(value: Any) -> Sequence[str]:
+    kind = type(value)
+    if isinstance(value, msgspec.Struct):
+        return kind.__struct_fields__  # type: ignore[no-any-return]
+    fields = getattr(kind, "__dataclass_fields__", None)
+    if fields is None and attrs.has(kind):
+        return [each.name for each in attrs.fields(kind)]
+    return tuple(fields or ())
+
+
+# --- the public verbs -----------------------------------------------------------------------------
+
+
+def pack_arguments(
+    args: tuple[Any, ...], kwargs: dict[str, Any], to: Credentials | None = None
+) -> Parcel:  # fmt: skip
+    """
+    Marshal the arguments of a call; the parcel is to be released when the call is over.
+
+    Args:
+        to: who will have them.
+
+    Raises:
+        MarshalError: one of them is no data; it names the path to it.  Nothing was sent.
+    """
+    try:
+        data, luggage, _ = _encode((args, kwargs), to)
+        return data, (), luggage.seal()
+    except Exception as error:
+        parts = (("args", args), ("kwargs", kwargs))
+        raise _cannot_write(parts, error, to, may_have_run=False) from error
+
+
+def unpack_arguments(data: Data) -> tuple[list[msgspec.Raw], dict[str, msgspec.Raw]]:
+    """
+    Take the arguments of a call apart, for ``convert``, nothing of them having been read.
+
+    Raises:
+        MarshalError: these are no arguments.
+    """
+    try:
+        return _read_call.decode(data)
+    except Exception as error:
+        raise _misfit(f"what arrived are no arguments: {text_of(error)}") from error
+
+
+def reading(arrivals: Arrivals, read: Callable[[], Any]) -> Any:
+    """Read something that may name descriptors, of these; whoever called owns what is left of them."""
+    token = _arrivals.set(arrivals)
+    try:
+        return read()
+    finally:
+        _arrivals.reset(token)
+
+
+def pack_exception(error: BaseException, *, text: bool, paths: bool, frames: bool) -> Parcel:
+    """
+    Marshal what left a procedure.  Never fails.
+
+    Args:
+        text: say what its text is, and not only its type.
+        paths: also the file names that an ``OSError`` of the system has.
+        frames: send the traceback along.
+    """
+    said = clip(_said(error, paths), _MAX_TEXT) if text else None
+    trace = clip(traceback_of(error), MAX_TRACEBACK) if frames else None
+    return _EXCEPTION + _encode([name_of(error), _whole(said), _whole(trace)])[0], (), ()
+
+
+def _whole(text: str | None) -> str | None:
+    """Replace what cannot be written as UTF-8: lone surrogates, of a file's name perhaps."""
+    return None if text is None else text.encode("utf-8", "backslashreplace").decode()
+
+
+def _said(error: BaseException, paths: bool) -> str:
+    try:
+        if isinstance(error, OSError) and error.errno is not None and not paths:
+            return error.strerror or ""
+        if type(error) is KeyError and len(error.args) == 1 and isinstance(error.args[0], str):
+            return error.args[0]  # the ``str`` of it has quotes around, and would get more
+    except Exception:
+        return ""
+    return text_of(error)
+
+
+def is_told(error: BaseException, errors: tuple[type[BaseException], ...] | None) -> bool:
+    """Tell whether strangers are told the text of an exception: by the endpoint's word, or the table's."""
+    return type(error) in _TOLD if errors is None else isinstance(error, errors)
+
+
+_TOLD = frozenset(_RAISED.values())
+
+
+def pack_refusal(error: DoorError) -> Parcel:
+    """Marshal the library's own word about this call.  Never fails."""
+    kind = _BAD_RESULT if error.may_have_run else _MISFIT
+    return kind + _encode(_whole(clip(text_of(error), _MAX_TEXT)))[0], (), ()
+
+
+def unpack_outcome(data: Data, arrivals: Arrivals) -> Any:
+    """
+    Return what the procedure returned, or raise what it raised.
+
+    Raises:
+        ProtocolError: this is no outcome.
+        MarshalError: the arguments did not fit, or the result.
+        Exception: of the fixed table; a ``RemoteError`` for all else.
+    """
+    kind, body = bytes(data[:1]), memoryview(data)[1:]
+    try:
+        if kind == _RESULT:
+            return reading(arrivals, functools.partial(_read_plain.decode, body))
+        if kind == _EXCEPTION:
+            error: Exception = _rebuild(*_read_error.decode(body))
+        elif kind in (_MISFIT, _BAD_RESULT):
+            error = MarshalError(_read_text.decode(body), may_have_run=kind == _BAD_RESULT)
+        else:
+            raise ValueError("it is none of the four kinds")
+    except Exception as failure:
+        text = printable(f"what arrived is no outcome of a call: {text_of(failure)}")
+        raise ProtocolError(text, may_have_run=True) from failure
+    _raise(error)
+
+
+def read_text(piece: Any) -> str:
+    """Read a piece of the arguments that is a text.  Raises ``MarshalError`` if it is none."""
+    return _fit("args[0]", _read_text, piece)  # type: ignore[no-any-return]
+
+
+_read_error = Decoder(tuple[str, str | None, str | None])
+_read_text = Decoder(str)
+
+
+def _rebuild(name: str, text: str | None, trace: str | None) -> Exception:
+    kind = _RAISED.get(name)
+    error: Exception
+    if kind is not None:
+        error = kind() if text is None else kind(text)
+    else:
+        name = clip(name, _MAX_TEXT)
+        error = RemoteError(f"{name}: {text}" if text else name, type_name=name)
+    if trace is not None:
+        error.__cause__ = RemoteTraceback(trace)
+    return error
+
+
+def _raise(error: Exception) -> NoReturn:
+    try:
+        raise error
+    finally:
+        del error  # or this frame and the exception's traceback hold one another

@@ -1,0 +1,225 @@
+"""
+Doors that one user passes to another: who is believed, and what a passer gains (nothing).
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Any
+
+import pytest
+from support.actors import here
+
+from doorpool import (
+    AccessError,
+    BrokenDoorError,
+    Endpoint,
+    MarshalError,
+    Proxy,
+    RemoteError,
+    Server,
+    current_call,
+)
+
+#: Three users: a service, somebody in the middle, and a client.
+S, M, C = 4201, 6602, 4203
+
+
+def delete(what: str) -> str:
+    """What only its own user shall be able to have done."""
+    here.deleted.append((what, current_call().caller.uid))
+    return what
+
+
+def serve_deletions(path: str) -> int:
+    """A door of ours that decides by who calls: others get a refusal."""
+    here.deleted = []
+    here.server = Server()
+    here.server.attach(delete, path, codec="data", mode=0o666)
+    here.server.start()
+    return os.getpid()
+
+
+def deleted() -> list[Any]:
+    return here.deleted
+
+
+def call_back(door: Proxy, *words: Any) -> Any:
+    """A service that calls what it was given."""
+    here.given = door
+    return door(*words)
+
+
+def try_given() -> str:
+    """Say why the door that was given is not believed."""
+    with pytest.raises(AccessError) as caught:
+        here.given("again")
+    text = str(caught.value)
+    return text[text.index("believed are") : text.index("]") + 1]
+
+
+def serve_callbacks(path: str) -> None:
+    here.server = Server()
+    here.server.attach(call_back, path, codec="data", mode=0o666)
+    here.server.start()
+
+
+def pass_a_door(path: str, other: str, word: str) -> Any:
+    """Hand a service a door that is somebody else's, as if it were a callback."""
+    with Proxy(path, server={S, 0}) as service, Proxy(other, server={S, 0}) as door:
+        return service(door, word)
+
+
+@pytest.mark.ids("C11")
+@pytest.mark.parametrize("victim", [None, S], ids=["root", "user"])
+def test_a_passed_door_does_not_have_a_service_act_for_the_passer(actor, place, victim):
+    """S7: both services are the victim's own; he believes himself, but not on a stranger's word."""
+    deleter, service, stranger = actor(victim), actor(victim), actor(M)
+    deleter(serve_deletions, str(place / "delete.door"))
+    service(serve_callbacks, str(place / "callbacks.door"))
+    with pytest.raises(RemoteError, match="AccessError"):  # more a stranger is not told
+        stranger(pass_a_door, str(place / "callbacks.door"), str(place / "delete.door"), "the passer's wish")
+    assert service(try_given) == f"believed are the uids [{M}]"
+    assert deleter(deleted) == []
+
+
+def report(word: str) -> list[Any]:
+    return [word, os.geteuid(), current_call().caller.uid]
+
+
+def call_with_callback(path: str, word: str) -> Any:
+    with Proxy(path, server={S, 0}) as service, Endpoint(report, codec="data", linger=True) as callback:
+        return service(callback, word)
+
+
+@pytest.mark.parametrize("victim", [None, S], ids=["root", "user"])
+def test_a_strangers_own_callback_is_called(actor, place, victim):
+    """It runs as the stranger, who learns who calls."""
+    service, stranger = actor(victim), actor(M)
+    service(serve_callbacks, str(place / "callbacks.door"))
+    answer = stranger(call_with_callback, str(place / "callbacks.door"), "hello")
+    assert answer == ["hello", M, victim or 0]
+
+
+def call_with_pickle_callback(path: str, kind: str) -> str:
+    with Proxy(path, server={S, 0}) as service, Endpoint(report, name="mine", linger=True) as callback:
+        door = callback if kind == "endpoint" else Proxy(callback)
+        with pytest.raises(MarshalError) as caught:
+            service(door, "hello")
+        assert not callback.unreferenced  # it was not handed out, or the proxy has it
+        door.close()
+        return str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["endpoint", "proxy"])
+def test_a_pickle_callback_is_refused_where_it_is_made_to_cross(actor, place, kind):
+    service, stranger = actor(S), actor(M)
+    service(serve_callbacks, str(place / "callbacks.door"))
+    text = stranger(call_with_pickle_callback, str(place / "callbacks.door"), kind)
+    assert text.startswith("args[0] cannot cross a data door: the door 'mine' speaks pickle")
+    assert f"ours is {M}, and it would go to uid {S}" in text
+    assert 'make it with codec="data"' in text
+
+
+# -- a door through a door, and three users
+
+
+def give() -> Proxy:
+    return here.door
+
+
+def stand_between(inner: str, outer: str) -> int:
+    """Open somebody's door, and hand it out."""
+    here.door = Proxy(inner, server={S})
+    here.server = Server()
+    here.server.attach(give, outer, codec="data", mode=0o666)
+    here.server.start()
+    return here.door.fileno()
+
+
+def get_and_call(outer: str, server: set[int] | None) -> Any:
+    with Proxy(outer, server={M}) as front, front() as door:
+        if server is None:
+            return door("directly")
+        with Proxy(door, server=server) as widened:
+            return widened("directly")
+
+
+@pytest.fixture
+def relay(actor, place) -> Any:
+    """A service of one user, and somebody of another in front of it."""
+    service, between, client = actor(S), actor(M), actor(C)
+    service(serve_deletions, str(place / "delete.door"))
+    between(stand_between, str(place / "delete.door"), str(place / "front.door"))
+    return service, between, client
+
+
+@pytest.mark.ids("F13", "F14", "K3", "N11")
+def test_three_users_and_the_service_sees_the_client(relay, place):
+    service, _, client = relay
+    assert client(get_and_call, str(place / "front.door"), {S}) == "directly"
+    assert service(deleted) == [["directly", C]] or service(deleted) == [("directly", C)]
+
+
+@pytest.mark.ids("C11")
+def test_three_users_and_the_client_believes_whom_he_asked_only(relay, place):
+    service, _, client = relay
+    with pytest.raises(AccessError, match=rf"is not believed.*{S}"):
+        client(get_and_call, str(place / "front.door"), None)
+    assert service(deleted) == []
+
+
+def spoil(outer: str) -> int:
+    """Shut down the descriptor that we were given."""
+    import socket
+
+    with Proxy(outer, server={M}) as front, front() as door:
+        with socket.socket(fileno=os.dup(door.fileno())) as sock:
+            sock.shutdown(socket.SHUT_RDWR)
+        return door.fileno()
+
+
+def call_here(word: str) -> Any:
+    """Call, on a fresh channel, by the descriptor that we have."""
+    with Proxy(here.door, server={S}) as again:
+        return again(word)
+
+
+@pytest.mark.ids("U17")
+def test_what_is_passed_on_to_another_user_shares_no_fate(relay, place):
+    """S13: whoever got the door can spoil his own descriptor, and no other."""
+    _, between, client = relay
+    client(spoil, str(place / "front.door"))
+    assert between(call_here, "still there") == "still there"
+    assert client(get_and_call, str(place / "front.door"), {S}) == "directly"
+
+
+def hold(outer: str) -> None:
+    here.front = Proxy(outer, server={M})
+    here.held = Proxy(here.front(), server={S})
+
+
+def call_held(word: str) -> Any:
+    return here.held(word)
+
+
+def test_of_three_users_the_one_in_the_middle_may_go(relay, place):
+    service, between, client = relay
+    client(hold, str(place / "front.door"))
+    os.kill(between.pid, 9)
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        assert client(call_held, "on and on") == "on and on"
+        if len(service(deleted)) >= 3:
+            break
+
+
+def test_of_three_users_the_service_may_go(relay, place):
+    service, between, client = relay
+    client(hold, str(place / "front.door"))
+    os.kill(service.pid, 9)
+    with pytest.raises(BrokenDoorError):
+        client(call_held, "anybody there?")
+    with pytest.raises(BrokenDoorError):
+        between(call_here, "anybody there?")

@@ -1,0 +1,270 @@
+"""
+``doorpool._shuttle.Page``, method by method: both ends of one page in this process.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import struct
+import threading
+import time
+
+import pytest
+
+from doorpool import _impl
+
+pytestmark = pytest.mark.skipif(_impl.NAME != "c", reason="no compiled shuttle here")
+
+shuttle = _impl.shuttle
+SECOND = 1_000_000_000  # nanoseconds
+ME = struct.pack("3i", os.getpid(), os.geteuid(), os.getegid())
+SPINS = {"spinning": 5 * SECOND, "parked": 0}
+
+
+class Ends:
+    """A client's and a server's page, on one memory and one pair of sockets."""
+
+    def __init__(self, spin: int) -> None:
+        self.sockets = socket.socketpair()
+        for each in self.sockets:
+            each.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+        number = shuttle.make_page()
+        try:
+            self.client, self.server = (
+                shuttle.Page(number, each.fileno(), ME, -1, spin) for each in self.sockets
+            )
+        finally:
+            os.close(number)
+
+    def close(self) -> None:
+        self.client.close()
+        self.server.close()
+        for each in self.sockets:
+            each.close()
+
+
+@pytest.fixture
+def ends():
+    it = Ends(0)
+    yield it
+    it.close()
+
+
+@pytest.fixture(params=list(SPINS))
+def waiting(request):
+    it = Ends(SPINS[request.param])
+    yield it
+    it.close()
+
+
+# -- what is no page
+
+
+def test_what_is_no_page(ends):
+    sock = ends.sockets[0].fileno()
+    plain = os.memfd_create("x", os.MFD_ALLOW_SEALING)
+    try:
+        for size in (0, shuttle.PAGE_BYTES):  # of the right size, and not sealed
+            os.ftruncate(plain, size)
+            with pytest.raises(shuttle.PageError, match="no page"):
+                shuttle.Page(plain, sock, ME, -1, 0)
+    finally:
+        os.close(plain)
+    with pytest.raises((shuttle.PageError, OSError)):
+        shuttle.Page(-1, sock, ME, -1, 0)
+
+
+@pytest.mark.parametrize("credentials", [b"", ME[:-1], ME + b"\0"])
+def test_what_is_no_ucred(ends, credentials):
+    number = shuttle.make_page()
+    try:
+        with pytest.raises(ValueError, match="no credentials"):
+            shuttle.Page(number, ends.sockets[0].fileno(), credentials, -1, 0)
+    finally:
+        os.close(number)
+
+
+# -- arguments
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        ((), TypeError),
+        ((b"", 0), TypeError),
+        ((b"", 0, 0, 0), TypeError),
+        (("text", 0, 0), TypeError),
+        ((b"", -1, 0), OverflowError),
+        ((b"", 1 << 32, 0), OverflowError),
+        ((b"", 0, 1 << 63), OverflowError),
+        ((b"", None, 0), TypeError),
+    ],
+)
+def test_bad_arguments_post_nothing(ends, arguments, error):
+    with pytest.raises(error):
+        ends.client.post(*arguments)
+    assert ends.server.take() == shuttle.BY_SOCKET
+    assert ends.client.post(b"after it", 0, 0) is True
+    assert ends.server.take()[0] == b"after it"
+
+
+@pytest.mark.parametrize("method", ["wait", "linger"])
+@pytest.mark.parametrize(("value", "error"), [("soon", TypeError), (1 << 63, OverflowError)])
+def test_bad_times_and_sets(ends, method, value, error):
+    with pytest.raises(error):
+        getattr(ends.client, method)(value)
+
+
+def test_limit_cpus_takes_a_number():
+    with pytest.raises(TypeError):
+        shuttle.limit_cpus("all")
+    with pytest.raises(OverflowError):
+        shuttle.limit_cpus(1 << 64)
+
+
+# -- calls
+
+
+def test_a_call_there_and_back(ends):
+    for number in range(1, 4):
+        before = time.monotonic_ns()
+        assert ends.client.post(memoryview(b"request"), 3, 77) is True
+        data, manifest, left, sent = ends.server.take()
+        assert (data, manifest, left) == (b"request", 3, 77)
+        assert before <= sent <= time.monotonic_ns()
+        assert ends.server.answer(bytearray(b"reply"), 0) is True
+        assert ends.client.wait(SECOND) == b"reply"
+        assert ends.client.number == ends.server.number == number
+    assert ends.client.post(b"", 0, 0) is True
+    assert ends.server.take()[0] == b""
+    assert ends.server.answer(b"manifest", 8) is True
+    assert ends.client.wait(SECOND) == (b"manifest", 8)
+
+
+def test_the_largest_request_and_reply_that_fit(ends):
+    for size in (shuttle.ROOM - 1, shuttle.ROOM):
+        assert ends.client.post(bytes(size), 0, 0) is True
+        assert len(ends.server.take()[0]) == size
+        assert ends.server.answer(b"", 0) is True
+        assert ends.client.wait(SECOND) == b""
+    assert ends.client.post(bytes(1 << 20), 0, 0) == shuttle.TOO_LARGE
+    assert ends.client.post(b"fits", 0, 0) is True
+    assert ends.server.take()[0] == b"fits"
+    assert ends.server.answer(bytes(1 << 20), 0) is False
+    assert ends.server.answer(b"fits too", 0) is True
+    assert ends.client.wait(SECOND) == b"fits too"
+
+
+def test_a_request_by_socket_is_accepted_once_it_was_announced(ends):
+    assert ends.server.accept() is False
+    assert ends.client.announce() is True
+    assert ends.server.accept() is True
+    assert ends.server.accept() is False
+    ends.server.answer_by_socket()
+    assert ends.client.wait(SECOND) == shuttle.BY_SOCKET
+
+
+def test_only_what_was_not_taken_is_withdrawn(ends):
+    assert ends.client.post(b"taken", 0, 0) is True
+    assert ends.server.take()[0] == b"taken"
+    assert ends.client.withdraw() is False
+
+
+def test_what_was_withdrawn_is_never_taken(ends):
+    assert ends.client.post(b"withdrawn", 0, 0) is True
+    assert ends.client.withdraw() is True
+    assert type(ends.server.take()) is int
+    assert ends.server.accept() is False
+
+
+def test_a_page_that_was_shut_takes_no_call(ends):
+    ends.server.shut()
+    assert ends.client.post(b"late", 0, 0) is False
+    assert ends.client.announce() is False
+
+
+def test_a_closed_page(ends):
+    for page in (ends.client, ends.server):
+        page.close()
+        page.close()
+        assert page.closed
+        page.shut()
+        for method, *arguments in (
+            ("post", b"", 0, 0), ("wait", 0), ("announce",), ("withdraw",), ("linger", -1),
+            ("take",), ("park",), ("accept",), ("answer", b"", 0), ("answer_by_socket",),
+        ):  # fmt: skip
+            with pytest.raises(ValueError, match="closed"):
+                getattr(page, method)(*arguments)
+
+
+# -- time, signals, races
+
+
+def test_a_wait_ends_when_its_time_is_over(waiting):
+    assert waiting.client.post(b"", 0, 0) is True
+    started = time.monotonic()
+    assert waiting.client.wait(SECOND // 20) == shuttle.NOTHING
+    assert 0.05 <= time.monotonic() - started < 0.5
+
+
+@pytest.mark.ids("X19")
+def test_ctrl_c_takes_effect_while_one_waits(waiting):
+    assert waiting.client.post(b"", 0, 0) is True
+    struck = []
+
+    def strike() -> None:
+        time.sleep(0.05)
+        struck.append(time.monotonic())
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+
+    thread = threading.Thread(target=strike)
+    thread.start()
+    with pytest.raises(KeyboardInterrupt):
+        waiting.client.wait(10 * SECOND)
+    assert time.monotonic() - struck[0] < 0.2
+    thread.join()
+    assert waiting.server.take()[0] == b""
+    assert waiting.server.answer(b"still on", 0) is True
+    assert waiting.client.wait(SECOND) == b"still on"
+
+
+def test_another_thread_that_uses_a_page_in_use_is_refused(waiting):
+    assert waiting.client.post(b"", 0, 0) is True
+    told = []
+    thread = threading.Thread(target=lambda: told.append(waiting.client.wait(10 * SECOND)))
+    thread.start()
+    deadline = time.monotonic() + 5
+    while time.monotonic() < deadline:
+        try:
+            waiting.client.wait(0)
+        except RuntimeError as error:
+            assert "one thread at a time" in str(error)  # noqa: PT017
+            break
+    else:
+        pytest.fail("it was never refused")
+    waiting.server.take()
+    waiting.server.answer(b"for the first", 0)
+    thread.join()
+    assert told == [b"for the first"]
+
+
+@pytest.mark.ids("E13")
+def test_of_a_taker_and_a_withdrawer_one_wins(many):
+    for _ in range(many(200, 5_000)):
+        ends = Ends(0)
+        start, taken = threading.Barrier(2), []
+
+        def take(ends=ends, start=start, taken=taken) -> None:
+            start.wait()
+            taken.append(type(ends.server.take()) is tuple)
+
+        thread = threading.Thread(target=take)
+        assert ends.client.post(b"", 0, 0) is True
+        thread.start()
+        start.wait()
+        withdrawn = ends.client.withdraw()
+        thread.join()
+        ends.close()
+        assert taken == [not withdrawn]
