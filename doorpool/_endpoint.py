@@ -138,7 +138,7 @@ class Endpoint:
     """
 
     def __init__(
-        self, target: Callable[..., Any], *, name: str | None = None, mode: int = 0o600,
+        self, target: Any, *, name: str | None = None, mode: int = 0o600,
         codec: str = "pickle", callers: Rule | None = None,
         errors: Collection[type[BaseException]] | None = None, tracebacks: bool = False,
         trust: str = "namespace", threads: int | None = None, expose: Iterable[str] | None = None,
@@ -490,7 +490,7 @@ class Endpoint:
         if not isinstance(self.target, Facade):
             return
         try:
-            self.target.abandon(f"{self.name}: whoever had entered it is gone")
+            self.target.abandon(f"{self.name}: whoever had entered it is gone", final=self._closed)
         except BaseException as error:
             log.error("%s: leaving it for a caller who is gone has failed", self.name, exc_info=error)
 
@@ -528,7 +528,7 @@ class Endpoint:
         Answer one invocation, whatever happens; return whether the procedure returned.
 
         Runs in a server thread.  All of an everyday call is in here, for each function more is a
-        fiftieth of it; and what its caller need not wait for comes behind the answer.
+        fiftieth of it.
         """
         # step: call-taken
         if self._plan is not None:
@@ -546,6 +546,8 @@ class Endpoint:
         try:
             # step: procedure-begins
             value = self.target(*args, **kwargs) if kwargs else self.target(*args)
+            if self._generation != _sockets.here():
+                _leave_forked_child(None)
             # step: procedure-ended
             data = shuttle.pack_value(value)
         except BaseException as error:
@@ -555,16 +557,12 @@ class Endpoint:
         else:
             del call, args, kwargs  # nothing holds them afterwards
             if data is not None and len(data) <= invocation.door.max_reply:
-                invocation.reply(data)  # a forked child that has come out of the procedure tells nobody
-                if self._generation != _sockets.here():
-                    _leave_forked_child(None)
+                invocation.reply(data)
                 return True
         finally:
             current.reset(token)
             invocation.call = None  # or the two would hold one another
         if outcome is None:
-            if self._generation != _sockets.here():
-                _leave_forked_child(None)
             outcome = self._result(invocation, value)
             del value
         else:

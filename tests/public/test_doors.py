@@ -4,6 +4,7 @@ Doors as arguments and results: what arrives, callbacks, whose they are, and whe
 
 from __future__ import annotations
 
+import errno
 import gc
 import inspect
 import os
@@ -17,7 +18,7 @@ from typing import Any
 
 import attrs
 import pytest
-from support import wait_until
+from support import run_as_uid, wait_until
 
 from doorpool import (
     AccessError,
@@ -27,6 +28,7 @@ from doorpool import (
     ClosedError,
     Credentials,
     Descriptor,
+    DoorError,
     Endpoint,
     LimitError,
     MarshalError,
@@ -40,6 +42,7 @@ from doorpool import (
     take,
 )
 from doorpool import _doors as doors
+from doorpool import _janitor as janitor
 from doorpool._keeper import keeper
 
 PATIENCE = 20.0
@@ -271,6 +274,27 @@ def test_a_door_does_not_cross_in_an_exception(serve, connect):
             raise RemoteError(str(error.__notes__)) from None
 
 
+@pytest.mark.parametrize("codec", ["pickle", "data"])
+@pytest.mark.parametrize("errno_", [errno.EMFILE, errno.ENFILE])
+def test_no_descriptor_for_a_door_that_is_to_go_along(serve, connect, monkeypatch, codec, errno_):
+    def fail(self: Endpoint) -> Descriptor:
+        raise OSError(errno_, os.strerror(errno_))
+
+    with Endpoint(echo, codec=codec, linger=True) as endpoint:
+        serve(lambda value=None: endpoint, codec=codec)
+        monkeypatch.setattr(Endpoint, "open", fail)
+        with pytest.raises(OSError, match=r"descriptor|open files") as caught:
+            connect()(endpoint)
+        assert not isinstance(caught.value, DoorError)
+        assert caught.value.errno == errno_
+        kind = BusyError if codec == "pickle" else MarshalError  # of which a data door has no more kinds
+        with pytest.raises(kind, match="the result cannot be sent") as caught:
+            connect()()
+        assert caught.value.may_have_run
+        monkeypatch.undo()
+        assert connect()()(5) == 5
+
+
 # -- nothing is opened
 
 
@@ -320,7 +344,7 @@ def test_a_silent_door_is_waited_for_until_the_calls_time_is_over(far, serve, co
     assert came.pid() == far.child.pid
 
 
-@pytest.mark.parametrize("what", ["pipe", "stream", "silent", "closed"])
+@pytest.mark.parametrize("what", ["pipe", "inet", "stream", "silent", "closed"])
 def test_what_is_no_door_is_refused_where_it_arrives(what):
     one, other = socket.socketpair(
         socket.AF_UNIX, socket.SOCK_STREAM if what == "stream" else socket.SOCK_SEQPACKET
@@ -328,13 +352,51 @@ def test_what_is_no_door_is_refused_where_it_arrives(what):
     with one, other:
         if what == "closed":
             other.close()
-        number = os.open(os.devnull, os.O_RDONLY) if what == "pipe" else os.dup(one.fileno())
+        if what == "inet":
+            with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as inet:
+                number = os.dup(inet.fileno())
+        else:
+            number = os.open(os.devnull, os.O_RDONLY) if what == "pipe" else os.dup(one.fileno())
         with Descriptor(number) as descriptor:
             before = time.monotonic()
             with pytest.raises(NotADoorError):
                 doors.arrive(descriptor, os.geteuid())
             assert time.monotonic() - before < 1.0
             assert not descriptor.closed
+
+
+def test_a_strangers_door_is_closed_by_those_who_have_time(far, monkeypatch):
+    """S10: what lies in its queue may hold whoever closes it up."""
+    left: list[tuple[list[int], int | None]] = []
+
+    def note(numbers: list[int], uid: int | None) -> None:
+        if numbers:
+            left.append((list(numbers), uid))
+
+    monkeypatch.setattr(janitor, "close_later", note)
+    with far("backend")() as backend:
+        stranger = doors.arrive(Descriptor(os.dup(backend.fileno())), 12345)
+        number = stranger.fileno()
+        stranger.close()
+        assert left == [([number], 12345)]
+        os.close(number)
+    assert len(left) == 1
+
+
+def test_a_proxy_that_arrived_goes_on_in_a_forked_child(far):
+    backend = far("backend")()
+    assert run_as_uid(None, backend.pid) == far.child.pid
+    assert backend.pid() == far.child.pid
+    assert run_as_uid(None, backend.pid) == far.child.pid
+
+
+def test_a_call_through_a_door_that_has_come_home_and_would_wait_for_itself_is_refused(serve, connect):
+    server = serve(lambda door: door(), server={"max_threads": 1})
+    with (
+        server.attach(Endpoint(echo, linger=True)) as endpoint,
+        pytest.raises(RemoteError, match="BusyError"),
+    ):
+        connect()(endpoint)
 
 
 # -- whom to believe
@@ -471,6 +533,53 @@ def test_the_shorter_of_two_deadlines_counts(far, serve, connect):
     assert left.get() <= 2
     connect().options(timeout=3)(Endpoint(note), 60)
     assert left.get() <= 3
+
+
+def test_a_client_that_is_killed_in_its_callback_is_an_error_in_the_procedure(
+    serve, connect, spawn_python, door_dir
+):
+    ends: queue.SimpleQueue[Any] = queue.SimpleQueue()
+
+    def work(callback: Proxy) -> None:
+        try:
+            callback()
+        except BrokenDoorError as error:
+            ends.put(error.may_have_run)
+
+    serve(work)
+    client = spawn_python(
+        """
+        import time
+        from doorpool import Endpoint, Proxy
+
+        def stay():
+            ready()
+            time.sleep(60)
+
+        Proxy("a.door")(Endpoint(stay))
+        """,
+        cwd=door_dir,
+    )
+    client.wait_ready()
+    client.kill()
+    assert ends.get(timeout=PATIENCE) is True
+    with Endpoint(echo) as endpoint:
+        connect()(endpoint)
+
+
+def test_a_server_that_is_killed_in_a_callback_is_an_error_for_its_caller(far):
+    ended = threading.Event()
+
+    def kill() -> None:
+        far.child.kill()
+        ended.set()
+
+    endpoint = Endpoint(kill)
+    with pytest.raises(BrokenDoorError) as caught:
+        far("call")(endpoint)
+    assert caught.value.may_have_run
+    assert ended.wait(PATIENCE)
+    wait_until(lambda: endpoint.closed)
 
 
 def test_a_proxy_that_a_procedure_has_opened_itself_keeps_its_own_time(serve, connect, door_dir):
