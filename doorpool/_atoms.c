@@ -26,8 +26,8 @@
 #include <stdint.h>
 #include <string.h>
 
-#define MOST_BYTES 1024 /* of a pickle: in longer ones the copying counts, and not what is saved here */
-#define MOST_VALUES 64  /* that a reader has in hand at a time */
+#define MOST_BYTES 4096 /* of a pickle: in longer ones the copying counts, and not what is saved here */
+#define MOST_VALUES 512 /* that a reader has in hand at a time */
 #define MOST_CONTAINERS 16
 #define SHORT 255       /* bytes of a string whose length is one byte */
 

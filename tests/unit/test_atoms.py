@@ -100,13 +100,13 @@ def test_all_else_is_left_to_pickle(value: Any) -> None:
 
 
 def test_what_is_long_or_many_is_left_to_pickle() -> None:
-    assert atoms.pack_call(("x" * 255,) * 5, {}) is None
+    assert atoms.pack_call(("x" * 255,) * 16, {}) is None
     assert atoms.pack_call((), {type("Name", (str,), {})("a"): 1}) is None
     assert atoms.pack_value([[] for _ in range(15)]) is not None
     assert atoms.pack_value([[] for _ in range(16)]) is None
-    many = atoms.pack_call(tuple(range(65)), {})
+    many = atoms.pack_call(tuple(range(513)), {})
     assert atoms.unpack_call(many) is None
-    assert pickle.loads(many) == (tuple(range(65)), {})
+    assert pickle.loads(many) == (tuple(range(513)), {})
 
 
 def test_an_object_that_is_there_twice_is_left_to_pickle() -> None:
