@@ -329,6 +329,7 @@ def test_a_dead_door_says_so_when_it_is_called(far, serve, connect):
         came.pid()
     assert not caught.value.may_have_run
     assert not came.alive
+    came.close()  # ``caught`` has this frame
 
 
 def test_a_silent_door_is_waited_for_until_the_calls_time_is_over(far, serve, connect):
@@ -342,6 +343,7 @@ def test_a_silent_door_is_waited_for_until_the_calls_time_is_over(far, serve, co
     assert not caught.value.may_have_run
     far.child.cont()
     assert came.pid() == far.child.pid
+    came.close()  # ``caught`` has this frame
 
 
 @pytest.mark.parametrize("what", ["pipe", "inet", "stream", "silent", "closed"])
