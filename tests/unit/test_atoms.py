@@ -56,7 +56,7 @@ def same(one: Any, other: Any) -> bool:
 def is_much(value: Any) -> bool:
     """Tell whether a value is more than is looked at: bytes, or containers."""
     return (
-        len(pickle.dumps(value, 5)) > 1000
+        len(pickle.dumps(value, 5)) > 3000
         or repr(value).count("(") + len(re.findall(r"[\[{]", repr(value))) > 16
     )
 
