@@ -433,7 +433,7 @@ CHILDREN = """
         while os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is None:
             if time.monotonic() > deadline:
                 os.kill(pid, signal.SIGKILL)
-            elif time.monotonic() > sent + 0.1:  # Python 3.13.0, forked in a thread, hears it only while it sleeps
+            elif time.monotonic() > sent + 0.1:  # in a thread's child 3.13.0 hears it only asleep
                 os.kill(pid, number)
                 sent = time.monotonic()
             time.sleep(0.001)
