@@ -33,20 +33,22 @@ leaves the procedure as its exception.
 from __future__ import annotations
 
 import os
+import socket
 import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Protocol
 
-from doorpool import _data, _passing
+from doorpool import _data, _passing, _sockets
 from doorpool._call import current
-from doorpool._credentials import Credentials
+from doorpool._credentials import Credentials, is_strange
 from doorpool._descriptor import Descriptor
 from doorpool._door import crossing_bar, door_made_with
 from doorpool._endpoint import Endpoint
 from doorpool._errors import BrokenDoorError, CallTimeoutError, ClosedError, MarshalError, NotADoorError
 from doorpool._handle import Handle, deadline_after
 from doorpool._info import describe
+from doorpool._janitor import close_all
 from doorpool._objects import CALL
 from doorpool._passing import Departure, Recipe
 from doorpool._proxy import DataLine, Line, Proxy, proxy_of
@@ -75,6 +77,8 @@ class _ArrivedLine(Line):
             number, open_timeout=_OPENING, reopens=False, trust="namespace", server=believed, spin=None
         )
         self.warns = False  # nobody has opened it by himself
+        if is_strange(passer):
+            self.handle.stranger = passer
         self._believed = passer, self.handle.greeting.codec
         self.enters = bool(self.handle.greeting.attributes & Attribute.CONTEXT_MANAGER)
 
@@ -199,6 +203,19 @@ def _copy(proxy: Proxy) -> Descriptor:
     return Descriptor(os.dup(number))
 
 
+class _Foreign(Descriptor):
+    """What somebody else's server has made, who can have the close take as long as he likes."""
+
+    __slots__ = ("uid",)
+    uid: int | None
+
+    def close(self) -> None:
+        """Close it; idempotent."""
+        if is_strange(self.uid) and not self.closed:
+            close_all([self.take()], self.uid)
+        super().close()
+
+
 def fresh(proxy: Proxy) -> Descriptor:
     """
     Have the server of a door make a descriptor of it that shares its fate with no other.
@@ -208,7 +225,9 @@ def fresh(proxy: Proxy) -> Descriptor:
     """
     line = proxy._line
     deadline = deadline_after(_OPENING if proxy._timeout is None else proxy._timeout)
-    return Descriptor(line.handle.ask_descriptor(deadline))
+    made = _Foreign(line.handle.ask_descriptor(deadline))
+    made.uid = line.handle.server.uid
+    return made
 
 
 def _reduce(door: Any, departure: Departure) -> Recipe:
@@ -229,6 +248,8 @@ def arrive(descriptor: Descriptor, passer: int | None) -> Proxy:
     Raises:
         NotADoorError: it is none.
     """
+    if _sockets.domain_of(descriptor.fileno()) != socket.AF_UNIX:  # more is not asked of a stranger's
+        raise NotADoorError("what was passed as a door is no local socket")
     try:
         line = _ArrivedLine(descriptor.fileno(), passer)
     except (CallTimeoutError, BrokenDoorError) as error:
@@ -256,8 +277,12 @@ def _reduce_data(door: Any, luggage: _data.Luggage) -> bytes:
 
 
 def _rebuild_data(body: bytes, arrivals: _data.Arrivals) -> Proxy:
-    with Descriptor(arrivals.take(int.from_bytes(body, "big"))) as descriptor:
+    descriptor = Descriptor(arrivals.take(int.from_bytes(body, "big")))
+    try:
         return arrive(descriptor, arrivals.passer)
+    except BaseException:
+        close_all([descriptor.take()], arrivals.passer)
+        raise
 
 
 _data.register(Endpoint, 2, _reduce_data, _rebuild_data)

@@ -81,7 +81,7 @@ from doorpool._errors import (
 )
 from doorpool._gate import check_descriptors, flatten
 from doorpool._impl import shuttle
-from doorpool._janitor import close_all, close_socket
+from doorpool._janitor import NOBODY, close_all, close_socket
 from doorpool._sockets import MAX_DESCRIPTORS
 from doorpool._wire import Attribute, Codec, Frame, Greeting, Kind, Knock, Reason, Refusal
 
@@ -257,6 +257,8 @@ class Handle:
         words = words or Knock(sys.version_info[:2])
         self._words = attrs.evolve(words, page=shuttle.PAGE_BYTES, segments=True)
         self._spin = check_spin(spin)
+        #: Who has passed us the descriptor, if a stranger has: to close it may take what he likes.
+        self.stranger: int | None = NOBODY
         self._owner: int | None = None
         self.path: str | None = None
         self._closed = False
@@ -473,7 +475,7 @@ class Handle:
             with self._lock:
                 self._users -= 1
                 if self._closed and not self._users:
-                    self._socket.close()
+                    self._close_descriptor()
 
     def _dial(self, deadline: float | None) -> Channel:
         """Open a channel: knock, hear the answer, and decide whether to believe it."""
@@ -704,7 +706,7 @@ class Handle:
         came = self.call_until(deadline, _wire.HAND_OUT, kind=_PING)
         descriptors = came[2] if isinstance(came, tuple) else []
         if len(descriptors) != 1:
-            close_all(descriptors)
+            close_all(descriptors, self.server.uid)
             raise BusyError(f"{self.name}: the server has made no descriptor of its door")
         return descriptors.pop()
 
@@ -1129,13 +1131,19 @@ class Handle:
         with self._lock:
             self._closed = True
             if not self._users:
-                self._socket.close()
+                self._close_descriptor()
         # step: closing
         while True:
             try:
                 self._idle.pop().close()
             except IndexError:
                 return
+
+    def _close_descriptor(self) -> None:
+        if self.stranger == NOBODY:
+            self._socket.close()
+        elif (number := self._socket.detach()) >= 0:
+            close_all([number], self.stranger)
 
 
 _crossing = threading.Lock()

@@ -17,7 +17,7 @@ from typing import Any
 
 import attrs
 import pytest
-from support import wait_until
+from support import run_as_uid, wait_until
 
 from doorpool import (
     AccessError,
@@ -40,6 +40,7 @@ from doorpool import (
     take,
 )
 from doorpool import _doors as doors
+from doorpool import _janitor as janitor
 from doorpool._keeper import keeper
 
 PATIENCE = 20.0
@@ -320,7 +321,7 @@ def test_a_silent_door_is_waited_for_until_the_calls_time_is_over(far, serve, co
     assert came.pid() == far.child.pid
 
 
-@pytest.mark.parametrize("what", ["pipe", "stream", "silent", "closed"])
+@pytest.mark.parametrize("what", ["pipe", "inet", "stream", "silent", "closed"])
 def test_what_is_no_door_is_refused_where_it_arrives(what):
     one, other = socket.socketpair(
         socket.AF_UNIX, socket.SOCK_STREAM if what == "stream" else socket.SOCK_SEQPACKET
@@ -328,13 +329,51 @@ def test_what_is_no_door_is_refused_where_it_arrives(what):
     with one, other:
         if what == "closed":
             other.close()
-        number = os.open(os.devnull, os.O_RDONLY) if what == "pipe" else os.dup(one.fileno())
+        if what == "inet":
+            with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as inet:
+                number = os.dup(inet.fileno())
+        else:
+            number = os.open(os.devnull, os.O_RDONLY) if what == "pipe" else os.dup(one.fileno())
         with Descriptor(number) as descriptor:
             before = time.monotonic()
             with pytest.raises(NotADoorError):
                 doors.arrive(descriptor, os.geteuid())
             assert time.monotonic() - before < 1.0
             assert not descriptor.closed
+
+
+def test_a_strangers_door_is_closed_by_those_who_have_time(far, monkeypatch):
+    """S10: what lies in its queue may hold whoever closes it up."""
+    left: list[tuple[list[int], int | None]] = []
+
+    def note(numbers: list[int], uid: int | None) -> None:
+        if numbers:
+            left.append((list(numbers), uid))
+
+    monkeypatch.setattr(janitor, "close_later", note)
+    with far("backend")() as backend:
+        stranger = doors.arrive(Descriptor(os.dup(backend.fileno())), 12345)
+        number = stranger.fileno()
+        stranger.close()
+        assert left == [([number], 12345)]
+        os.close(number)
+    assert len(left) == 1
+
+
+def test_a_proxy_that_arrived_goes_on_in_a_forked_child(far):
+    backend = far("backend")()
+    assert run_as_uid(None, backend.pid) == far.child.pid
+    assert backend.pid() == far.child.pid
+    assert run_as_uid(None, backend.pid) == far.child.pid
+
+
+def test_a_call_through_a_door_that_has_come_home_and_would_wait_for_itself_is_refused(serve, connect):
+    server = serve(lambda door: door(), server={"max_threads": 1})
+    with (
+        server.attach(Endpoint(echo, linger=True)) as endpoint,
+        pytest.raises(RemoteError, match="BusyError"),
+    ):
+        connect()(endpoint)
 
 
 # -- whom to believe
