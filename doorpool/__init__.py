@@ -11,6 +11,7 @@ Doors for Python on Linux: call a function of another process on the same machin
 The rooms of the house, from the roof down; each leans only on those below it:
 
     _server      Server                     _proxy      Proxy
+    _streams     iterators as arguments and results
     _doors       doors as arguments and results
     _endpoint    Endpoint                   _call       Call, current_call
     _info        DoorInfo
@@ -44,6 +45,7 @@ if not _sys.platform.startswith("linux"):
     raise ImportError(f"doorpool needs Linux 5.4 or newer, and this is {_sys.platform}")
 
 from doorpool import _doors as _doors
+from doorpool import _streams as _streams
 from doorpool._call import Call, current_call
 from doorpool._callers import Group, anyone
 from doorpool._credentials import Credentials

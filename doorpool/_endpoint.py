@@ -81,6 +81,29 @@ _Outcome = tuple[Parcel, bool, BaseException | None]
 _find_default_server: Callable[[], Server] | None = None
 
 
+class _Answering(threading.local):
+    """The endpoint whose result is being marshalled in this thread."""
+
+    endpoint: Endpoint | None = None
+
+
+answering = _Answering()
+
+
+class Marshalled:
+    """
+    A result that a procedure has marshalled by itself, to know what becomes of it.
+
+    Attributes:
+        parcel: as the codec of the door has made it; what goes along is still to be let go.
+    """
+
+    __slots__ = ("parcel",)
+
+    def __init__(self, parcel: Any) -> None:
+        self.parcel = parcel
+
+
 def provide_default_server(find: Callable[[], Server]) -> None:
     """Say how to get the server of endpoints that were made without one; for ``_server``."""
     global _find_default_server
@@ -588,10 +611,15 @@ class Endpoint:
 
     def _result(self, invocation: Invocation, value: Any) -> _Outcome:
         """Marshal what the procedure has returned."""
+        if type(value) is Marshalled:
+            return value.parcel, True, None
+        answering.endpoint = self
         try:
-            return pack_result(value, _peer(invocation)), True, None
+            return pack_result(value, peer_of(invocation)), True, None
         except BaseException as error:  # a result's own code may do anything while it is pickled
             return self._refusal(invocation, "the result", error, True)
+        finally:
+            answering.endpoint = None
 
     def _failure(self, invocation: Invocation, error: BaseException) -> _Outcome:
         """Marshal what has left the procedure."""
@@ -602,7 +630,7 @@ class Endpoint:
                 trace = trace.tb_next or trace
             BaseException.with_traceback(error, trace)
         self._log(error)
-        return pack_exception(error, _peer(invocation)), False, _interrupt(error)
+        return pack_exception(error, peer_of(invocation)), False, _interrupt(error)
 
     def _refusal(
         self, invocation: Invocation, what: str, error: BaseException, may_have_run: bool
@@ -613,7 +641,7 @@ class Endpoint:
             log.error("%s: %s", self.name, refusal, exc_info=error)
         else:
             log.warning("%s: %s: %s", self.name, invocation.credentials, refusal)
-        return pack_refusal(refusal, _peer(invocation)), False, _interrupt(error)
+        return pack_refusal(refusal, peer_of(invocation)), False, _interrupt(error)
 
     # -- answering where data is spoken --------------------------------------------------------
 
@@ -667,12 +695,17 @@ class Endpoint:
         finally:
             current.reset(token)
             invocation.call = None
+        if type(value) is Marshalled:
+            return value.parcel, value, None
+        answering.endpoint = self
         try:
             return plan.pack_result(value, invocation.credentials), value, None
         except BaseException as error:
             refusal = _marshal_error("the result", error, may_have_run=True)
             log.error("%s: %s", self.name, refusal, exc_info=error)
             return _data.pack_refusal(refusal), _NOTHING, _interrupt(error)
+        finally:
+            answering.endpoint = None
 
     def _make_plan(self) -> _data.Plan:
         """Look at the annotations of the target, or, of an object, of all that callers may reach."""
@@ -784,7 +817,7 @@ def _leave_forked_child(error: BaseException | None) -> NoReturn:
     os._exit(status & 0xFF)
 
 
-def _peer(invocation: Invocation) -> Dialect:
+def peer_of(invocation: Invocation) -> Dialect:
     """Return how the caller wants to be spoken to."""
     line = invocation.line
     if line.memo is None:
@@ -817,8 +850,6 @@ def _checked_target(target: Any) -> Callable[..., Any]:
     for function in (inner, type(inner).__call__):
         if inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function):
             raise TypeError(f"{target!r} is an async function, which a door cannot run")
-        if inspect.isgeneratorfunction(function):
-            raise TypeError(f"{target!r} is a generator function: its items cannot cross a door")
     return target  # type: ignore[no-any-return]
 
 
