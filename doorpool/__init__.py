@@ -13,6 +13,7 @@ The rooms of the house, from the roof down; each leans only on those below it:
     _server      Server                     _proxy      Proxy
     _streams     iterators as arguments and results
     _doors       doors as arguments and results
+    _progress    track
     _endpoint    Endpoint                   _call       Call, current_call
     _info        DoorInfo
     _threads     server threads: how many, when they come and go
@@ -68,6 +69,7 @@ from doorpool._errors import (
 )
 from doorpool._info import DoorInfo
 from doorpool._passing import take
+from doorpool._progress import track
 from doorpool._proxy import Proxy
 from doorpool._segments import buffer, empty
 from doorpool._server import Server, Statistics
@@ -100,6 +102,7 @@ __all__ = [
     "current_call",
     "empty",
     "take",
+    "track",
 ]
 
 __version__ = "0.1.0.dev0"

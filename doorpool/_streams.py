@@ -38,7 +38,6 @@ must be so for a call that is made once more through a reopened door, too, since
 
 from __future__ import annotations
 
-import contextlib
 import io
 import itertools
 import os
@@ -48,20 +47,19 @@ import time
 import types
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Generator, Iterator
 from functools import partial
-from typing import Any, ClassVar, NoReturn
+from typing import Any, NoReturn
 
 from doorpool import _data, _passing, _proxy, _sockets
 from doorpool._call import current
-from doorpool._credentials import Credentials
 from doorpool._descriptor import Descriptor
-from doorpool._doors import Luggage, arrive, check_crossing
-from doorpool._endpoint import Endpoint, Marshalled, answering, peer_of
-from doorpool._errors import BusyError, ClosedError, DoorError, LimitError, ProtocolError
+from doorpool._doors import arrive
+from doorpool._endpoint import Endpoint, Marshalled, answering, marshal_error, peer_of
+from doorpool._errors import BusyError, ClosedError, DoorError, LimitError, MarshalError, ProtocolError
 from doorpool._handle import deadline_after
 from doorpool._janitor import close_all
-from doorpool._marshal import pack_result
+from doorpool._marshal import pack_refusal, pack_result
 from doorpool._passing import Departure, Kind, Recipe
 from doorpool._proxy import Proxy
 from doorpool.door import Invocation
@@ -74,8 +72,16 @@ _ITEMS = 1024
 _BYTES = 256 * 1024
 _TIME = 0.002
 
+#: After this many items in one batch it is looked at the time and the bytes at every eighth only: that
+#: takes as long as the making of two.
+_MANY = 256
+_ONE, _FEW = range(1), range(8)
+
 #: Descriptors in a batch, of the 253 that a message may have.
 _DESCRIPTORS = 64
+
+#: Bytes that a pull may have, which says next to nothing.
+_REQUEST = 4096
 
 #: Seconds that ``Stream.close`` waits for the other side's ``finally``.
 _CLOSING = 5.0
@@ -155,7 +161,9 @@ class Pump:
         if self.endpoint is not None:
             return self.endpoint.open()
         name = getattr(self._iterator, "__qualname__", None) or type(self._iterator).__qualname__
-        endpoint = _StreamEndpoint(self.pull, name=str(name), codec=self._codec)
+        if answering.invocation is not None:
+            self.listener = answering.invocation.listener
+        endpoint = _StreamEndpoint(self.pull, name=str(name), codec=self._codec, max_request=_REQUEST)
         if origin is not None and origin.server is not None:
             origin.server._adopt(endpoint)
         self.endpoint = endpoint
@@ -168,13 +176,18 @@ class Pump:
     def pull(self, close: bool = False) -> Marshalled | None:
         """Answer a call of the door: with a batch; or close the iterator."""
         invocation = current.get()
+        invocation.listener = self.listener
         if close:
             self._closing = True
         left = -1.0 if invocation.deadline is None else max(0.0, invocation.deadline - time.monotonic())
         if not self._lock.acquire(timeout=left):
-            raise BusyError("another pull of this stream is still running", may_have_run=False)
+            busy = BusyError("another pull of this stream is still running", may_have_run=False)
+            return self._refusal(busy, invocation)
         try:
-            return self._close() if close else self._answer(invocation)
+            if not close:
+                return self._answer(invocation)
+            self._close()
+            return None
         finally:
             self._lock.release()
 
@@ -196,19 +209,33 @@ class Pump:
             items, late = self._take()
             try:
                 return self._send(items, invocation, late=late)
-            except Exception:
+            except Exception as error:
                 if not items or (len(items) == 1 and not self._spent):
                     self.end()
-                    raise
+                    return self._refusal(error, invocation)
             self._held.extend(items)
         if self._held:
             self._limit = 1
             return self._send_one(invocation)
-        error = self._error
-        if error is not None:
+        raised = self._error
+        if raised is not None:
             self.end()
-            self._raise(error)
-        return self._send([], invocation)
+            self._raise(raised)
+        try:
+            return self._send([], invocation)
+        except Exception as unfit:  # what the generator has returned
+            self.end()
+            return self._refusal(unfit, invocation)
+
+    def _refusal(self, error: Exception, invocation: Invocation) -> Marshalled:
+        """Marshal that something cannot be sent."""
+        refusal = marshal_error("an item of the stream", error, may_have_run=True)
+        if isinstance(refusal, MarshalError):
+            text = str(refusal).removeprefix("result").removeprefix("[0]")
+            refusal = MarshalError(f"an item of the stream{text}", may_have_run=True)
+        if self._codec == "data":
+            return Marshalled(_data.pack_refusal(refusal))
+        return Marshalled(pack_refusal(refusal, peer_of(invocation)))
 
     @staticmethod
     def _raise(error: BaseException) -> NoReturn:
@@ -234,13 +261,15 @@ class Pump:
         return items, False
 
     def _fill(self, items: list[Any], iterator: Iterator[Any]) -> bool:
-        append, clock, step, light = items.append, time.monotonic, iterator.__next__, _LIGHT
-        until, left = clock() + _TIME, _BYTES
-        for _ in range(self._limit):
-            item = step()
-            append(item)
-            if type(item) not in light:
-                left -= len(item) if type(item) is str else sys.getsizeof(item, 0)
+        append, clock, step = items.append, time.monotonic, iterator.__next__
+        until, left, count = clock() + _TIME, _BYTES, self._limit
+        stride = _FEW if count >= _MANY else _ONE
+        for _ in range(0, count, len(stride)):
+            for _ in stride:
+                append(step())
+            item = items[-1]
+            if type(item) not in _LIGHT:
+                left -= (len(item) if type(item) is str else sys.getsizeof(item, 0)) * len(stride)
             if clock() > until:
                 return True
             if left < 0 or self._closing:
@@ -252,9 +281,9 @@ class Pump:
         item = self._held.popleft()
         try:
             return Marshalled(self._pack([item], invocation))
-        except Exception:
+        except Exception as error:
             self.end()
-            raise
+            return self._refusal(error, invocation)
 
     def _send(self, items: list[Any], invocation: Invocation, *, late: bool = False) -> Marshalled:
         """
@@ -299,7 +328,8 @@ _PLAN = _data.Plan(lambda *_: None)
 
 
 def _bytes_of(parcel: Any) -> int:
-    return len(parcel[0]) + sum(buffer.nbytes for buffer in parcel[1])
+    beside: int = sum(buffer.nbytes for buffer in parcel[1])
+    return len(parcel[0]) + beside
 
 
 #: The pumps of this process, by the ids of their iterators, which they keep alive; and the codec.
@@ -359,35 +389,43 @@ class Stream:
         DoorError: of ``next``: the other side could not be asked.
     """
 
-    __slots__ = ("__weakref__", "_batch", "_ended", "_generation", "_lock", "_pop", "_proxy", "_pulled",
-                 "_value", "timeout")  # fmt: skip
+    __slots__ = ("__weakref__", "_batch", "_ended", "_generation", "_lock", "_proxy", "_pulled", "_value",
+                 "timeout")  # fmt: skip
 
     def __init__(self, proxy: Proxy) -> None:
         self.timeout: float | None = None
         self._proxy = proxy
-        self._batch: deque[Any] = deque()
-        self._pop = self._batch.popleft
+        self._batch: Iterator[Any] = iter([])  # what was read ahead; of a list, which knows its length
         self._ended = False
         self._pulled = False
         self._value: Any = None  # what the generator has returned
         self._lock = threading.RLock()  # a signal handler may take an item, or close
         self._generation = _sockets.generation
 
-    def __iter__(self) -> Stream:
-        return self
+    def __iter__(self) -> Generator[Any, None, Any]:
+        """
+        Return what goes through the items; itself would do, and take three times as long for each.
+
+        It has nothing of its own: to drop it leaves the stream as it is.
+        """
+        while True:
+            yield from self._batch
+            try:
+                item = self._pull()
+            except StopIteration as stop:
+                return stop.value
+            yield item
 
     def __next__(self) -> Any:
-        try:
-            return self._pop()
-        except IndexError:
-            pass
+        for item in self._batch:
+            return item
         return self._pull()
 
     def _pull(self) -> Any:
         with self._lock_here():
-            while True:  # another thread may have pulled meanwhile, or take what this one pulls
-                with contextlib.suppress(IndexError):
-                    return self._pop()
+            while True:
+                for item in self._batch:  # another thread may have pulled meanwhile
+                    return item
                 if self._ended:
                     value, self._value = self._value, None
                     raise StopIteration(value)
@@ -406,7 +444,7 @@ class Stream:
         except BaseException:  # whatever was on its way is lost
             self._end()
             raise
-        self._batch.extend(came)
+        self._batch = iter(came)
 
     def _call(self, *args: Any) -> Any:
         return self._proxy._line.call(args, {}, deadline_after(self.timeout))
@@ -437,7 +475,7 @@ class Stream:
         idle = lock.acquire(blocking=False)
         try:
             ended, self._ended = self._ended, True
-            self._batch.clear()
+            self._batch = iter([])
             if idle and self._pulled and not ended:
                 self._close_there()
         finally:
@@ -471,7 +509,7 @@ _crossing = threading.Lock()
 _LAZY = (
     types.GeneratorType, map, filter, zip, enumerate, reversed, type(iter(int, 1)),
     *(kind for kind in vars(itertools).values() if isinstance(kind, type)),
-    type(next(itertools.groupby([0]))[1]), type(itertools.tee(())[0]),
+    type(next(itertools.groupby([0]))[1]), itertools.tee(())[0].__class__,
 )  # fmt: skip
 
 _SAYS_HOW = ("__reduce__", "__reduce_ex__", "__getstate__")
@@ -495,7 +533,31 @@ def _rebuild(descriptor: Descriptor) -> Stream:
     return Stream(arrive(descriptor, os.geteuid()))
 
 
+_kind: type
 for _kind in _LAZY:
     _passing.register(_kind, _reduce, movable=False)
 _passing.iterator = Kind(_reduce, movable=False)
 _passing.is_iterator = is_iterator
+_proxy.timed.add(Stream)
+
+
+# -- where data is spoken -------------------------------------------------------------------------
+
+
+def _reduce_data(iterator: Iterator[Any], luggage: Any) -> bytes:
+    place = len(luggage)
+    luggage.give_later(partial(_hand_out, iterator, "data", answering.endpoint))
+    return place.to_bytes(2, "big")
+
+
+def _rebuild_data(body: bytes, arrivals: _data.Arrivals) -> Stream:
+    descriptor = Descriptor(arrivals.take(int.from_bytes(body, "big")))
+    try:
+        return Stream(arrive(descriptor, arrivals.passer))
+    except BaseException:
+        close_all([descriptor.take()], arrivals.passer)
+        raise
+
+
+_data.register(Stream, 4, _reduce_data, _rebuild_data)
+_data.register_iterators(Stream, _LAZY, is_iterator)
