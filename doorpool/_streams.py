@@ -19,6 +19,9 @@ the first is sent alone, and the second with the third), ``_ITEMS`` items, ``_BY
 seconds.  Nothing runs between two calls.  So the iterator is at most one batch ahead of the receiver, and
 an item is kept back for no longer than it takes to make the one after it.
 
+    A file, or what else crosses as itself, ends a batch, for ``with open(...) as file: yield file`` closes
+    it when it goes on.
+
     Bytes are those of the last batch for as many items as this one is to have, and within
     the batch, what ``sys.getsizeof`` says of each: one item that is huge ends it.
 
@@ -263,13 +266,17 @@ class Pump:
     def _fill(self, items: list[Any], iterator: Iterator[Any]) -> bool:
         append, clock, step = items.append, time.monotonic, iterator.__next__
         until, left, count = clock() + _TIME, _BYTES, self._limit
+        crosses = _passing.table
         stride = _FEW if count >= _MANY else _ONE
         for _ in range(0, count, len(stride)):
             for _ in stride:
                 append(step())
             item = items[-1]
-            if type(item) not in _LIGHT:
-                left -= (len(item) if type(item) is str else sys.getsizeof(item, 0)) * len(stride)
+            kind = type(item)
+            if kind not in _LIGHT:
+                if kind in crosses:
+                    return False
+                left -= (len(item) if kind is str else sys.getsizeof(item, 0)) * len(stride)
             if clock() > until:
                 return True
             if left < 0 or self._closing:
@@ -506,10 +513,10 @@ _crossing = threading.Lock()
 # -- which iterators, and how they cross ----------------------------------------------------------
 
 #: Iterators of the interpreter that are more than a container's.
-_LAZY = (
+_LAZY: tuple[type, ...] = (
     types.GeneratorType, map, filter, zip, enumerate, reversed, type(iter(int, 1)),
     *(kind for kind in vars(itertools).values() if isinstance(kind, type)),
-    type(next(itertools.groupby([0]))[1]), itertools.tee(())[0].__class__,
+    next(itertools.groupby([0]))[1].__class__, itertools.tee(())[0].__class__,
 )  # fmt: skip
 
 _SAYS_HOW = ("__reduce__", "__reduce_ex__", "__getstate__")
@@ -533,7 +540,6 @@ def _rebuild(descriptor: Descriptor) -> Stream:
     return Stream(arrive(descriptor, os.geteuid()))
 
 
-_kind: type
 for _kind in _LAZY:
     _passing.register(_kind, _reduce, movable=False)
 _passing.iterator = Kind(_reduce, movable=False)
