@@ -47,9 +47,9 @@ def track(items: Iterable[_T], text: str = "", total: int | None = None) -> Iter
         for picture in doorpool.track(pictures, "resizing"):
             resize(picture)
 
-    The first report (0 done) is made before the first item, the last one when the loop ends, however
-    it does; in between there are some 20 a second at most.  Outside a procedure, and for a caller
-    who has not asked, it is ``iter(items)``.
+    The first report (0 done) is made before the first item, the last one when the loop ends or is left
+    (by an exception: if anybody still listens then); in between there are some 20 a second at most.
+    Outside a procedure, and for a caller who has not asked, it is ``iter(items)``.
 
     Args:
         items: what to go through.

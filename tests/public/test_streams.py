@@ -273,6 +273,24 @@ STREAMS: dict[str, Callable[[], Any]] = {
 }
 
 
+class Methods:
+    """What doors may lead to: a method and a ``__call__`` that are generator functions."""
+
+    def items(self) -> Iterator[int]:
+        yield 1
+
+    def __call__(self) -> Iterator[int]:
+        yield 2
+
+
+def test_generator_functions_may_be_offered(serve, connect):
+    serve(Methods())
+    with connect() as it:
+        assert list(it.items()) == [1]
+        assert list(it()) == [2]
+    serve(Methods().items, "method.door")
+
+
 @pytest.mark.parametrize("make", STREAMS.values(), ids=STREAMS)
 def test_is_a_stream_both_ways(serve, connect, make):
     arguments = []
@@ -307,12 +325,19 @@ def test_a_stream_may_be_passed_on(serve, connect, far):
     assert list(connect()(stream)) == list(range(2, 1000))
 
 
-def test_files_as_items(far):
-    before = far("fds")()
-    for number, file in enumerate(far("files")(600)):
-        with file:
-            assert file.read() == b"%d" % number
-    wait_until(lambda: far("fds")() <= before + 2, timeout=PATIENCE)
+def test_files_as_items_leave_no_descriptors(far):
+    fds, files = far("fds"), far("files")
+
+    def read_all(n: int) -> None:
+        for number, file in enumerate(files(n)):
+            with file:
+                assert file.read() == b"%d" % number
+
+    read_all(5)
+    here, there, slack = len(os.listdir("/proc/self/fd")), fds(), 5
+    read_all(600)
+    wait_until(lambda: fds() <= there + slack, timeout=PATIENCE)
+    assert len(os.listdir("/proc/self/fd")) <= here + slack
 
 
 # -- reading ahead
