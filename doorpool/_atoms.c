@@ -26,8 +26,8 @@
 #include <stdint.h>
 #include <string.h>
 
-#define MOST_BYTES 1024 /* of a pickle: in longer ones the copying counts, and not what is saved here */
-#define MOST_VALUES 64  /* that a reader has in hand at a time */
+#define MOST_BYTES 4096 /* of a pickle: in longer ones the copying counts, and not what is saved here */
+#define MOST_VALUES 512 /* that a reader has in hand at a time */
 #define MOST_CONTAINERS 16
 #define SHORT 255       /* bytes of a string whose length is one byte */
 
@@ -187,6 +187,7 @@ put_tuple(struct writer *w, PyObject *tuple)
     return put_code(w, few ? codes[count] : TUPLE);
 }
 
+#ifndef Py_GIL_DISABLED /* where another thread may write to it meanwhile */
 static bool
 put_list(struct writer *w, PyObject *list)
 {
@@ -197,6 +198,7 @@ put_list(struct writer *w, PyObject *list)
             return false;
     return put_code(w, APPENDS);
 }
+#endif
 
 static bool
 put_dict(struct writer *w, PyObject *dict)
@@ -224,7 +226,7 @@ put_item(struct writer *w, PyObject *value)
         return true;
     if (PyTuple_CheckExact(value))
         return put_tuple(w, value);
-#ifndef Py_GIL_DISABLED /* where another thread may write to them */
+#ifndef Py_GIL_DISABLED
     if (PyList_CheckExact(value))
         return put_list(w, value);
     if (PyDict_CheckExact(value))

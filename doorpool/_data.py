@@ -47,7 +47,15 @@ from msgspec.msgpack import Decoder, Encoder, Ext
 
 from doorpool._credentials import Credentials
 from doorpool._descriptor import Descriptor
-from doorpool._errors import DoorError, MarshalError, ProtocolError, RemoteError, RemoteTraceback
+from doorpool._errors import (
+    SHORTAGE,
+    BusyError,
+    DoorError,
+    MarshalError,
+    ProtocolError,
+    RemoteError,
+    RemoteTraceback,
+)
 from doorpool._exceptions import MAX_TRACEBACK, clip, name_of, text_of, traceback_of
 
 Data = bytes | bytearray | memoryview
@@ -422,6 +430,10 @@ class Plan:
             _check_written(self._returns, data, objects)
         try:
             return _RESULT + data, (), luggage.seal()
+        except OSError as error:
+            if error.errno not in SHORTAGE:
+                raise
+            raise BusyError(f"the result cannot be sent: {error.strerror}", may_have_run=True) from error
         except Exception as error:
             raise _cannot_write((("result", value),), error, to, may_have_run=True) from error
 
@@ -659,11 +671,14 @@ def pack_arguments(
 
     Raises:
         MarshalError: one of them is no data; it names the path to it.  Nothing was sent.
+        OSError: ``EMFILE``: no free descriptor for a door that is to go along.
     """
     try:
         data, luggage, _ = _encode((args, kwargs), to)
         return data, (), luggage.seal()
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in SHORTAGE:
+            raise
         parts = (("args", args), ("kwargs", kwargs))
         raise _cannot_write(parts, error, to, may_have_run=False) from error
 

@@ -102,16 +102,11 @@ class _ArrivedLine(Line):
         self._pool = home._pool if home is not None else None
 
     def call(self, args: tuple[Any, ...], kwargs: dict[str, Any], deadline: float | None) -> Any:
-        """Make one call, having knocked if this is the first."""
-        return self._call((CALL, *args) if self.is_object else args, kwargs, deadline)
+        """Call the function, or the object itself."""
+        return self.act((CALL, *args) if self.is_object else args, kwargs, deadline)
 
-    def call_method(
-        self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], deadline: float | None
-    ) -> Any:
-        """Call a method of the object that the door leads to; likewise."""
-        return self._call((name, *args), kwargs, deadline)
-
-    def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any], deadline: float | None) -> Any:
+    def act(self, args: tuple[Any, ...], kwargs: dict[str, Any], deadline: float | None) -> Any:
+        """Make one call, having knocked if this is the first; see "Deadlines" above."""
         invocation = current.get(None)
         inherited = None if invocation is None else invocation.deadline
         if inherited is None or (deadline is not None and deadline <= inherited):
@@ -126,7 +121,7 @@ class _ArrivedLine(Line):
             raise
 
     def ping(self, deadline: float | None) -> None:
-        """Have the server answer; likewise."""
+        """Have the server answer, having knocked before if nobody has."""
         self._prepare(deadline)
         super().ping(deadline)
 
@@ -155,7 +150,7 @@ class _ArrivedDataLine(_ArrivedLine, DataLine):
 # -- out ------------------------------------------------------------------------------------------
 
 
-class Luggage(Protocol):
+class _Luggage(Protocol):
     """The descriptors that go along with a message."""
 
     def give_later(self, make: Callable[[], Descriptor]) -> None:
@@ -174,7 +169,7 @@ def check_crossing(door: Endpoint | Proxy, to: Credentials) -> None:
         raise MarshalError(bar)
 
 
-def depart(door: Endpoint | Proxy, uid: int | None, luggage: Luggage) -> None:
+def depart(door: Endpoint | Proxy, uid: int | None, luggage: _Luggage) -> None:
     """
     Have the descriptor of a door that is to be passed go along with a message.
 

@@ -162,7 +162,7 @@ class Endpoint:
     """
 
     def __init__(
-        self, target: Callable[..., Any], *, name: str | None = None, mode: int = 0o600,
+        self, target: Any, *, name: str | None = None, mode: int = 0o600,
         codec: str = "pickle", callers: Rule | None = None,
         errors: Collection[type[BaseException]] | None = None, tracebacks: bool = False,
         trust: str = "namespace", threads: int | None = None, expose: Iterable[str] | None = None,
@@ -514,7 +514,7 @@ class Endpoint:
         if not isinstance(self.target, Facade):
             return
         try:
-            self.target.abandon(f"{self.name}: whoever had entered it is gone")
+            self.target.abandon(f"{self.name}: whoever had entered it is gone", final=self._closed)
         except BaseException as error:
             log.error("%s: leaving it for a caller who is gone has failed", self.name, exc_info=error)
 

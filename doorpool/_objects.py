@@ -157,19 +157,23 @@ class Facade:
             same for each instance then.
     """
 
-    __slots__ = ("_entered", "_kind", "_lock", "names", "object")
+    __slots__ = ("_entered", "_kind", "_lock", "_over", "_plain", "names", "object")
 
     def __init__(self, target: Any, names: frozenset[str], kind: type | None = None) -> None:
         self.object = target
         self.names = names
+        self._plain = names - {ENTER, EXIT}  # which are called and no more
         self._kind = kind
         self._entered = 0
+        self._over = False
         self._lock = threading.Lock()
 
     def __repr__(self) -> str:
         return f"<object door to {self.object!r}>"
 
     def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
+        if args and type(args[0]) is str and args[0] in self._plain:  # nearly always
+            return getattr(self.object, args[0])(*args[1:], **kwargs)
         method, rest = resolve(self, args)
         return method(*rest, **kwargs)
 
@@ -204,6 +208,9 @@ class Facade:
         value = self.object.__enter__()
         with self._lock:
             self._entered += 1
+            over = self._over
+        if over:  # the door was closed meanwhile, and nobody will come to leave it
+            self.abandon("the door was closed while it was entered")
         return (True, None) if value is self.object else (False, value)
 
     def _exit(self, error: Any = None) -> bool:
@@ -221,15 +228,20 @@ class Facade:
             return bool(self.object.__exit__(None, None, None))
         return bool(self.object.__exit__(type(error), error, error.__traceback__))
 
-    def abandon(self, why: str) -> None:
+    def abandon(self, why: str, *, final: bool = False) -> None:
         """
         Leave the object for callers who are gone, as often as they had entered it.
+
+        Args:
+            why: said by the exception that is shown to it.
+            final: nobody can come any more; who still enters it is left for at once.
 
         Raises:
             BaseException: whatever its ``__exit__`` raises.
         """
         with self._lock:
             count, self._entered = self._entered, 0
+            self._over = self._over or final
         for _ in range(count):
             error = BrokenDoorError(why, may_have_run=True)
             try:

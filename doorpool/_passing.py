@@ -134,6 +134,18 @@ class NoDescriptorError(OSError):
     """This process has no free descriptor for a duplicate of one that is to cross."""
 
 
+@contextlib.contextmanager
+def _short() -> Iterator[None]:
+    """Say, of a shortage, what it is that there is no descriptor for."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in SHORTAGE:
+            raise
+        text = "no free descriptor for a duplicate of one that is to cross the door"
+        raise NoDescriptorError(error.errno, text) from None
+
+
 # --- going out ----------------------------------------------------------------------------------
 
 
@@ -175,13 +187,8 @@ class Departure(Sequence[int]):
             NoDescriptorError: there is no free number for it.
             OSError: ``EBADF``: it is not open.
         """
-        try:
+        with _short():
             copy = os.dup(number)
-        except OSError as error:
-            if error.errno in SHORTAGE:
-                text = "no free descriptor for a duplicate of one that is to cross the door"
-                raise NoDescriptorError(error.errno, text) from None
-            raise
         self._numbers.append(_sockets.own_number(copy))
 
     def give(self, descriptor: Descriptor) -> None:
@@ -227,7 +234,9 @@ class Departure(Sequence[int]):
             Exception: what was promised cannot be made; nothing has moved.
         """
         for place, make in self._promised:
-            self._numbers[place] = _sockets.own_number(make().take())
+            with _short():
+                descriptor = make()
+            self._numbers[place] = _sockets.own_number(descriptor.take())
         self._promised.clear()
         for taken in self._taken:
             # The kernel gives the number back whatever ``close`` says, and what it might say (that

@@ -128,11 +128,9 @@ class ReportingLine:
         """Make one call."""
         return self._listening(lambda more: self.line.call(args, more, deadline), kwargs)
 
-    def call_method(
-        self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], deadline: float | None
-    ) -> Any:
-        """Call a method of the object that the door leads to."""
-        return self._listening(lambda more: self.line.call_method(name, args, more, deadline), kwargs)
+    def act(self, args: tuple[Any, ...], kwargs: dict[str, Any], deadline: float | None) -> Any:
+        """Make one call whose arguments are whole, as those of a method."""
+        return self._listening(lambda more: self.line.act(args, more, deadline), kwargs)
 
     def _listening(self, call: Callable[[dict[str, Any]], Any], kwargs: dict[str, Any]) -> Any:
         endpoint = Endpoint(self._told, name="progress", codec=self.line.info.codec)

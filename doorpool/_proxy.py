@@ -209,11 +209,14 @@ class Line:
     #: What calling a proxy does: the same, where nothing has to be done before it.
     call = transact
 
+    #: What calling a method does, whose name comes first in the arguments.
+    act = transact
+
     def call_method(
         self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], deadline: float | None
     ) -> Any:
         """Call a method of the object that the door leads to."""
-        return self.transact((name, *args), kwargs, deadline)
+        return self.act((name, *args), kwargs, deadline)
 
     def methods(self) -> Table:
         """Return what may be called, as far as the door has said when it was opened."""
@@ -381,7 +384,7 @@ class DataLine(Line):
         close_all(arrivals.take_rest(), handle.server.uid)
         return result
 
-    call = transact
+    call = act = transact
 
     def _pack_again(
         self, handle: Handle, args: tuple[Any, ...], kwargs: dict[str, Any], deadline: float | None
@@ -606,7 +609,8 @@ class Proxy:
             raise AttributeError(
                 f"{type(self).__name__!r} object has no attribute {name!r}", name=name, obj=self
             )
-        return self.method(name)
+        known = self._methods
+        return known[name] if known is not None and name in known else self.method(name)
 
     def _signature_text(self) -> str:
         return self._line.info.signature
@@ -655,7 +659,11 @@ class Proxy:
         if not line.enters:
             return self
         timeout = self._timeout
-        itself, value = line.call_method(ENTER, (), {}, deadline_after(timeout))
+        try:
+            itself, value = line.call_method(ENTER, (), {}, deadline_after(timeout))
+        except BaseException:
+            self.close()  # it may have been entered all the same, and the server is to undo that
+            raise
         return self if itself else value
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> Any:
@@ -745,8 +753,8 @@ class RemoteMethod:
         proxy = self._proxy
         timeout = proxy._timeout
         if timeout is None:
-            return proxy._line.call_method(self._name, args, kwargs, None)
-        value = proxy._line.call_method(self._name, args, kwargs, deadline_after(timeout))
+            return proxy._line.act((self._name, *args), kwargs, None)
+        value = proxy._line.act((self._name, *args), kwargs, deadline_after(timeout))
         if type(value) in timed:
             value.timeout = timeout
         return value

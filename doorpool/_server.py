@@ -209,18 +209,18 @@ class Server:
         return offer
 
     def attach(
-        self, target: Callable[..., Any] | Endpoint, path: Path | None = None, *,
+        self, target: Any, path: Path | None = None, *,
         mode: int | None = None, group: str | int | None = None, replace: bool = False,
         **options: Any,
     ) -> Endpoint:  # fmt: skip
         """
-        Offer something callable, under a name in the file system if a path is given.
+        Offer something callable, or an object, under a name in the file system if a path is given.
 
         Before ``start`` the name is only recorded; on a started server it is made at once.
 
         Args:
-            target: what is called, or an ``Endpoint``: one of no server becomes this one's, one
-                of this server gets another name.
+            target: what is called; an object, whose public methods are; or an ``Endpoint``: one of
+                no server becomes this one's, one of this server gets another name.
             path: where; the directory must exist.
             mode: of the name; by default that of the endpoint, ``0o600``.
             group: whose the file becomes, by name or number.

@@ -4,6 +4,7 @@ Doors as arguments and results: what arrives, callbacks, whose they are, and whe
 
 from __future__ import annotations
 
+import errno
 import gc
 import inspect
 import os
@@ -27,6 +28,7 @@ from doorpool import (
     ClosedError,
     Credentials,
     Descriptor,
+    DoorError,
     Endpoint,
     LimitError,
     MarshalError,
@@ -272,6 +274,27 @@ def test_a_door_does_not_cross_in_an_exception(serve, connect):
             raise RemoteError(str(error.__notes__)) from None
 
 
+@pytest.mark.parametrize("codec", ["pickle", "data"])
+@pytest.mark.parametrize("errno_", [errno.EMFILE, errno.ENFILE])
+def test_no_descriptor_for_a_door_that_is_to_go_along(serve, connect, monkeypatch, codec, errno_):
+    def fail(self: Endpoint) -> Descriptor:
+        raise OSError(errno_, os.strerror(errno_))
+
+    with Endpoint(echo, codec=codec, linger=True) as endpoint:
+        serve(lambda value=None: endpoint, codec=codec)
+        monkeypatch.setattr(Endpoint, "open", fail)
+        with pytest.raises(OSError, match=r"descriptor|open files") as caught:
+            connect()(endpoint)
+        assert not isinstance(caught.value, DoorError)
+        assert caught.value.errno == errno_
+        kind = BusyError if codec == "pickle" else MarshalError  # of which a data door has no more kinds
+        with pytest.raises(kind, match="the result cannot be sent") as caught:
+            connect()()
+        assert caught.value.may_have_run
+        monkeypatch.undo()
+        assert connect()()(5) == 5
+
+
 # -- nothing is opened
 
 
@@ -306,6 +329,7 @@ def test_a_dead_door_says_so_when_it_is_called(far, serve, connect):
         came.pid()
     assert not caught.value.may_have_run
     assert not came.alive
+    came.close()  # ``caught`` has this frame
 
 
 def test_a_silent_door_is_waited_for_until_the_calls_time_is_over(far, serve, connect):
@@ -319,6 +343,7 @@ def test_a_silent_door_is_waited_for_until_the_calls_time_is_over(far, serve, co
     assert not caught.value.may_have_run
     far.child.cont()
     assert came.pid() == far.child.pid
+    came.close()  # ``caught`` has this frame
 
 
 @pytest.mark.parametrize("what", ["pipe", "inet", "stream", "silent", "closed"])
@@ -510,6 +535,53 @@ def test_the_shorter_of_two_deadlines_counts(far, serve, connect):
     assert left.get() <= 2
     connect().options(timeout=3)(Endpoint(note), 60)
     assert left.get() <= 3
+
+
+def test_a_client_that_is_killed_in_its_callback_is_an_error_in_the_procedure(
+    serve, connect, spawn_python, door_dir
+):
+    ends: queue.SimpleQueue[Any] = queue.SimpleQueue()
+
+    def work(callback: Proxy) -> None:
+        try:
+            callback()
+        except BrokenDoorError as error:
+            ends.put(error.may_have_run)
+
+    serve(work)
+    client = spawn_python(
+        """
+        import time
+        from doorpool import Endpoint, Proxy
+
+        def stay():
+            ready()
+            time.sleep(60)
+
+        Proxy("a.door")(Endpoint(stay))
+        """,
+        cwd=door_dir,
+    )
+    client.wait_ready()
+    client.kill()
+    assert ends.get(timeout=PATIENCE) is True
+    with Endpoint(echo) as endpoint:
+        connect()(endpoint)
+
+
+def test_a_server_that_is_killed_in_a_callback_is_an_error_for_its_caller(far):
+    ended = threading.Event()
+
+    def kill() -> None:
+        far.child.kill()
+        ended.set()
+
+    endpoint = Endpoint(kill)
+    with pytest.raises(BrokenDoorError) as caught:
+        far("call")(endpoint)
+    assert caught.value.may_have_run
+    assert ended.wait(PATIENCE)
+    wait_until(lambda: endpoint.closed)
 
 
 def test_a_proxy_that_a_procedure_has_opened_itself_keeps_its_own_time(serve, connect, door_dir):

@@ -525,6 +525,18 @@ def test_a_lock_that_is_held_by_a_caller(serve, connect):
     assert not lock.locked()
 
 
+def test_who_has_waited_too_long_to_enter_does_not_keep_it(serve, connect):
+    lock = threading.Lock()
+    serve(lambda: Endpoint(lock))
+    with connect()():
+        late = connect()().options(timeout=0.1)
+        with pytest.raises(CallTimeoutError), late:
+            pytest.fail("entered")
+        assert late.closed
+    wait_until(lambda: lock.acquire(blocking=False))  # he got it meanwhile, and it was taken from him
+    lock.release()
+
+
 def test_it_is_left_when_the_caller_lets_go_of_the_door(lend):
     manager = Manager()
     held = lend(manager)()

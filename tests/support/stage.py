@@ -36,7 +36,7 @@ from typing import Any, NoReturn
 
 from support import steps
 from support.leaks import Holdings
-from support.processes import Child, start_python
+from support.processes import Child, start_python, wait_until
 
 PATIENCE = 20.0  # seconds until something that certainly happens is taken for a hang
 PROMPTLY = 1.0  # seconds in which a survivor has noticed, and has given everything back
@@ -290,7 +290,10 @@ class _Part:
         return 0
 
     def do_remember(self, when: str) -> None:
-        """Take down what is held now; and let every step be passed again."""
+        """Take down what is held, once no knock is that has been answered; let every step be passed again."""
+        from doorpool import _guests
+
+        wait_until(lambda: not _guests.guests()._guests, "all knocks are closed")
         steps.forget()
         self.before[when] = self.holdings()
 

@@ -302,6 +302,17 @@ def test_whoever_is_gone_is_left_for_as_often_as_he_had_entered():
     assert all(isinstance(error, BrokenDoorError) for error in manager.log[-2:])
 
 
+def test_who_enters_when_it_is_over_is_left_for_at_once():
+    manager = Manager()
+    it = facade(manager)
+    it.abandon("closed", final=True)
+    assert manager.log == []
+    it("__enter__")
+    assert [type(each) for each in manager.log] == [str, BrokenDoorError]
+    it.abandon("again")
+    assert len(manager.log) == 2
+
+
 def test_what_leaves_it_otherwise_is_told():
     class Failing(Manager):
         def __exit__(self, kind: Any, error: Any, trace: Any) -> bool:
