@@ -562,6 +562,7 @@ class Invocation:
     _nanoseconds: int
     _sent: int
     _taken: int
+    listener: Any  # not set for an everyday call
 
     __slots__ = (
         "_gate", "_nanoseconds", "_open", "_sent", "_taken", "buffers", "call", "data", "descriptors",
@@ -571,7 +572,6 @@ class Invocation:
     def __init__(self, gate: Gate, served: Served) -> None:
         self._open = False  # until there is something to answer
         self.call: Any = None
-        self.listener: Any = None
         self._gate = gate
         self.line = served
         self.door = served.door

@@ -57,7 +57,7 @@ def track(items: Iterable[_T], text: str = "", total: int | None = None) -> Iter
         total: how many there are; by default ``len(items)``, if it has one.
     """
     invocation = current.get(None)
-    listener = None if invocation is None else invocation.listener
+    listener = getattr(invocation, "listener", None)
     if listener is None:
         return iter(items)
     if total is None and hasattr(items, "__len__"):

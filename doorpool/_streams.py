@@ -164,8 +164,7 @@ class Pump:
         if self.endpoint is not None:
             return self.endpoint.open()
         name = getattr(self._iterator, "__qualname__", None) or type(self._iterator).__qualname__
-        if answering.invocation is not None:
-            self.listener = answering.invocation.listener
+        self.listener = getattr(answering.invocation, "listener", None)
         endpoint = _StreamEndpoint(self.pull, name=str(name), codec=self._codec, max_request=_REQUEST)
         if origin is not None and origin.server is not None:
             origin.server._adopt(endpoint)
@@ -179,7 +178,8 @@ class Pump:
     def pull(self, close: bool = False) -> Marshalled | None:
         """Answer a call of the door: with a batch; or close the iterator."""
         invocation = current.get()
-        invocation.listener = self.listener
+        if self.listener is not None:
+            invocation.listener = self.listener
         if close:
             self._closing = True
         left = -1.0 if invocation.deadline is None else max(0.0, invocation.deadline - time.monotonic())
