@@ -129,14 +129,15 @@ class Pump:
     """
 
     __slots__ = (
-        "__weakref__", "_closing", "_codec", "_error", "_held", "_iterator", "_limit", "_lock", "_returned",
-        "_spent", "endpoint", "listener",
+        "__weakref__", "_closing", "_codec", "_error", "_held", "_iterator", "_limit", "_lock", "_making",
+        "_returned", "_spent", "endpoint", "listener",
     )  # fmt: skip
 
     def __init__(self, iterator: Iterator[Any], codec: str) -> None:
         self._iterator: Iterator[Any] | None = iterator
         self._codec = codec
         self._lock = threading.Lock()  # held while the iterator runs
+        self._making = threading.RLock()  # held while the door is made
         self._limit = 1  # items of the next batch
         self._held: deque[Any] = deque()  # items that could not be sent together
         self._spent = False  # the iterator has come to its end, by itself or not
@@ -161,8 +162,12 @@ class Pump:
         Raises:
             ClosedError: the door, or that server, has been closed.
         """
-        if self.endpoint is not None:
-            return self.endpoint.open()
+        with self._making:
+            if self.endpoint is not None:
+                return self.endpoint.open()
+            return self._make_door(origin)
+
+    def _make_door(self, origin: Endpoint | None) -> Descriptor:
         name = getattr(self._iterator, "__qualname__", None) or type(self._iterator).__qualname__
         self.listener = getattr(answering.invocation, "listener", None)
         endpoint = _StreamEndpoint(self.pull, name=str(name), codec=self._codec, max_request=_REQUEST)
