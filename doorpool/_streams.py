@@ -170,7 +170,9 @@ class Pump:
     def _make_door(self, origin: Endpoint | None) -> Descriptor:
         name = getattr(self._iterator, "__qualname__", None) or type(self._iterator).__qualname__
         self.listener = getattr(answering.invocation, "listener", None)
-        endpoint = _StreamEndpoint(self.pull, name=str(name), codec=self._codec, max_request=_REQUEST)
+        endpoint = _StreamEndpoint(
+            self.pull, name=str(name), codec=self._codec, max_request=_REQUEST, refuse_descriptors=True
+        )
         if origin is not None and origin.server is not None:
             origin.server._adopt(endpoint)
         self.endpoint = endpoint
@@ -448,6 +450,8 @@ class Stream:
         try:
             self._pulled = True
             came = self._call()
+            if self._ended:  # another thread has closed it meanwhile
+                return
             if type(came) is dict and came.keys() == {_LAST, _VALUE}:
                 self._value, came = came[_VALUE], came[_LAST]
                 self._end()

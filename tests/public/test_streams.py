@@ -20,7 +20,9 @@ from support import wait_until
 from doorpool import (
     BrokenDoorError,
     CallTimeoutError,
+    Endpoint,
     MarshalError,
+    ProtocolError,
     Proxy,
     RevokedError,
 )
@@ -624,6 +626,21 @@ def test_a_generator_argument_that_was_kept_ends_when_it_is_dropped(far):
     assert ended.wait(PATIENCE)
 
 
+def test_a_server_that_is_killed_lets_a_generator_argument_go(far):
+    ended = threading.Event()
+
+    def numbers() -> Iterator[int]:
+        try:
+            yield from itertools.count()
+        finally:
+            ended.set()
+
+    assert far("keep")(numbers()) == 0
+    os.kill(far.child.pid, signal.SIGKILL)
+    far.child.wait()
+    assert ended.wait(PATIENCE)
+
+
 def test_an_iterator_that_is_passed_twice_gives_each_item_once(serve, connect):
     serve(lambda: shared)
     shared = (n for n in range(10_000))
@@ -699,6 +716,58 @@ def test_an_item_that_is_no_data_is_an_error_in_its_place(serve, connect):
         for item in connect()():
             got.append(item)
     assert got == [1, 2]
+
+
+def test_annotations_of_a_data_door_may_say_iterator(serve, connect):
+    def doubled(numbers: Iterator[int]) -> Iterator[int]:
+        return (2 * number for number in numbers)
+
+    serve(doubled, codec="data")
+    assert list(connect()(n for n in range(5))) == [0, 2, 4, 6, 8]
+
+
+@pytest.mark.parametrize("answer", ["text", None, {"items": [1]}, {"items": 5, "returned": None}, (1, 2)])
+def test_what_is_no_batch_is_a_protocol_error(answer, closing):
+    endpoint = closing.enter_context(Endpoint(lambda: answer))
+    stream = streams.Stream(Proxy(endpoint))
+    with pytest.raises(ProtocolError, match="no batch"):
+        next(stream)
+    assert list(stream) == []
+
+
+def test_a_generator_runs_in_the_threads_of_its_server(serve, connect):
+    def names() -> Iterator[str]:
+        for _ in range(3):
+            yield threading.current_thread().name
+
+    procedure = []
+
+    def both() -> Iterator[str]:
+        procedure.append(threading.current_thread().name)
+        return names()
+
+    serve(both, server={"name": "shop"})
+    (prefix,) = {name.rpartition("-")[0] for name in [*connect()(), *procedure]}
+    assert "shop" in prefix
+
+
+def test_a_stream_that_is_closed_while_a_thread_pulls_gives_that_nothing(serve, connect):
+    going, go = threading.Event(), threading.Event()
+
+    def numbers() -> Iterator[int]:
+        going.set()
+        go.wait(PATIENCE)
+        yield 1
+
+    serve(numbers)
+    stream, got = connect()(), []
+    thread = threading.Thread(target=lambda: got.extend(stream))
+    thread.start()
+    assert going.wait(PATIENCE)
+    stream.close()
+    go.set()
+    thread.join()
+    assert got == []
 
 
 def test_a_generator_in_an_exception_is_refused(serve, connect):
