@@ -115,7 +115,7 @@ def call_as_another(value: Any) -> str:
     return told
 
 
-@pytest.mark.ids("K3")
+@pytest.mark.ids("K3", "B15")
 def test_the_nearest_caller_is_the_one_that_is_known(actor, path):
     """A procedure that calls on hides its own caller: it is the one who asks."""
     back, front, client = actor(V), actor(V), actor(V)
@@ -141,7 +141,7 @@ def serve_front(back: str, path: str) -> None:
     here.server.start()
 
 
-@pytest.mark.ids("K4")
+@pytest.mark.ids("K4", "B15")
 def test_outside_a_call_there_is_no_caller(door_dir):
     """Not before, not after, not in a thread that the procedure starts, and never "oneself"."""
     asked: list[Any] = []
