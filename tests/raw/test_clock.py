@@ -16,6 +16,7 @@ from doorpool._errors import CallTimeoutError
 
 DAY = 86_400
 PACKAGE = pathlib.Path(doorpool.__file__).parent
+SOURCES = sorted([*PACKAGE.glob("*.py"), *PACKAGE.glob("*.c")])
 
 
 @pytest.fixture
