@@ -81,6 +81,14 @@ SERVER = """
         yield "second"
 
     @endpoint
+    def bursts():
+        for burst in range(3):
+            for number in range(100):
+                yield burst, number
+            go.wait(60)
+            go.clear()
+
+    @endpoint
     def release():
         go.set()
 
@@ -377,6 +385,38 @@ def test_the_first_item_of_a_slow_iterator_does_not_wait_for_the_second(far):
     assert next(stream) == "first"
     far("release")()
     assert next(stream) == "second"
+
+
+def test_the_last_items_of_a_burst_do_not_wait_for_the_next_one(far):
+    """As of a log that is still being written: the iterator sleeps in the middle of a batch."""
+    stream, release = far("bursts")(), far("release")
+    for burst in range(3):
+        for number in range(100):
+            assert next(stream) == (burst, number)
+        release()
+    assert list(stream) == []
+
+
+@pytest.mark.parametrize("codec", ["pickle", "data"])
+def test_what_was_made_behind_an_early_answer_comes_next(serve, connect, codec):
+    go = threading.Event()
+
+    def numbers() -> Iterator[int]:
+        for number in range(20):
+            if number in (5, 6, 14):
+                assert go.wait(PATIENCE)
+                go.clear()
+            yield number
+        raise KeyError("end")
+
+    serve(numbers, codec=codec)
+    stream, got = connect()(), []
+    with pytest.raises(KeyError, match="end"):
+        for number in stream:
+            got.append(number)
+            if number in (4, 5, 13):
+                go.set()
+    assert got == list(range(20))
 
 
 def test_huge_items(far):
