@@ -96,6 +96,9 @@ _ONE, _FEW = range(1), range(8)
 _TICK = 0.02
 _IDLE = 10
 
+#: Seconds for which a caller whose time is over is let give up before he is told why it was too short.
+_FIRST = 0.1
+
 #: Descriptors in a batch, of the 253 that a message may have.
 _DESCRIPTORS = 64
 
@@ -210,6 +213,7 @@ class Pump:
             self._closing = True
         left = -1.0 if invocation.deadline is None else max(0.0, invocation.deadline - time.monotonic())
         if not self._lock.acquire(timeout=left):
+            invocation.wait_cancelled(_FIRST)
             busy = BusyError("another pull of this stream is still running", may_have_run=False)
             return self._refusal(busy, invocation)
         try:

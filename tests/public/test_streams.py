@@ -488,6 +488,15 @@ def test_a_pull_takes_no_longer_than_the_time_of_the_proxy(far):
     assert list(stream) == []
 
 
+def test_a_pull_behind_one_that_is_stuck_ends_by_its_time(far):
+    """The items before it were sent early, so the iterator is still busy with the pull before."""
+    stream, got = far("stuck", timeout=0.5)(30), []
+    with pytest.raises(CallTimeoutError):
+        for number in stream:
+            got.append(number)
+    assert got == list(range(30))
+
+
 def test_the_time_of_a_stream_can_be_set(far):
     stream = far("stuck")(1)
     assert stream.timeout == PATIENCE
