@@ -96,7 +96,8 @@ class Marshalled:
     A result that a procedure has marshalled by itself, to know what becomes of it.
 
     Attributes:
-        parcel: as the codec of the door has made it; what goes along is still to be let go.
+        parcel: as the codec of the door has made it; what goes along is still to be let go.  None: it
+            has been sent already.
     """
 
     __slots__ = ("parcel",)
@@ -589,6 +590,8 @@ class Endpoint:
             current.reset(token)
             invocation.call = None  # or the two would hold one another
         if outcome is None:
+            if type(value) is Marshalled and value.parcel is None:
+                return True
             outcome = self._result(invocation, value)
             del value
         else:
@@ -653,6 +656,8 @@ class Endpoint:
         # The value has the descriptors that go with it, so it stays till they have gone.
         parcel, value, interrupt = self._invoke_data(invocation, plan)
         returned = value is not _NOTHING
+        if parcel is None:
+            return True
         try:
             invocation.reply(*parcel)
         except LimitError as error:

@@ -16,8 +16,16 @@ What is a stream, decided by the type:
 
 Reading ahead.  A batch ends with whatever comes first: as many items again as the stream has sent so far (so
 the first is sent alone, and the second with the third), ``_ITEMS`` items, ``_BYTES`` bytes, or ``_TIME``
-seconds.  Nothing runs between two calls.  So the iterator is at most one batch ahead of the receiver, and
-an item is kept back for no longer than it takes to make the one after it.
+seconds.  Nothing runs between two calls.  So the iterator is at most one batch ahead of the receiver.
+
+    An iterator may block in the middle of a batch, as one does that follows a log.  What there is of the
+    batch must not wait for it.  So a thread looks after the batches that are being made:
+      1. The server thread is stuck in the iterator; the items so far are in a list that both know.
+      2. After ``_TICK`` the watcher takes them out, and answers the call with them.  That sets the
+         channel free for the next call, which waits for its turn with the iterator.
+      3. The iterator goes on.  The server thread finds its call answered, and leaves what it has made
+         since for the next one.
+    A lock decides between 2 and the server thread's own answer.
 
     A file, or what else crosses as itself, ends a batch, for ``with open(...) as file: yield file`` closes
     it when it goes on.
@@ -43,6 +51,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import logging
 import os
 import sys
 import threading
@@ -69,6 +78,8 @@ from doorpool.door import Invocation
 
 __all__ = ["Stream"]
 
+log = logging.getLogger("doorpool")
+
 #: Of a batch: items, bytes, seconds.  A call costs as much as some fifty small items, so that of
 #: a thousand it is a twentieth; and a receiver that stops has wasted no more than this.
 _ITEMS = 1024
@@ -79,6 +90,14 @@ _TIME = 0.002
 #: takes as long as the making of two.
 _MANY = 256
 _ONE, _FEW = range(1), range(8)
+
+#: Seconds after which what there is of a batch is sent, and between two looks; how many looks at nothing
+#: the thread that looks stays for.
+_TICK = 0.02
+_IDLE = 10
+
+#: Seconds for which a caller whose time is over is let give up before he is told why it was too short.
+_FIRST = 0.1
 
 #: Descriptors in a batch, of the 253 that a message may have.
 _DESCRIPTORS = 64
@@ -129,8 +148,8 @@ class Pump:
     """
 
     __slots__ = (
-        "__weakref__", "_closing", "_codec", "_error", "_held", "_iterator", "_limit", "_lock", "_making",
-        "_returned", "_spent", "endpoint", "listener",
+        "__weakref__", "_closing", "_codec", "_error", "_held", "_iterator", "_left", "_limit", "_lock",
+        "_making", "_making_batch", "_returned", "_settling", "_spent", "endpoint", "listener",
     )  # fmt: skip
 
     def __init__(self, iterator: Iterator[Any], codec: str) -> None:
@@ -139,6 +158,9 @@ class Pump:
         self._lock = threading.Lock()  # held while the iterator runs
         self._making = threading.RLock()  # held while the door is made
         self._limit = 1  # items of the next batch
+        self._making_batch: tuple[list[Any], Invocation] | None = None
+        self._settling = threading.Lock()  # held by who decides what becomes of that
+        self._left: list[Any] = []  # items that were made behind an answer
         self._held: deque[Any] = deque()  # items that could not be sent together
         self._spent = False  # the iterator has come to its end, by itself or not
         self._error: BaseException | None = None  # by this, which is still to be raised
@@ -191,6 +213,7 @@ class Pump:
             self._closing = True
         left = -1.0 if invocation.deadline is None else max(0.0, invocation.deadline - time.monotonic())
         if not self._lock.acquire(timeout=left):
+            invocation.wait_cancelled(_FIRST)
             busy = BusyError("another pull of this stream is still running", may_have_run=False)
             return self._refusal(busy, invocation)
         try:
@@ -206,6 +229,7 @@ class Pump:
         self._closing = self._spent = True
         self._iterator = self._returned = self._error = self.listener = None
         self._held.clear()
+        self._left = []
 
     def _close(self) -> None:
         iterator = self._iterator
@@ -215,14 +239,19 @@ class Pump:
             close()
 
     def _answer(self, invocation: Invocation) -> Marshalled:
-        if not self._held and not self._spent:
-            items, late = self._take()
-            try:
-                return self._send(items, invocation, late=late)
-            except Exception as error:
-                if not items or (len(items) == 1 and not self._spent):
-                    self.end()
-                    return self._refusal(error, invocation)
+        if not self._held and (self._left or not self._spent):
+            items, late = (self._left, True) if self._left else self._take(invocation)
+            self._left = []
+            if invocation.answered:  # by the watcher; what was made since then is for the next call
+                self._left = items
+                return Marshalled(None)
+            if items or self._error is None:
+                try:
+                    return self._send(items, invocation, late=late)
+                except Exception as error:
+                    if not items or (len(items) == 1 and not self._spent):
+                        self.end()
+                        return self._refusal(error, invocation)
             self._held.extend(items)
         if self._held:
             self._limit = 1
@@ -254,21 +283,50 @@ class Pump:
         finally:
             del error  # or this frame and the error's traceback hold one another
 
-    def _take(self) -> tuple[list[Any], bool]:
+    def _take(self, invocation: Invocation) -> tuple[list[Any], bool]:
         """Take a batch from the iterator; return it, and whether that has taken all the time there is."""
         items: list[Any] = []
         iterator = self._iterator
-        assert iterator is not None
+        if iterator is None:  # let go of this very moment
+            return items, False
+        late = False
+        self._making_batch = items, invocation
+        _watcher.watch(self)
         try:
-            return items, self._fill(items, iterator)
+            late = self._fill(items, iterator)
         except StopIteration as stop:
             self._spent, self._returned, self._iterator = True, stop.value, None
         except BaseException as error:
-            self._spent, self._iterator = True, None
-            if not items:
-                raise
-            self._error = error
-        return items, False
+            self._spent, self._iterator, self._error = True, None, error
+        finally:
+            _watcher.forget(self)
+            with self._settling:
+                self._making_batch = None
+        return items, late
+
+    def send_early(self) -> None:
+        """Answer with what there is of a batch whose next item is long in coming; for the watcher."""
+        with self._settling:
+            if self._making_batch is None:
+                return
+            items, invocation = self._making_batch
+            batch = items[:]
+            if not batch:
+                return
+            self._making_batch = None
+            try:
+                parcel = self._pack(batch, invocation)
+            except Exception:
+                return  # whoever makes the batch will come to the same, and tell
+            del items[: len(batch)]
+            self._limit = 1
+            try:
+                invocation.reply(*parcel)
+            except Exception as error:
+                log.exception("a batch of a stream could not be sent")
+                invocation.fail(text=f"the server failed to answer: {error}", may_have_run=True)
+            finally:
+                _data.release(parcel)
 
     def _fill(self, items: list[Any], iterator: Iterator[Any]) -> bool:
         append, clock, step = items.append, time.monotonic, iterator.__next__
@@ -277,8 +335,8 @@ class Pump:
         stride = _FEW if count >= _MANY else _ONE
         for _ in range(0, count, len(stride)):
             for _ in stride:
-                append(step())
-            item = items[-1]
+                item = step()
+                append(item)
             kind = type(item)
             if kind not in _LIGHT:
                 if kind in crosses:
@@ -337,6 +395,49 @@ class Pump:
         return parcel
 
 
+class _Watcher:
+    """
+    A thread that looks after the batches that are being made, as long as there are any.
+
+    It sends what there is of one whose next item is long in coming: in place of the server thread that is
+    stuck in the iterator, and which finds its call answered then.
+    """
+
+    def __init__(self) -> None:
+        self._since: dict[Pump, float] = {}
+        self._lock = threading.Lock()
+        self._runs = False
+
+    def watch(self, pump: Pump) -> None:
+        """Look after a pump from now on."""
+        self._since[pump] = time.monotonic()
+        if not self._runs:
+            with self._lock:
+                if not self._runs:
+                    self._runs = True
+                    threading.Thread(target=self._run, name="doorpool-streams", daemon=True).start()
+
+    def forget(self, pump: Pump) -> None:
+        """Look after it no longer."""
+        self._since.pop(pump, None)
+
+    def _run(self) -> None:
+        idle = 0
+        while idle < _IDLE:
+            time.sleep(_TICK)
+            idle = 0 if self._since else idle + 1
+            for pump, since in list(self._since.items()):
+                if time.monotonic() - since > _TICK:
+                    pump.send_early()
+        with self._lock:
+            self._runs = False
+        for pump in list(self._since):  # of this very moment
+            self.watch(pump)
+
+
+_watcher = _Watcher()
+
+
 #: How batches are written where data is spoken: as they are.
 _PLAN = _data.Plan(lambda *_: None)
 
@@ -369,7 +470,8 @@ def _pump_of(iterator: Iterator[Any], codec: str, *, instead_of: Pump | None = N
 
 
 def _forget_parent() -> None:
-    global _pumps_lock, _crossing
+    global _pumps_lock, _crossing, _watcher
+    _watcher = _Watcher()
     _pumps_lock, _crossing = threading.RLock(), threading.Lock()
     _pumps.clear()
 
