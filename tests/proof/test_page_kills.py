@@ -18,7 +18,7 @@ from support.steps import IN_PROCEDURE
 
 from doorpool import _impl
 
-pytestmark = [pytest.mark.leaves_names, pytest.mark.ids("E13", "E01", "E02")]
+pytestmark = [pytest.mark.leaves_names, pytest.mark.ids("E13", "E01", "E02", "D12")]
 
 RESULT, BROKEN, LATE = "result", "BrokenDoorError", "CallTimeoutError"
 FIRST, SECOND = 1, 2  # the numbers of the calls

@@ -320,7 +320,7 @@ def test_a_door_that_nobody_answers_delays_nobody(far, serve, connect, closing, 
         far.child.cont()
 
 
-@pytest.mark.ids("C12")
+@pytest.mark.ids("C12", "C10")
 def test_a_dead_door_says_so_when_it_is_called(far, serve, connect):
     serve(echo)
     came = connect()(far("backend")())

@@ -976,7 +976,7 @@ def test_idle_threads_retire_to_two(serve, connect):
     assert server.statistics().threads == 2
 
 
-@pytest.mark.ids("T2", "T6")
+@pytest.mark.ids("T2", "T6", "F04")
 def test_no_more_than_max_threads(serve, connect):
     lock, most = threading.Lock(), []
     busy = 0

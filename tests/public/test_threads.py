@@ -204,7 +204,7 @@ def test_an_idle_server_with_idle_clients_does_nothing_at_all(spawn_server, spaw
 # -- a full pool
 
 
-@pytest.mark.ids("T6", "L11")
+@pytest.mark.ids("T6", "L11", "F04")
 def test_callers_of_a_full_pool_wait_in_the_kernel(serve, connect, go_on):
     """
     With no error and no limit, until a thread is free; the server knows nothing of them before.

@@ -5,12 +5,16 @@ Bytes and buffers of any size, both ways, copied, whole or not at all.
 from __future__ import annotations
 
 import array
+import contextlib
 import ctypes
 import os
+import time
 
 import pytest
+from support import rawpeer, wait_until
 from support.rawdoor import PATIENCE
 
+from doorpool import _gate
 from doorpool._channel import JOIN, PACKET
 from doorpool._errors import LimitError
 from doorpool._wire import AHEAD, HEADER, MAX_BUFFERS
@@ -212,3 +216,33 @@ def test_own_pipe_of_the_test_is_untouched(serve):
     assert os.read(read, 10) == b"mine"
     os.close(read)
     os.close(write)
+
+
+# -- a reply that nobody reads
+
+
+@pytest.mark.ids("F06")
+def test_a_caller_who_reads_nothing_of_a_long_reply_gives_its_thread_back(serve, monkeypatch):
+    """The one server thread is freed when its patience ends, and what was parked is gone with the channel."""
+    monkeypatch.setattr(_gate, "SEND_PATIENCE", 0.2)
+    long = bytes(64 << 20)
+
+    def answer(invocation):
+        invocation.reply(long if invocation.data == b"long" else b"short")
+
+    serving = serve(answer, threads=1)
+    number = serving.door.open()
+    with rawpeer.RawClient(number) as client:
+        os.close(number)
+        client.send(rawpeer.frame(rawpeer.REQUEST, 1, b"long"))
+        wait_until(lambda: rawpeer.unread_there(client.channel) == 0)
+        began = time.monotonic()
+        assert serving.handle().call(b"x", timeout=PATIENCE).data == b"short"
+        assert time.monotonic() - began < PATIENCE / 2
+        wait_until(lambda: serving.door.channels == 1, "the channel of who does not read is closed")
+        read = 0
+        with contextlib.suppress(ConnectionError):
+            while piece := client.channel.recv(1 << 20):
+                read += len(piece)
+        assert read < 1 << 20, "no more than the kernel keeps"
+    assert serving.door.channels == 1

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import select
+import socket
 
 import pytest
 from support import wait_until
@@ -90,7 +91,7 @@ def test_of_a_caller_that_is_killed_before_its_request_is_read(caller, parcel):
     assert parcel.wait_closed(PROMPTLY)
 
 
-@pytest.mark.ids("F10")
+@pytest.mark.ids("F10", "C09")
 def test_of_a_caller_that_is_killed_while_its_call_runs(caller, parcel):
     serving, child = caller
     invocation = serving.gate.wait(PATIENCE)
@@ -101,7 +102,7 @@ def test_of_a_caller_that_is_killed_while_its_call_runs(caller, parcel):
     assert parcel.wait_closed(PROMPTLY)
 
 
-@pytest.mark.ids("F10")
+@pytest.mark.ids("F10", "C09")
 def test_of_a_request_that_is_never_read_as_the_door_is_revoked(caller, parcel):
     serving, _child = caller
     assert parcel.somewhere
@@ -189,3 +190,37 @@ def test_of_a_reply_whose_server_is_killed_when_it_has_sent_it(spawn_server, doo
             assert poll.poll(PATIENCE * 1000), "the writing end has died with its process"
         with pytest.raises((BrokenDoorError, RevokedError)):
             handle.call()
+
+
+# -- in rings and on dead letters
+
+
+@pytest.mark.ids("C09")
+def test_descriptors_sent_over_themselves_leave_nothing(serve, many):
+    """A door is knocked at with a copy of its own descriptor, and that is dropped, unread or refused."""
+    serving = serve()
+    handle = serving.handle()
+    handle.call(b"x")
+
+    def ring() -> None:
+        number = serving.door.open()
+        with socket.socket(fileno=number) as door:
+            socket.send_fds(door, [b"over itself"], [number, number])
+            socket.send_fds(door, [b"and again"], [number])
+
+    ring()
+    wait_until(lambda: len(serving.door._ports) <= 1)
+    before = len(os.listdir("/proc/self/fd")), unix_sockets()
+    for _ in range(many(300, 10_000)):
+        ring()
+    wait_until(lambda: len(os.listdir("/proc/self/fd")) <= before[0], timeout=PATIENCE)
+    wait_until(lambda: unix_sockets() <= before[1] + SLACK, timeout=PATIENCE)
+    assert handle.call(b"x").data == b"x"
+
+
+SLACK = 50  # sockets of others on this machine, which come and go
+
+
+def unix_sockets() -> int:
+    with open("/proc/net/unix") as file:
+        return sum(1 for _ in file)

@@ -139,7 +139,7 @@ def test_nor_can_one_that_stayed_root(actor, serving, layer, path, how, marker: 
     assert client(call_at_last, "parent again") == "parent again"
 
 
-@pytest.mark.ids("G14", "B21")
+@pytest.mark.ids("G14", "B21", "B11")
 def test_who_gives_root_up_in_place_has_to_open_anew(actor, guarded, serving, layer, path, marker: Marker):
     """The same process, the same socket, another uid: the channel ends, and a new one is refused."""
     server, canary = serving(0, layer)

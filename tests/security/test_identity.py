@@ -4,17 +4,20 @@ Who calls and who answers: what each side is told is the kernel's word about the
 
 from __future__ import annotations
 
+import contextlib
 import os
+import socket
 import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
 from support import become, byhand
-from support.actors import Actor, Fd, here
+from support.actors import Actor, Fd, here, logged
 from support.strangers import frames_with, knock_and_push
 from support.victims import call, give_server_end, open_client, seen, serve
 
-from doorpool import Endpoint, Proxy, Server, current_call
+from doorpool import Endpoint, Proxy, Server, anyone, current_call
 from doorpool._errors import AccessError, BrokenDoorError
 
 V, M, FRIEND = 4201, 6602, 4203
@@ -115,7 +118,7 @@ def call_as_another(value: Any) -> str:
     return told
 
 
-@pytest.mark.ids("K3")
+@pytest.mark.ids("K3", "B15")
 def test_the_nearest_caller_is_the_one_that_is_known(actor, path):
     """A procedure that calls on hides its own caller: it is the one who asks."""
     back, front, client = actor(V), actor(V), actor(V)
@@ -141,7 +144,7 @@ def serve_front(back: str, path: str) -> None:
     here.server.start()
 
 
-@pytest.mark.ids("K4")
+@pytest.mark.ids("K4", "B15")
 def test_outside_a_call_there_is_no_caller(door_dir):
     """Not before, not after, not in a thread that the procedure starts, and never "oneself"."""
     asked: list[Any] = []
@@ -288,3 +291,121 @@ def came() -> None:
 
 def alive() -> bool:
     return bool(here.client.alive)
+
+
+# -- many users, one thread (B15) ------------------------------------------------------------------
+
+
+def serve_whoever_by_one_thread(path: str) -> None:
+    """Serve everybody from one thread: who has called, what thread of ours it was, and what was sent."""
+
+    def whoever(value: Any) -> Any:
+        caller = current_call().caller
+        return [caller.pid, caller.uid, caller.gid, threading.get_ident(), value]
+
+    here.server = Server(max_threads=1)
+    here.server.attach(whoever, path, codec="data", callers=anyone, mode=0o666)
+    here.server.start()
+
+
+@pytest.mark.ids("B15", "K1")
+def test_of_eight_users_who_take_turns_at_one_thread_each_is_himself(actor, path):
+    server = actor(V)
+    server(serve_whoever_by_one_thread, path)
+    clients = {M + number: actor(M + number) for number in range(8)}
+    for client in clients.values():
+        client(open_client, "objects", path, server={V})
+    threads = set()
+    for turn in range(3):
+        for uid, client in clients.items():
+            *ids, thread, said = client(call, turn)
+            assert (ids, said) == ([client.pid, uid, uid], turn)
+            threads.add(thread)
+    assert len(threads) == 1
+
+
+# -- what a caller says of himself (B14, B08) ------------------------------------------------------
+
+
+def knock_as(path: str, uid: int) -> bytes:
+    """Knock with a socket of one's own and credentials that name another user; return what comes back."""
+    with byhand.reach(path) as door:
+        ours, theirs = byhand.pair()
+        with ours, theirs:
+            byhand.send(door, byhand.knock_bytes(), [theirs.fileno()], (os.getpid(), uid, uid))
+            theirs.close()
+            answer = byhand.receive(ours)
+            answer.close()
+            return answer.data
+
+
+@pytest.mark.ids("B14")
+def test_a_user_cannot_name_himself_another(actor, serving, guarded, layer, victim, path):
+    """The kernel lets nobody but root do it."""
+    server, canary = serving(victim, layer)
+    stranger = actor(M)
+    with guarded(server, canary=canary):
+        for uid in (victim, 0, FRIEND):
+            with pytest.raises(PermissionError):
+                stranger(knock_as, path, uid)
+
+
+@pytest.mark.ids("B14")
+def test_root_may_name_himself_another_and_is_refused(actor, serving, guarded, layer, path):
+    """The maker of a knock's socket, whom nobody can choose, is not whom the knock names."""
+    server, canary = serving(V, layer)
+    with guarded(server, canary=canary):
+        liar = actor(0)
+        assert liar(knock_as, path, V) == b"", "nobody is told anything that way"
+    (line,) = [line for line in server(logged) if f"pid {liar.pid}" in line]
+    assert f"sent by pid {liar.pid}, uid {V}, gid {V} with a socket made by pid {liar.pid}, uid 0" in line
+
+
+LURID = ";uid=0;\n\x1b[31mroot"
+
+
+def knock_by_name(path: str, name: str) -> tuple[int, str] | None:
+    """Knock by a socket that bears a name; return the refusal."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as door:
+        door.bind(name)
+        door.connect(path)
+        with byhand.knock(door) as ours:
+            return byhand.refusal_in(byhand.receive(ours).data)
+
+
+@pytest.mark.ids("B08")
+@pytest.mark.parametrize("abstract", [False, True])
+def test_the_name_of_a_callers_socket_says_nothing(
+    actor, serving, guarded, layer, victim, abstract, place: Path
+):
+    """It says that he is root, in red, on a line of its own; he is refused by his uid, on one line."""
+    path = str(place / "a.door")
+    server, canary = serving(victim, layer)
+    stranger = actor(M)
+    with guarded(server, canary=canary):
+        refusal = stranger(knock_by_name, path, "\0" + LURID if abstract else f"{place}/{LURID}")
+    assert refusal is not None
+    assert refusal[0] == byhand.DENIED
+    assert f"the other side's {M}" in refusal[1]
+    lines = [line for line in server(logged) if str(M) in line]
+    assert lines
+    for line in [*lines, refusal[1]]:
+        assert line.isprintable()
+        assert "uid=0;" not in line
+
+
+def knock_oddly(path: str) -> None:
+    """Knock with words that no knock has, and that would look odd in a log."""
+    with byhand.reach(path) as door, byhand.knock(door, LURID.encode()) as ours:
+        with contextlib.suppress(OSError):
+            byhand.receive(ours)
+
+
+@pytest.mark.ids("B08")
+def test_what_a_caller_says_reaches_no_log_as_it_is(actor, serving, guarded, layer, victim, path):
+    server, canary = serving(victim, layer)
+    with guarded(server, canary=canary):
+        actor(M)(knock_oddly, path)
+    lines = server(logged)
+    assert any(f"uid={M}" in line for line in lines)
+    assert all(line.isprintable() for line in lines)

@@ -344,7 +344,7 @@ def test_a_server_whom_the_kernel_does_not_name_is_believed_by_anyone_alone(sand
     assert client(call, "whoever you are") == "whoever you are"
 
 
-@pytest.mark.ids("K5")
+@pytest.mark.ids("K5", "B10")
 def test_a_caller_outside_our_pid_namespace_has_his_uid(namespaces, actor, path):
     server, client = actor(0), actor(M)
     server(enter_pid_namespace)
@@ -838,7 +838,7 @@ def test_descriptors_that_do_not_fit_hold_nobody_up(actor, path):
     assert time.monotonic() - begun < 3
 
 
-@pytest.mark.ids("D13")
+@pytest.mark.ids("D13", "D10")
 def test_with_other_users_no_memory_is_shared(actor, path):
     server, client = actor(V), actor(M)
     server(serve_data, path)

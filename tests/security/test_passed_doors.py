@@ -215,6 +215,7 @@ def test_of_three_users_the_one_in_the_middle_may_go(relay, place):
             break
 
 
+@pytest.mark.ids("C10")
 def test_of_three_users_the_service_may_go(relay, place):
     service, between, client = relay
     client(hold, str(place / "front.door"))

@@ -385,7 +385,7 @@ def test_a_server_with_the_overflow_uid_is_not_ones_own(
     assert stranger(overheard)[0] == b""
 
 
-@pytest.mark.ids("K5")
+@pytest.mark.ids("K5", "B10")
 def test_a_caller_outside_our_pid_namespace_has_no_pid_but_his_uid(namespaces, actor, layer, path):
     server, client = actor(0), actor(V)
     server(enter_pid_namespace)
@@ -397,7 +397,7 @@ def test_a_caller_outside_our_pid_namespace_has_no_pid_but_his_uid(namespaces, a
     assert (pid, uid, gid) == (None, V, V)
 
 
-@pytest.mark.ids("K5", "K8")
+@pytest.mark.ids("K5", "K8", "B10")
 def test_a_server_outside_our_pid_namespace_has_no_pid_but_his_uid(namespaces, actor, layer, path):
     server, client = actor(V), actor(0)
     client(enter_pid_namespace)

@@ -100,7 +100,7 @@ def open_and_begin(path: str, data: bytes) -> Fd:
         return Fd(os.dup(here.channel.fileno()))
 
 
-@pytest.mark.ids("K2", "B01")
+@pytest.mark.ids("K2", "B01", "B11")
 def test_a_client_that_becomes_another_ends_its_channels(actor, serving, guarded, layer, path):
     server, canary = serving(0, layer)
     client = actor(0)
@@ -135,7 +135,7 @@ def test_a_server_end_in_other_hands_is_worthless(actor, guarded, layer, victim,
     assert client(call, "anew") == "anew"
 
 
-@pytest.mark.ids("B02", "K8")
+@pytest.mark.ids("B02", "K8", "B11")
 def test_a_server_that_becomes_another_is_not_believed(actor, guarded, layer, path):
     """A root's channel to a server that has given root up: its reply is a stranger's."""
     server, client = actor(0), actor(0)

@@ -7,6 +7,7 @@ there before, and goes on being served.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import errno
 import logging
@@ -30,7 +31,7 @@ from support.shortage import only
 from support.victims import open_client
 
 from doorpool import Proxy, _credentials, _guests, _keeper
-from doorpool._errors import BrokenDoorError, CallTimeoutError
+from doorpool._errors import BrokenDoorError, CallTimeoutError, DoorError
 from doorpool.door import Codec, Handle, Invocation
 
 IN_TIME = 1.0  # seconds, within which all is well again
@@ -420,9 +421,9 @@ def test_a_caller_to_whom_the_kernel_says_no(server, actor, path, inject, system
     wait_until(lambda: server(channels) == 0, timeout=PATIENCE)
 
 
-def open_and_call(path: str) -> bytes:
+def open_and_call(path: str, data: bytes = b"hello") -> bytes:
     with Handle(path) as handle:
-        return bytes(handle.call(b"hello").data)
+        return bytes(handle.call(data).data)
 
 
 def thread_of_a_caller() -> int:
@@ -442,6 +443,58 @@ def attempts(path: str) -> list[tuple[int | None, bool | None]]:
         else:
             return failures
     raise AssertionError(f"it never went well: {failures}")
+
+
+#: What a caller asks of the kernel from the opening of a door to its end, and what it may say.
+WHATEVER_FAILS = {
+    "socket": "EMFILE",
+    "connect": "ENOMEM",
+    "socketpair": "ENFILE",
+    "setsockopt": "ENOBUFS",
+    "getsockopt": "ENOBUFS",
+    "sendmsg": "ENOBUFS",
+    "poll": "ENOMEM",
+}
+
+
+@pytest.mark.ids("H06")
+@pytest.mark.parametrize("system_call", WHATEVER_FAILS)
+def test_whichever_of_a_callers_system_calls_fails(server, actor, path, inject, system_call):
+    """One in a prime number: from attempt to attempt it is another step of the way that fails."""
+    step = 23 if system_call == "setsockopt" else 11  # an attempt has many of those
+    client = actor(os.geteuid())
+    client(open_and_call, path)
+    before, log = client(descriptors), len(server(ran))
+    inject(client, f"{system_call}:error={WHATEVER_FAILS[system_call]}:when=2+{step}", thread_of_a_caller)
+    outcomes = client(outcomes_of, path, 80)
+    assert "went well" in outcomes.values()
+    assert set(outcomes.values()) - {"went well"}, "nothing failed"
+    counts = collections.Counter(server(ran)[log:])
+    assert not [data for data in counts if counts[data] > 1], "none ran twice"
+    for data, outcome in outcomes.items():
+        assert outcome in ("went well", "no", "perhaps")
+        assert outcome == "perhaps" or counts[data] == (outcome == "went well")
+    assert client(descriptors) == before
+    wait_until(lambda: server(channels) == 0, timeout=PATIENCE)
+    assert not lines_about(server, "please report it")
+
+
+def outcomes_of(path: str, count: int) -> dict[bytes, str]:
+    """Open and call so often; tell of each what it was, and of failures whether the call may have run."""
+    outcomes = {}
+    for number in range(count):
+        data = b"attempt %d" % number
+        began = time.monotonic()
+        try:
+            here.caller.submit(open_and_call, path, data).result(PATIENCE)
+        except OSError as error:
+            outcomes[data] = "perhaps" if getattr(error, "may_have_run", False) else "no"
+        except DoorError as error:
+            outcomes[data] = "perhaps" if error.may_have_run else "no"
+        else:
+            outcomes[data] = "went well"
+        assert time.monotonic() - began < PATIENCE
+    return outcomes
 
 
 # -- threads (F03) ---------------------------------------------------------------------------------
