@@ -319,14 +319,15 @@ def served(gate, monkeypatch):
     wait_until(lambda: not _guests.guests()._guests)
     monkeypatch.setattr(_guests, "_FIRST_LOOK", 3_600.0)
     door = Door(gate)
-    with Handle(door.open()) as handle:
-        (served,) = door._channels
-        yield served
-        handle.close()
-        gate.wait(0.05)
-    door.revoke()
-    with keeper().lock:
-        _guests.guests().look_round()
+    try:
+        with Handle(door.open()) as handle:
+            (served,) = wait_until(lambda: set(door._channels))  # noted after the answer has gone
+            yield served
+            handle.close()
+            gate.wait(0.05)
+    finally:
+        door.revoke()
+        look_round()
 
 
 def look_round():
