@@ -15,12 +15,15 @@ import itertools
 import os
 import socket
 import struct
+import tempfile
+from pathlib import Path
 
 import msgspec
 import pytest
-from support import rawpeer
+from hypothesis import strategies as st
+from support import rawpeer, start_python
 from support.fuzzed import Fuzzed
-from support.mutations import flips, values, with_byte
+from support.mutations import flips, spoilt, values, with_byte
 from support.rawdoor import Background, Canary
 
 from doorpool import Descriptor, Proxy
@@ -40,7 +43,7 @@ serve(sys.argv[1], ready)
 
 
 def recorded(kind, call):
-    """Have a client call a door by hand; return its knock, its request, and how many descriptors it brought."""
+    """Have a client call a door by hand; return its knock, and its request with its number of descriptors."""
     codec = rawpeer.DATA if kind == "data" else rawpeer.RAW
     with rawpeer.RawServer(rawpeer.greeting(codec=codec)) as server:
         client = Background(call, server.descriptor)
@@ -149,12 +152,21 @@ def more_is_to_come(frame):
 # -- the server that is spoken to
 
 
+@pytest.fixture(scope="module")
+def server():
+    """One process for all tests: whatever one of them has broken, the next will notice."""
+    with tempfile.TemporaryDirectory(prefix="dp-") as folder, start_python(SERVER, folder) as child:
+        child.wait_ready()
+        yield Path(folder), child
+        assert child.terminate() == 0
+
+
 @pytest.fixture
-def fuzzed(spawn_server, door_dir):
+def fuzzed(server):
     for name in CALLS:
         conversation(name)
-    child = spawn_server(SERVER, door_dir)
-    fuzzed = Fuzzed(door_dir)
+    folder, child = server
+    fuzzed = Fuzzed(folder)
     with contextlib.closing(fuzzed), Canary(fuzzed) as bird:
         bird.still_sings()
         fuzzed.base = fuzzed.descriptors()
@@ -197,7 +209,7 @@ def say(fuzzed, kind, pieces, descriptors=(), *, into=0):
             with contextlib.suppress(OSError):
                 client.channel.shutdown(socket.SHUT_WR)
         hear(client)
-    brought = len(descriptors) if into == 0 else -1
+    brought = len(descriptors) if into == 0 or not descriptors else -1
     return check(fuzzed, [said_by(kind, whole, 1, brought)])
 
 
@@ -222,10 +234,25 @@ def test_each_bit_flipped(many, fuzzed, file, name):
     """In the long form each byte gets each value."""
     kind, _, request, brought = conversation(name)
     runs = 0
-    spoilt = flips(request) if many(1, 2) == 1 else values(request, range(len(request)))
-    for words in itertools.islice(spoilt, 0, None, many(2, 1)):
+    every = many(0, 1) and values(request, range(len(request)))
+    for words in every or flips(request):
         runs += say(fuzzed, kind, [words], [file] * brought)
     assert runs > 20, "nearly nothing was run, so nearly nothing compared"
+
+
+@conversations
+def test_spoilt_in_several_places_and_cut_anywhere(fuzz, fuzzed, file, name):
+    kind, _, request, brought = conversation(name)
+
+    def check_one(words, cuts, brought, into):
+        places = [0, *sorted({cut for cut in cuts if cut < len(words)}), len(words)]
+        pieces = [words[a:b] for a, b in itertools.pairwise(places) if a < b] or [words]
+        if words:
+            say(fuzzed, kind, pieces, [file] * brought, into=min(into, len(pieces) - 1))
+
+    cuts, numbers = st.lists(st.integers(1, 100), max_size=3), st.sampled_from([brought, brought, 0, 2])
+    into = st.sampled_from([0, 0, 0, 1])
+    fuzz(check_one, spoilt(request) | st.just(request), cuts, numbers, into, short=60, long=50_000)
 
 
 @pytest.mark.ids("H02")
@@ -233,22 +260,22 @@ def test_each_value_of_the_small_fields(many, fuzzed):
     """Kind, version, descriptors, and the lowest bytes of the number of buffers and of the length."""
     kind, _, request, _ = conversation("raw")
     for place in (0, 1, 2, 4, 16):
-        for value in range(0, 256, many(7, 1)):
+        for value in range(0, 256, many(3, 1)):
             say(fuzzed, kind, [with_byte(request, place, value)])
 
 
 @conversations
-def test_split_at_each_byte(many, fuzzed, file, name):
+def test_split_at_each_byte(fuzzed, file, name):
     kind, _, request, brought = conversation(name)
-    for cut in range(1, len(request), many(3, 1)):
+    for cut in range(1, len(request)):
         assert say(fuzzed, kind, [request[:cut], request[cut:]], [file] * brought) == 1
     assert say(fuzzed, kind, [bytes([byte]) for byte in request], [file] * brought) == 1
 
 
 @conversations
-def test_cut_at_each_byte(many, fuzzed, file, name):
+def test_cut_at_each_byte(fuzzed, file, name):
     kind, _, request, brought = conversation(name)
-    for cut in range(1, len(request), many(3, 1)):
+    for cut in range(1, len(request)):
         assert say(fuzzed, kind, [request[:cut]], [file] * brought) == 0
 
 
@@ -327,14 +354,14 @@ def knock_and_hear(fuzzed, kind, words, descriptors):
 
 
 @pytest.mark.parametrize("kind", ["raw", "data"])
-def test_knocks_that_were_spoilt(many, fuzzed, kind):
+def test_knocks_that_were_spoilt(fuzzed, kind):
     knock = conversation(kind)[1]
     assert knock_and_hear(fuzzed, kind, knock, [None]) == 1
     admitted = 0
-    for words in itertools.islice(flips(knock), 0, None, many(2, 1)):
+    for words in flips(knock):
         admitted += knock_and_hear(fuzzed, kind, words, [None])
     assert admitted > 5
-    for cut in range(0, len(knock), many(3, 1)):
+    for cut in range(len(knock)):
         assert knock_and_hear(fuzzed, kind, knock[:cut], [None]) == (cut == 24)
     for more in (b"\0", knock, bytes(5000), bytes(60_000)):
         assert knock_and_hear(fuzzed, kind, knock + more, [None]) == 0
@@ -442,14 +469,14 @@ def reply_by_hand(frame):
 
 
 @pytest.mark.ids("E07")
-def test_replies_that_were_spoilt(many):
+def test_replies_that_were_spoilt():
     """The caller has what the bytes say, or an error, and in time."""
     assert replied(REPLY) == [b"data", b"one", b"", b"three"]
     for frame in (REPLY, FAILURE):
-        for words in itertools.islice(flips(frame), 0, None, many(5, 1)):
+        for words in flips(frame):
             came = replied(words)
             assert isinstance(came, DoorError) or came == reply_by_hand(words), (came, words)
-        for cut in range(0, len(frame), many(5, 1)):
+        for cut in range(len(frame)):
             assert isinstance(replied(frame[:cut]), DoorError)
     for pieces in (2, 3, len(REPLY)):
         assert replied(REPLY, pieces=pieces) == reply_by_hand(REPLY)
@@ -461,11 +488,11 @@ def test_replies_that_were_spoilt(many):
 
 
 @pytest.mark.ids("E07", "B25")
-def test_outcomes_that_were_spoilt(many):
+def test_outcomes_that_were_spoilt():
     assert replied(VALUE, kind="data") == [1, "two", {"three": None}]
     assert type(replied(RAISED, kind="data")) is KeyError
     for frame in (VALUE, RAISED):
-        for words in itertools.islice(flips(frame), 0, None, many(5, 1)):
+        for words in flips(frame):
             came = replied(words, kind="data")
             if isinstance(came, Exception) and not isinstance(came, DoorError):
                 assert words[rawpeer.HEAD :][:1] == b"E"
@@ -482,15 +509,15 @@ def test_greetings_and_answers_that_were_spoilt(many, kind):
     greeting = rawpeer.greeting(codec=codec, name="n", doc="d", signature="()", methods="{}")
     answer = rawpeer.answer(codec=codec)
     served = 0
-    for words in itertools.islice(flips(greeting), 0, None, many(7, 1)):
+    for words in itertools.islice(flips(greeting), 0, None, many(3, 1)):
         came = replied(reply, kind=kind, greeting=words)
         served += came == right
         assert came == right or isinstance(came, DoorError), came
-    for words in itertools.islice(flips(answer), 0, None, many(2, 1)):
+    for words in flips(answer):
         came = replied(reply, kind=kind, answer=words)
         served += came == right
         assert came == right or isinstance(came, DoorError), came
     for message, name in ((greeting, "greeting"), (answer, "answer")):
-        for cut in range(1, len(message), many(7, 1)):
+        for cut in range(1, len(message), many(3, 1)):
             assert isinstance(replied(reply, kind=kind, **{name: message[:cut]}), DoorError)
     assert served > 10
