@@ -208,7 +208,7 @@ def check_arguments(procedure, data, audited):
 procedures = pytest.mark.parametrize("procedure", TABLE, ids=lambda procedure: procedure.__name__)
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")
 def imports_of_first_use():
     """What is imported when something is read or refused for the first time is there before anybody looks."""
     for procedure, message in MESSAGES.items():
