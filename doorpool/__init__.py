@@ -11,7 +11,9 @@ Doors for Python on Linux: call a function of another process on the same machin
 The rooms of the house, from the roof down; each leans only on those below it:
 
     _server      Server                     _proxy      Proxy
+    _streams     iterators as arguments and results
     _doors       doors as arguments and results
+    _progress    track
     _endpoint    Endpoint                   _call       Call, current_call
     _info        DoorInfo
     _threads     server threads: how many, when they come and go
@@ -44,6 +46,7 @@ if not _sys.platform.startswith("linux"):
     raise ImportError(f"doorpool needs Linux 5.4 or newer, and this is {_sys.platform}")
 
 from doorpool import _doors as _doors
+from doorpool import _streams as _streams
 from doorpool._call import Call, current_call
 from doorpool._callers import Group, anyone
 from doorpool._credentials import Credentials
@@ -66,6 +69,7 @@ from doorpool._errors import (
 )
 from doorpool._info import DoorInfo
 from doorpool._passing import take
+from doorpool._progress import track
 from doorpool._proxy import Proxy
 from doorpool._segments import buffer, empty
 from doorpool._server import Server, Statistics
@@ -98,6 +102,7 @@ __all__ = [
     "current_call",
     "empty",
     "take",
+    "track",
 ]
 
 __version__ = "0.1.0.dev0"

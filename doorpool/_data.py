@@ -37,7 +37,7 @@ import inspect
 import re
 import types
 import typing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextvars import ContextVar
 from typing import Any, NoReturn
 
@@ -172,6 +172,25 @@ def register(
     _codes[code] = _Kind(reduce, rebuild)
 
 
+#: What tells of a type that objects of it are sent as others are: iterators.
+_similar: Callable[[type], bool] = bool
+_like: type | None = None
+
+
+def register_iterators(like: type, kinds: Iterable[type], similar: Callable[[type], bool]) -> None:
+    """
+    Let iterators cross data doors as objects of a class that is registered.
+
+    Args:
+        like: that class.
+        kinds: types of iterators.
+        similar: tells of any other type with a ``__next__`` whether it is one, too.
+    """
+    global _similar, _like
+    _similar, _like = similar, like
+    _kinds.update(dict.fromkeys(kinds, _kinds[like]))
+
+
 class Arrivals:
     """
     The descriptors that came with a message, each of which may be taken once.
@@ -268,7 +287,10 @@ _BARE: dict[type, Callable[[Any], Any]] = {
 
 def _write(value: Any) -> Any:
     """Reduce what msgspec does not know by itself; see ``msgspec.msgpack.Encoder``."""
-    known = _kinds.get(type(value))
+    kind = type(value)
+    known = _kinds.get(kind)
+    if known is None and _like is not None and hasattr(kind, "__next__") and _similar(kind):
+        known = _kinds[_like]
     if known is not None:
         numbers, objects = _departing.get()
         if len(objects) > _MOST_EXTENSIONS:
@@ -766,6 +788,11 @@ def unpack_outcome(data: Data, arrivals: Arrivals) -> Any:
 def read_text(piece: Any) -> str:
     """Read a piece of the arguments that is a text.  Raises ``MarshalError`` if it is none."""
     return _fit("args[0]", _read_text, piece)  # type: ignore[no-any-return]
+
+
+def read_value(piece: Any) -> Any:
+    """Read a piece of the arguments that may be anything, within ``reading``.  Raises ``MarshalError``."""
+    return _fit("a value", _read_plain, piece)
 
 
 _read_error = Decoder(tuple[str, str | None, str | None])

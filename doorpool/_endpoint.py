@@ -39,7 +39,7 @@ from collections.abc import Callable, Collection, Iterable
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from doorpool import _data, _sockets
-from doorpool._call import current
+from doorpool._call import LISTENER, current
 from doorpool._callers import Bar, Judge, Rule, bar_unknown
 from doorpool._credentials import Credentials, is_strange
 from doorpool._descriptor import Descriptor
@@ -93,6 +93,31 @@ _USUAL = _Usual()
 _Outcome = tuple[Parcel, bool, BaseException | None]
 
 _find_default_server: Callable[[], Server] | None = None
+
+
+class _Answering(threading.local):
+    """The endpoint and the call whose result is being marshalled in this thread."""
+
+    endpoint: Endpoint | None = None
+    invocation: Invocation | None = None
+
+
+answering = _Answering()
+
+
+class Marshalled:
+    """
+    A result that a procedure has marshalled by itself, to know what becomes of it.
+
+    Attributes:
+        parcel: as the codec of the door has made it; what goes along is still to be let go.  None: it
+            has been sent already.
+    """
+
+    __slots__ = ("parcel",)
+
+    def __init__(self, parcel: Any) -> None:
+        self.parcel = parcel
 
 
 def provide_default_server(find: Callable[[], Server]) -> None:
@@ -555,6 +580,8 @@ class Endpoint:
                 call = unpack_arguments(invocation.data, invocation.buffers, invocation.descriptors)
             except BaseException as error:  # an argument's own code may do anything while it is rebuilt
                 return self._finish(invocation, self._refusal(invocation, "the arguments", error, False))
+            if LISTENER in call[1]:
+                invocation.listener = call[1].pop(LISTENER)
         args, kwargs = call
         invocation.data, invocation.buffers = b"", ()
         token = current.set(invocation)
@@ -579,6 +606,8 @@ class Endpoint:
             current.reset(token)
             invocation.call = None  # or the two would hold one another
         if outcome is None:
+            if type(value) is Marshalled and value.parcel is None:
+                return True
             outcome = self._result(invocation, value)
             del value
         else:
@@ -604,10 +633,15 @@ class Endpoint:
 
     def _result(self, invocation: Invocation, value: Any) -> _Outcome:
         """Marshal what the procedure has returned."""
+        if type(value) is Marshalled:
+            return value.parcel, True, None
+        answering.endpoint, answering.invocation = self, invocation
         try:
-            return pack_result(value, _peer(invocation)), True, None
+            return pack_result(value, peer_of(invocation)), True, None
         except BaseException as error:  # a result's own code may do anything while it is pickled
             return self._refusal(invocation, "the result", error, True)
+        finally:
+            answering.endpoint = answering.invocation = None
 
     def _failure(self, invocation: Invocation, error: BaseException) -> _Outcome:
         """Marshal what has left the procedure."""
@@ -618,18 +652,18 @@ class Endpoint:
                 trace = trace.tb_next or trace
             BaseException.with_traceback(error, trace)
         self._log(error)
-        return pack_exception(error, _peer(invocation)), False, _interrupt(error)
+        return pack_exception(error, peer_of(invocation)), False, _interrupt(error)
 
     def _refusal(
         self, invocation: Invocation, what: str, error: BaseException, may_have_run: bool
     ) -> _Outcome:  # fmt: skip
         """Marshal that the arguments or the result cannot cross."""
-        refusal = _marshal_error(what, error, may_have_run=may_have_run)
+        refusal = marshal_error(what, error, may_have_run=may_have_run)
         if may_have_run:
             log.error("%s: %s", self.name, refusal, exc_info=error)
         else:
             log.warning("%s: %s: %s", self.name, invocation.credentials, refusal)
-        return pack_refusal(refusal, _peer(invocation)), False, _interrupt(error)
+        return pack_refusal(refusal, peer_of(invocation)), False, _interrupt(error)
 
     # -- answering where data is spoken --------------------------------------------------------
 
@@ -638,6 +672,8 @@ class Endpoint:
         # The value has the descriptors that go with it, so it stays till they have gone.
         parcel, value, interrupt = self._invoke_data(invocation, plan)
         returned = value is not _NOTHING
+        if parcel is None:
+            return True
         try:
             invocation.reply(*parcel)
         except LimitError as error:
@@ -662,7 +698,7 @@ class Endpoint:
         try:
             procedure, plan, args, kwargs = self._read_data(invocation, plan)
         except BaseException as error:  # a validator of the user's may do anything
-            refusal = _marshal_error("the arguments", error, may_have_run=False)
+            refusal = marshal_error("the arguments", error, may_have_run=False)
             keeper().say(
                 logging.WARNING, "%s: %s: %s", self.name, invocation.credentials, refusal,
                 about=(invocation.door.id, invocation.credentials.uid, "misfit"),
@@ -683,12 +719,17 @@ class Endpoint:
         finally:
             current.reset(token)
             invocation.call = None
+        if type(value) is Marshalled:
+            return value.parcel, value, None
+        answering.endpoint, answering.invocation = self, invocation
         try:
             return plan.pack_result(value, invocation.credentials), value, None
         except BaseException as error:
-            refusal = _marshal_error("the result", error, may_have_run=True)
+            refusal = marshal_error("the result", error, may_have_run=True)
             log.error("%s: %s", self.name, refusal, exc_info=error)
             return _data.pack_refusal(refusal), _NOTHING, _interrupt(error)
+        finally:
+            answering.endpoint = answering.invocation = None
 
     def _make_plan(self) -> _data.Plan:
         """Look at the annotations of the target, or, of an object, of all that callers may reach."""
@@ -722,6 +763,9 @@ class Endpoint:
             if invocation.buffers:
                 raise MarshalError("there are no buffers where data is spoken", may_have_run=False)
             pieces, named = _data.unpack_arguments(invocation.data)
+            if LISTENER in named:
+                read = functools.partial(_data.read_value, named.pop(LISTENER))
+                invocation.listener = _data.reading(arrivals, read)
             procedure, plan, pieces = self._find_procedure(plan, pieces)
             args, kwargs = _data.reading(arrivals, functools.partial(plan.convert, pieces, named))
         except BaseException:
@@ -800,7 +844,7 @@ def _leave_forked_child(error: BaseException | None) -> NoReturn:
     os._exit(status & 0xFF)
 
 
-def _peer(invocation: Invocation) -> Dialect:
+def peer_of(invocation: Invocation) -> Dialect:
     """Return how the caller wants to be spoken to."""
     line = invocation.line
     if line.memo is None:
@@ -815,7 +859,7 @@ def serve(invocation: Invocation) -> bool:
     return endpoint._serve(invocation)
 
 
-def _marshal_error(what: str, error: BaseException, *, may_have_run: bool) -> DoorError:
+def marshal_error(what: str, error: BaseException, *, may_have_run: bool) -> DoorError:
     """Return what to tell the caller: the error itself, or that something odd left an object's code."""
     if isinstance(error, DoorError):
         return error
@@ -833,8 +877,6 @@ def _checked_target(target: Any) -> Callable[..., Any]:
     for function in (inner, type(inner).__call__):
         if inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function):
             raise TypeError(f"{target!r} is an async function, which a door cannot run")
-        if inspect.isgeneratorfunction(function):
-            raise TypeError(f"{target!r} is a generator function: its items cannot cross a door")
     return target  # type: ignore[no-any-return]
 
 

@@ -554,7 +554,7 @@ class Invocation:
         line: the channel it came by; in its ``memo`` the layer above may keep something.
         credentials: who is calling, as of the opening of its channel.
         words: what the caller says of itself (a claim).
-        call: the layer above may keep something here, too.
+        call, listener: the layer above may keep something here, too.
 
     Modelled on: the arguments of a server procedure, door_create(3C)
     """
@@ -562,10 +562,11 @@ class Invocation:
     _nanoseconds: int
     _sent: int
     _taken: int
+    listener: Any  # not set for an everyday call
 
     __slots__ = (
         "_gate", "_nanoseconds", "_open", "_sent", "_taken", "buffers", "call", "data", "descriptors",
-        "door", "line",
+        "door", "line", "listener",
     )  # fmt: skip
 
     def __init__(self, gate: Gate, served: Served) -> None:

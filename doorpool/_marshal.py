@@ -391,6 +391,8 @@ class _Rules:
             if issubclass(kind, BaseException):
                 return _exceptions.reduce_exception(value)
             raise TypeError(f"cannot pickle a {kind.__qualname__}, being of a subclass")
+        if hasattr(kind, "__next__") and _passing.iterator is not None and _passing.is_iterator(kind):
+            return self._pass(value, _passing.iterator)
         return NotImplemented
 
     def _pass(self, value: Any, kind: _passing.Kind) -> Any:

@@ -119,6 +119,11 @@ def _register_late(name: str, last: str, register_its_own: Callable[[Any], None]
         late = tuple(each for each in late if each[0] != name)
 
 
+#: How an iterator crosses that is not registered itself, and which types' are meant; for ``_streams``.
+iterator: Kind | None = None
+is_iterator: Callable[[type], bool] = bool
+
+
 def guard(kind: type) -> None:
     """Refuse objects of this type, subclasses included, that are not registered themselves."""
     global guarded

@@ -32,7 +32,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing import reduction
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from doorpool import _data, _sockets
 from doorpool._callers import Judge, Rule
@@ -58,6 +58,7 @@ from doorpool._janitor import close_all
 from doorpool._marshal import Dialect, own_dialect, pack_arguments, unpack_outcome
 from doorpool._objects import CALL, ENTER, EXIT, METHODS, Table, checked_table, decode_table, read_signature
 from doorpool._passing import Departure
+from doorpool._progress import Listener, ReportingLine
 from doorpool._threads import waiting_for
 from doorpool._wire import Attribute, Knock
 from doorpool.door import Codec, Handle
@@ -78,6 +79,10 @@ _T = TypeVar("_T")
 
 #: What is to be sent, however it was written: bytes, memory and descriptors.
 _AnyParcel = tuple[bytes, Sequence[memoryview], Sequence[int]]
+
+
+#: Types of results that get the proxy's ``timeout``, for what they will call themselves.
+timed: set[type] = set()
 
 
 class _Unchanged:
@@ -512,18 +517,35 @@ class Proxy:
             Exception: whatever left the procedure; a ``RemoteError`` if that cannot cross.
         """
         timeout = self._timeout
-        return self._line.call(args, kwargs, None if timeout is None else deadline_after(timeout))
+        if timeout is None:
+            return self._line.call(args, kwargs, None)
+        value = self._line.call(args, kwargs, deadline_after(timeout))
+        if type(value) in timed:
+            value.timeout = timeout
+        return value
 
-    def options(self, *, timeout: float | _Unchanged | None = _UNCHANGED) -> Proxy:
+    def options(
+        self, *, timeout: float | _Unchanged | None = _UNCHANGED,
+        progress: Listener | _Unchanged | None = _UNCHANGED,
+    ) -> Proxy:  # fmt: skip
         """
         Return a view of this open door with other options; what is left out stays as it is.
 
         Closing any view closes the door for all of them.
+
+        Args:
+            timeout: as of ``Proxy``.
+            progress: is called, in a thread of this process's default server, with what is done, the
+                total (or None) and a text, whenever the procedure reports by ``track``; None
+                for nothing.  The server has a door to it meanwhile.
         """
         view = object.__new__(Proxy)
         view._line, view._methods = self._line, None
         absent = isinstance(timeout, _Unchanged)
         view._timeout = self._timeout if absent else check_seconds(timeout, "timeout")  # type: ignore[arg-type]
+        if not isinstance(progress, _Unchanged):
+            line = getattr(self._line, "line", self._line)  # the real one
+            view._line = line if progress is None else _reporting(line, progress)
         return view
 
     def submit(self, /, *args: Any, **kwargs: Any) -> Future[Any]:
@@ -730,8 +752,12 @@ class RemoteMethod:
         """Call the method; as ``Proxy.__call__``."""
         proxy = self._proxy
         timeout = proxy._timeout
-        deadline = None if timeout is None else deadline_after(timeout)
-        return proxy._line.act((self._name, *args), kwargs, deadline)
+        if timeout is None:
+            return proxy._line.act((self._name, *args), kwargs, None)
+        value = proxy._line.act((self._name, *args), kwargs, deadline_after(timeout))
+        if type(value) in timed:
+            value.timeout = timeout
+        return value
 
     def options(self, **options: Any) -> RemoteMethod:
         """Return the method with other options; as ``Proxy.options``."""
@@ -793,6 +819,12 @@ def proxy_of(line: Line) -> Proxy:
     proxy = object.__new__(Proxy)
     proxy._line, proxy._methods, proxy._timeout = line, None, None
     return proxy
+
+
+def _reporting(line: Line, progress: Any) -> Line:
+    if not callable(progress):
+        raise TypeError(f"progress is something to call with (done, total, text), or None; not {progress!r}")
+    return cast("Line", ReportingLine(line, progress))
 
 
 def _left(deadline: float | None) -> float | None:

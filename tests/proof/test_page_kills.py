@@ -49,13 +49,13 @@ def stage(request):
 class Pair:
     """A server and a client that has called it once, on a channel that stays."""
 
-    def __init__(self, stage, folder, spin, place=""):
+    def __init__(self, stage, folder, spin, place="", nth=1, company=None):
         self.journal = folder / "journal"
         self.server = stage.start("server", str(self.journal), spin)
         self.client = stage.start("client", str(self.journal))
         self.server.ask("open", str(folder / "a.door"))
         if place:
-            self.server.ask("at", place, 1, None)
+            self.server.ask("at", place, nth, company)
         assert self.client.ask("warm_up", str(folder / "a.door"), FIRST, spin) == stage.has_pages
 
     def call(self, timeout=None):
@@ -85,8 +85,8 @@ class Pair:
 def paired(request, stage, door_dir):
     with contextlib.ExitStack() as stack:
 
-        def pair(place=""):
-            it = Pair(stage, door_dir, SPINS[request.param], place)
+        def pair(*plan):
+            it = Pair(stage, door_dir, SPINS[request.param], *plan)
             stack.callback(it.close)
             return it
 
@@ -103,8 +103,7 @@ def test_a_server_that_dies_with_a_request_that_it_has_taken(paired, step):
 
 
 def test_a_reply_that_was_given_whole_arrives(paired):
-    pair = paired()
-    pair.server.ask("at", "reply-sent", 1, ALONE)
+    pair = paired("reply-sent", 2, ALONE)  # set before the first call, whose reply it may outrun
     pair.call()
     assert pair.outcome() == (RESULT, None)
     assert pair.ran() == 1

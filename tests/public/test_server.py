@@ -324,24 +324,12 @@ class AsyncCall:
     async def __call__(self) -> None: ...
 
 
-class GeneratorCall:
-    def __call__(self) -> Any:
-        yield 1
-
-
-def generator() -> Any:
-    yield 1
-
-
 async def async_generator() -> Any:
     yield 1
 
 
 class Methods:
     async def coroutine(self) -> None: ...
-
-    def items(self) -> Any:
-        yield 1
 
 
 NO_TARGETS = {
@@ -354,9 +342,6 @@ NO_TARGETS = {
     "a partial of an async def": (functools.partial(_async, 1), "async function"),
     "an instance with an async __call__": (AsyncCall(), "async function"),
     "a partial of one": (functools.partial(AsyncCall()), "async function"),
-    "a generator function": (generator, "generator function"),
-    "a generator method": (Methods().items, "generator function"),
-    "an instance with a generator __call__": (GeneratorCall(), "generator function"),
     "an async generator function": (async_generator, "async function"),
 }
 

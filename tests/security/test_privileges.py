@@ -175,7 +175,8 @@ def interpreter(root_only, place: Path) -> Callable[..., Path]:
 
 
 def _runs(program: Path) -> bool:
-    code = "import sys; sys.exit(sys.version_info[:2] < (3, 11))"
+    # Of the same version, for what is compiled: the program runs with our packages.
+    code = f"import sys; sys.exit(sys.version_info[:2] != {tuple(sys.version_info[:2])})"
     done = subprocess.run([program, "-c", code], user=M, group=M, extra_groups=(), capture_output=True)
     return done.returncode == 0
 

@@ -48,6 +48,7 @@ PUBLIC = ERRORS | {
     "current_call",
     "empty",
     "take",
+    "track",
 }
 
 #: Of ``doorpool.door``.

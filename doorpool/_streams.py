@@ -1,0 +1,680 @@
+"""
+Streams: an iterator as an argument or a result arrives as one that pulls its items through a door.
+
+    sender      a ``Pump`` has the iterator, behind an anonymous door of its own.  Each call of it
+                takes a batch of items
+    receiver    a ``Stream`` gives out the items of the batch it has, and calls when that is empty
+
+What is a stream, decided by the type:
+
+    generators; ``map``, ``filter``, ``zip``, ``enumerate``, ``reversed``,
+    ``iter(function, end)``, all of ``itertools``                               streams
+    objects of any other class with ``__iter__`` and ``__next__``               streams
+    those of a class that says itself how it is pickled, or of an ``io`` class  as that says
+    iterators over a list, a dict and the like, which has all the items anyway  values
+    files, sockets and what else crosses as itself                              as themselves
+
+Reading ahead.  A batch ends with whatever comes first: as many items again as the stream has sent so far (so
+the first is sent alone, and the second with the third), ``_ITEMS`` items, ``_BYTES`` bytes, or ``_TIME``
+seconds.  Nothing runs between two calls.  So the iterator is at most one batch ahead of the receiver.
+
+    An iterator may block in the middle of a batch, as one does that follows a log.  What there is of the
+    batch must not wait for it.  So a thread looks after the batches that are being made:
+      1. The server thread is stuck in the iterator; the items so far are in a list that both know.
+      2. After ``_TICK`` the watcher takes them out, and answers the call with them.  That sets the
+         channel free for the next call, which waits for its turn with the iterator.
+      3. The iterator goes on.  The server thread finds its call answered, and leaves what it has made
+         since for the next one.
+    A lock decides between 2 and the server thread's own answer.
+
+    A file, or what else crosses as itself, ends a batch, for ``with open(...) as file: yield file`` closes
+    it when it goes on.
+
+    Bytes are those of the last batch for as many items as this one is to have, and within
+    the batch, what ``sys.getsizeof`` says of each: one item that is huge ends it.
+
+Errors come in order: what was made before is sent, and the next call raises.  A batch that cannot
+be marshalled is sent item by item, up to the one that cannot cross, whose error ends the stream.
+
+The end.  The pump lets go of the iterator, which is what closes a generator that nobody else has:
+
+    the iterator has come to its end, or has raised     in that call
+    ``Stream.close()``                                  in a call of its own: ``close`` of the iterator
+    the stream is collected, or its process is gone     when the door is unreferenced
+    the door's server closes                            then
+
+An iterator that is passed twice has one pump: each item goes to one of those who pull.  It
+must be so for a call that is made once more through a reopened door, too, since that is marshalled twice.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+import logging
+import os
+import sys
+import threading
+import time
+import types
+import weakref
+from collections import deque
+from collections.abc import Generator, Iterator
+from functools import partial
+from typing import Any, NoReturn
+
+from doorpool import _data, _passing, _proxy, _sockets
+from doorpool._call import current
+from doorpool._descriptor import Descriptor
+from doorpool._doors import arrive
+from doorpool._endpoint import Endpoint, Marshalled, answering, marshal_error, peer_of
+from doorpool._errors import BusyError, ClosedError, DoorError, LimitError, MarshalError, ProtocolError
+from doorpool._handle import deadline_after
+from doorpool._janitor import close_all
+from doorpool._marshal import pack_refusal, pack_result
+from doorpool._passing import Departure, Kind, Recipe
+from doorpool._proxy import Proxy
+from doorpool.door import Invocation
+
+__all__ = ["Stream"]
+
+log = logging.getLogger("doorpool")
+
+#: Of a batch: items, bytes, seconds.  A call costs as much as some fifty small items, so that of
+#: a thousand it is a twentieth; and a receiver that stops has wasted no more than this.
+_ITEMS = 1024
+_BYTES = 256 * 1024
+_TIME = 0.002
+
+#: After this many items in one batch it is looked at the time and the bytes at every eighth only: that
+#: takes as long as the making of two.
+_MANY = 256
+_ONE, _FEW = range(1), range(8)
+
+#: Seconds after which what there is of a batch is sent, and between two looks; how many looks at nothing
+#: the thread that looks stays for.
+_TICK = 0.02
+_IDLE = 10
+
+#: Seconds for which a caller whose time is over is let give up before he is told why it was too short.
+_FIRST = 0.1
+
+#: Descriptors in a batch, of the 253 that a message may have.
+_DESCRIPTORS = 64
+
+#: Bytes that a pull may have, which says next to nothing.
+_REQUEST = 4096
+
+#: Seconds that ``Stream.close`` waits for the other side's ``finally``.
+_CLOSING = 5.0
+
+#: Types whose objects are too small to be weighed one by one.
+_LIGHT = frozenset((int, float, bool, types.NoneType))
+
+#: What a pump says when its iterator has come to its end, in a dict, since a batch is a list.
+_LAST, _VALUE = "items", "returned"
+
+
+# -- the side that has the iterator ---------------------------------------------------------------
+
+
+class _StreamEndpoint(Endpoint):
+    """The door of a pump, which ends with it."""
+
+    target: Any
+
+    def close(self) -> None:
+        """Close it, and let go of the iterator; idempotent."""
+        super().close()
+        self._let_iterator_go()
+
+    def _retire(self, refusal: Any) -> None:
+        super()._retire(refusal)
+        self._let_iterator_go()
+
+    def _let_iterator_go(self) -> None:
+        pump: Pump = self.target.__self__
+        pump.end()
+        pump.endpoint = None  # or the two hold one another
+
+
+class Pump:
+    """
+    An iterator whose items are fetched through a door; any thread, one at a time.
+
+    Args:
+        iterator: the iterator.
+        codec: of the door.
+    """
+
+    __slots__ = (
+        "__weakref__", "_closing", "_codec", "_error", "_held", "_iterator", "_left", "_limit", "_lock",
+        "_making", "_making_batch", "_returned", "_settling", "_spent", "endpoint", "listener",
+    )  # fmt: skip
+
+    def __init__(self, iterator: Iterator[Any], codec: str) -> None:
+        self._iterator: Iterator[Any] | None = iterator
+        self._codec = codec
+        self._lock = threading.Lock()  # held while the iterator runs
+        self._making = threading.RLock()  # held while the door is made
+        self._limit = 1  # items of the next batch
+        self._making_batch: tuple[list[Any], Invocation] | None = None
+        self._settling = threading.Lock()  # held by who decides what becomes of that
+        self._left: list[Any] = []  # items that were made behind an answer
+        self._held: deque[Any] = deque()  # items that could not be sent together
+        self._spent = False  # the iterator has come to its end, by itself or not
+        self._error: BaseException | None = None  # by this, which is still to be raised
+        self._returned: Any = None
+        self._closing = False
+        self.endpoint: Endpoint | None = None
+        self.listener: Any = None
+
+    def has(self, iterator: Iterator[Any]) -> bool:
+        """Whether it is this one's."""
+        return self._iterator is iterator
+
+    def hand_out(self, origin: Endpoint | None) -> Descriptor:
+        """
+        Return a fresh descriptor of the door.
+
+        Args:
+            origin: the endpoint with whose result it goes, whose server is to run it; None: the
+                process's default server.
+
+        Raises:
+            ClosedError: the door, or that server, has been closed.
+        """
+        with self._making:
+            if self.endpoint is not None:
+                return self.endpoint.open()
+            return self._make_door(origin)
+
+    def _make_door(self, origin: Endpoint | None) -> Descriptor:
+        name = getattr(self._iterator, "__qualname__", None) or type(self._iterator).__qualname__
+        self.listener = getattr(answering.invocation, "listener", None)
+        endpoint = _StreamEndpoint(
+            self.pull, name=str(name), codec=self._codec, max_request=_REQUEST, refuse_descriptors=True
+        )
+        if origin is not None and origin.server is not None:
+            origin.server._adopt(endpoint)
+        self.endpoint = endpoint
+        try:
+            return endpoint.open()
+        except BaseException:
+            endpoint.close()
+            raise
+
+    def pull(self, close: bool = False) -> Marshalled | None:
+        """Answer a call of the door: with a batch; or close the iterator."""
+        invocation = current.get()
+        if self.listener is not None:
+            invocation.listener = self.listener
+        if close:
+            self._closing = True
+        left = -1.0 if invocation.deadline is None else max(0.0, invocation.deadline - time.monotonic())
+        if not self._lock.acquire(timeout=left):
+            invocation.wait_cancelled(_FIRST)
+            busy = BusyError("another pull of this stream is still running", may_have_run=False)
+            return self._refusal(busy, invocation)
+        try:
+            if not close:
+                return self._answer(invocation)
+            self._close()
+            return None
+        finally:
+            self._lock.release()
+
+    def end(self) -> None:
+        """Let go of the iterator."""
+        self._closing = self._spent = True
+        self._iterator = self._returned = self._error = self.listener = None
+        self._held.clear()
+        self._left = []
+
+    def _close(self) -> None:
+        iterator = self._iterator
+        self.end()
+        close = getattr(iterator, "close", None)
+        if callable(close):
+            close()
+
+    def _answer(self, invocation: Invocation) -> Marshalled:
+        if not self._held and (self._left or not self._spent):
+            items, late = (self._left, True) if self._left else self._take(invocation)
+            self._left = []
+            if invocation.answered:  # by the watcher; what was made since then is for the next call
+                self._left = items
+                return Marshalled(None)
+            if items or self._error is None:
+                try:
+                    return self._send(items, invocation, late=late)
+                except Exception as error:
+                    if not items or (len(items) == 1 and not self._spent):
+                        self.end()
+                        return self._refusal(error, invocation)
+            self._held.extend(items)
+        if self._held:
+            self._limit = 1
+            return self._send_one(invocation)
+        raised = self._error
+        if raised is not None:
+            self.end()
+            self._raise(raised)
+        try:
+            return self._send([], invocation)
+        except Exception as unfit:  # what the generator has returned
+            self.end()
+            return self._refusal(unfit, invocation)
+
+    def _refusal(self, error: Exception, invocation: Invocation) -> Marshalled:
+        """Marshal that something cannot be sent."""
+        refusal = marshal_error("an item of the stream", error, may_have_run=True)
+        if isinstance(refusal, MarshalError):
+            text = str(refusal).removeprefix("result").removeprefix("[0]")
+            refusal = MarshalError(f"an item of the stream{text}", may_have_run=True)
+        if self._codec == "data":
+            return Marshalled(_data.pack_refusal(refusal))
+        return Marshalled(pack_refusal(refusal, peer_of(invocation)))
+
+    @staticmethod
+    def _raise(error: BaseException) -> NoReturn:
+        try:
+            raise error
+        finally:
+            del error  # or this frame and the error's traceback hold one another
+
+    def _take(self, invocation: Invocation) -> tuple[list[Any], bool]:
+        """Take a batch from the iterator; return it, and whether that has taken all the time there is."""
+        items: list[Any] = []
+        iterator = self._iterator
+        if iterator is None:  # let go of this very moment
+            return items, False
+        late = False
+        self._making_batch = items, invocation
+        _watcher.watch(self)
+        try:
+            late = self._fill(items, iterator)
+        except StopIteration as stop:
+            self._spent, self._returned, self._iterator = True, stop.value, None
+        except BaseException as error:
+            self._spent, self._iterator, self._error = True, None, error
+        finally:
+            _watcher.forget(self)
+            with self._settling:
+                self._making_batch = None
+        return items, late
+
+    def send_early(self) -> None:
+        """Answer with what there is of a batch whose next item is long in coming; for the watcher."""
+        with self._settling:
+            if self._making_batch is None:
+                return
+            items, invocation = self._making_batch
+            batch = items[:]
+            if not batch:
+                return
+            self._making_batch = None
+            try:
+                parcel = self._pack(batch, invocation)
+            except Exception:
+                return  # whoever makes the batch will come to the same, and tell
+            del items[: len(batch)]
+            self._limit = 1
+            try:
+                invocation.reply(*parcel)
+            except Exception as error:
+                log.exception("a batch of a stream could not be sent")
+                invocation.fail(text=f"the server failed to answer: {error}", may_have_run=True)
+            finally:
+                _data.release(parcel)
+
+    def _fill(self, items: list[Any], iterator: Iterator[Any]) -> bool:
+        append, clock, step = items.append, time.monotonic, iterator.__next__
+        until, left, count = clock() + _TIME, _BYTES, self._limit
+        crosses = _passing.table
+        stride = _FEW if count >= _MANY else _ONE
+        for _ in range(0, count, len(stride)):
+            for _ in stride:
+                item = step()
+                append(item)
+            kind = type(item)
+            if kind not in _LIGHT:
+                if kind in crosses:
+                    return False
+                left -= (len(item) if kind is str else sys.getsizeof(item, 0)) * len(stride)
+            if clock() > until:
+                return True
+            if left < 0 or self._closing:
+                return False
+        return False
+
+    def _send_one(self, invocation: Invocation) -> Marshalled:
+        """Send the first of the items that could not be sent together."""
+        item = self._held.popleft()
+        try:
+            return Marshalled(self._pack([item], invocation))
+        except Exception as error:
+            self.end()
+            return self._refusal(error, invocation)
+
+    def _send(self, items: list[Any], invocation: Invocation, *, late: bool = False) -> Marshalled:
+        """
+        Marshal a batch, with the end behind it if that is so, and set the size of the next one.
+
+        Raises:
+            Exception: it cannot cross; nothing is changed.
+        """
+        ended = self._spent and self._error is None
+        parcel = self._pack({_LAST: items, _VALUE: self._returned} if ended else items, invocation)
+        if ended:
+            self.end()
+        elif items:
+            size, count = _bytes_of(parcel), len(items)
+            limit = min(_ITEMS, count if late else 2 * self._limit, _BYTES * count // size)
+            if parcel[2]:
+                limit = min(limit, _DESCRIPTORS * count // len(parcel[2]))
+            self._limit = max(1, limit)
+        return Marshalled(parcel)
+
+    def _pack(self, value: Any, invocation: Invocation) -> Any:
+        answering.endpoint = self.endpoint
+        try:
+            if self._codec == "data":
+                parcel = _PLAN.pack_result(value, invocation.credentials)
+            else:
+                parcel = pack_result(value, peer_of(invocation))
+        finally:
+            answering.endpoint = None
+        size, most = _bytes_of(parcel), invocation.door.max_reply
+        if size > most or len(parcel[2]) > 253:
+            _data.release(parcel)
+            raise LimitError(
+                f"a batch of the stream is {size} bytes and {len(parcel[2])} descriptors, and {most} bytes "
+                "and 253 descriptors may cross at a time", limit=most, value=size, may_have_run=True,
+            )  # fmt: skip
+        return parcel
+
+
+class _Watcher:
+    """
+    A thread that looks after the batches that are being made, as long as there are any.
+
+    It sends what there is of one whose next item is long in coming: in place of the server thread that is
+    stuck in the iterator, and which finds its call answered then.
+    """
+
+    def __init__(self) -> None:
+        self._since: dict[Pump, float] = {}
+        self._lock = threading.Lock()
+        self._runs = False
+
+    def watch(self, pump: Pump) -> None:
+        """Look after a pump from now on."""
+        self._since[pump] = time.monotonic()
+        if not self._runs:
+            with self._lock:
+                if not self._runs:
+                    self._runs = True
+                    threading.Thread(target=self._run, name="doorpool-streams", daemon=True).start()
+
+    def forget(self, pump: Pump) -> None:
+        """Look after it no longer."""
+        self._since.pop(pump, None)
+
+    def _run(self) -> None:
+        idle = 0
+        while idle < _IDLE:
+            time.sleep(_TICK)
+            idle = 0 if self._since else idle + 1
+            for pump, since in list(self._since.items()):
+                if time.monotonic() - since > _TICK:
+                    pump.send_early()
+        with self._lock:
+            self._runs = False
+        for pump in list(self._since):  # of this very moment
+            self.watch(pump)
+
+
+_watcher = _Watcher()
+
+
+#: How batches are written where data is spoken: as they are.
+_PLAN = _data.Plan(lambda *_: None)
+
+
+def _bytes_of(parcel: Any) -> int:
+    beside: int = sum(buffer.nbytes for buffer in parcel[1])
+    return len(parcel[0]) + beside
+
+
+#: The pumps of this process, by the ids of their iterators, which they keep alive; and the codec.
+_pumps: weakref.WeakValueDictionary[tuple[int, str], Pump] = weakref.WeakValueDictionary()
+_pumps_lock = threading.RLock()  # a signal handler may marshal
+
+
+def _hand_out(iterator: Iterator[Any], codec: str, origin: Endpoint | None) -> Descriptor:
+    known = _pump_of(iterator, codec)
+    try:
+        return known.hand_out(origin)
+    except ClosedError:  # nobody had it any more, a moment ago
+        return _pump_of(iterator, codec, instead_of=known).hand_out(origin)
+
+
+def _pump_of(iterator: Iterator[Any], codec: str, *, instead_of: Pump | None = None) -> Pump:
+    key = id(iterator), codec
+    with _pumps_lock:
+        pump = _pumps.get(key)
+        if pump is None or pump is instead_of or not pump.has(iterator):
+            pump = _pumps[key] = Pump(iterator, codec)
+        return pump
+
+
+def _forget_parent() -> None:
+    global _pumps_lock, _crossing, _watcher
+    _watcher = _Watcher()
+    _pumps_lock, _crossing = threading.RLock(), threading.Lock()
+    _pumps.clear()
+
+
+_sockets.on_fork(_forget_parent)
+
+
+# -- the side that pulls --------------------------------------------------------------------------
+
+
+class Stream:
+    """
+    Iterate over what another process makes; arrives where a generator or an iterator was passed.
+
+    Each item is pulled when it is wanted, with a batch of those behind it: never more than have
+    been taken so far, 1024 items, 256 KiB or 2 ms.  Any number of threads may take items; each gets
+    other ones.  A forked child sees what was read ahead once more, and pulls from the same iterator.
+
+    What ``return`` gives in a generator is the value of ``yield from``.  What is raised over there
+    is raised here, behind all items before it.  Either ends the stream, and so does an error of a
+    pull: ``BrokenDoorError`` when the other process is gone, ``CallTimeoutError``.
+
+    Its end reaches the iterator: ``close`` waits for it (and for the ``finally`` of a generator);
+    a stream that is collected or whose process dies lets go of it, soon.
+
+    Attributes:
+        timeout: seconds for each pull; None for none.  At first that of the proxy that returned
+            the stream, if the stream was the result itself, and not inside it.
+
+    Raises:
+        DoorError: of ``next``: the other side could not be asked.
+    """
+
+    __slots__ = ("__weakref__", "_batch", "_ended", "_generation", "_lock", "_proxy", "_pulled", "_value",
+                 "timeout")  # fmt: skip
+
+    def __init__(self, proxy: Proxy) -> None:
+        self.timeout: float | None = None
+        self._proxy = proxy
+        self._batch: Iterator[Any] = iter([])  # what was read ahead; of a list, which knows its length
+        self._ended = False
+        self._pulled = False
+        self._value: Any = None  # what the generator has returned
+        self._lock = threading.RLock()  # a signal handler may take an item, or close
+        self._generation = _sockets.generation
+
+    def __iter__(self) -> Generator[Any, None, Any]:
+        """
+        Return what goes through the items; itself would do, and take three times as long for each.
+
+        It has nothing of its own: to drop it leaves the stream as it is.
+        """
+        while True:
+            yield from self._batch
+            try:
+                item = self._pull()
+            except StopIteration as stop:
+                return stop.value
+            yield item
+
+    def __next__(self) -> Any:
+        for item in self._batch:
+            return item
+        return self._pull()
+
+    def _pull(self) -> Any:
+        with self._lock_here():
+            while True:
+                for item in self._batch:  # another thread may have pulled meanwhile
+                    return item
+                if self._ended:
+                    value, self._value = self._value, None
+                    raise StopIteration(value)
+                self._fetch()
+
+    def _fetch(self) -> None:
+        """Have the next batch sent."""
+        try:
+            self._pulled = True
+            came = self._call()
+            if self._ended:  # another thread has closed it meanwhile
+                return
+            if type(came) is dict and came.keys() == {_LAST, _VALUE}:
+                self._value, came = came[_VALUE], came[_LAST]
+                self._end()
+            if type(came) is not list:
+                raise ProtocolError(f"{self!r}: what arrived is no batch of items", may_have_run=True)
+        except BaseException:  # whatever was on its way is lost
+            self._end()
+            raise
+        self._batch = iter(came)
+
+    def _call(self, *args: Any) -> Any:
+        return self._proxy._line.call(args, {}, deadline_after(self.timeout))
+
+    def _end(self) -> None:
+        self._ended = True
+        self._proxy.close()
+
+    def _lock_here(self) -> threading.RLock:
+        if self._generation != _sockets.here():
+            with _crossing:
+                if self._generation != _sockets.generation:
+                    self._lock = threading.RLock()  # the parent's threads are not here
+                    self._generation = _sockets.generation
+        return self._lock
+
+    def close(self) -> None:
+        """
+        End it, on the other side too; idempotent.
+
+        Waits until the iterator is closed there, but no more than 5 s (or ``timeout``, if that is less), and
+        not while another thread is pulling.  What was read ahead is dropped.
+
+        Raises:
+            Exception: what the generator's ``finally`` raises.
+        """
+        lock = self._lock_here()
+        idle = lock.acquire(blocking=False)
+        try:
+            ended, self._ended = self._ended, True
+            self._batch = iter([])
+            if idle and self._pulled and not ended:
+                self._close_there()
+        finally:
+            self._proxy.close()
+            if idle:
+                lock.release()
+
+    def _close_there(self) -> None:
+        seconds = _CLOSING if self.timeout is None else min(self.timeout, _CLOSING)
+        try:
+            self._proxy._line.call((True,), {}, deadline_after(seconds))
+        except DoorError:
+            pass  # it is gone, or takes longer: that nobody can reach it any more will be seen over there
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<Stream of {self._proxy.info.name!r}{', ended' if self._ended else ''}>"
+
+
+_crossing = threading.Lock()
+
+
+# -- which iterators, and how they cross ----------------------------------------------------------
+
+#: Iterators of the interpreter that are more than a container's.
+_LAZY: tuple[type, ...] = (
+    types.GeneratorType, map, filter, zip, enumerate, reversed, type(iter(int, 1)),
+    *(kind for kind in vars(itertools).values() if isinstance(kind, type)),
+    next(itertools.groupby([0]))[1].__class__, itertools.tee(())[0].__class__,
+)  # fmt: skip
+
+_SAYS_HOW = ("__reduce__", "__reduce_ex__", "__getstate__")
+
+
+def is_iterator(kind: type) -> bool:
+    """Tell whether objects of a type are sent as streams, if they are not registered otherwise."""
+    if not hasattr(kind, "__iter__") or issubclass(kind, io.IOBase):
+        return False
+    return not any(
+        name in vars(base) for base in kind.__mro__ if base is not object for name in _SAYS_HOW
+    )  # fmt: skip
+
+
+def _reduce(iterator: Iterator[Any], departure: Departure) -> Recipe:
+    departure.give_later(partial(_hand_out, iterator, "pickle", answering.endpoint))
+    return _rebuild, ()
+
+
+def _rebuild(descriptor: Descriptor) -> Stream:
+    return Stream(arrive(descriptor, os.geteuid()))
+
+
+for _kind in _LAZY:
+    _passing.register(_kind, _reduce, movable=False)
+_passing.iterator = Kind(_reduce, movable=False)
+_passing.is_iterator = is_iterator
+_proxy.timed.add(Stream)
+
+
+# -- where data is spoken -------------------------------------------------------------------------
+
+
+def _reduce_data(iterator: Iterator[Any], luggage: Any) -> bytes:
+    place = len(luggage)
+    luggage.give_later(partial(_hand_out, iterator, "data", answering.endpoint))
+    return place.to_bytes(2, "big")
+
+
+def _rebuild_data(body: bytes, arrivals: _data.Arrivals) -> Stream:
+    descriptor = Descriptor(arrivals.take(int.from_bytes(body, "big")))
+    try:
+        return Stream(arrive(descriptor, arrivals.passer))
+    except BaseException:
+        close_all([descriptor.take()], arrivals.passer)
+        raise
+
+
+_data.register(Stream, 4, _reduce_data, _rebuild_data)
+_data.register_iterators(Stream, _LAZY, is_iterator)

@@ -1,0 +1,852 @@
+"""
+Streams: iterators as results and arguments, what is read ahead, and what ends them.
+"""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import os
+import signal
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from support import wait_until
+
+from doorpool import (
+    BrokenDoorError,
+    CallTimeoutError,
+    Endpoint,
+    MarshalError,
+    ProtocolError,
+    Proxy,
+    RevokedError,
+)
+from doorpool import _streams as streams
+
+PATIENCE = 20.0
+
+SERVER = """
+    import os, threading, time
+    from doorpool import Server
+
+    server = Server()
+    seen = []
+    go = threading.Event()
+
+    def endpoint(function, **options):
+        server.attach(function, function.__name__ + ".door", **options)
+        return function
+
+    @endpoint
+    def count(n):
+        try:
+            for number in range(n):
+                seen.append(number)
+                yield number
+            return "counted"
+        finally:
+            seen.append("finally")
+
+    @endpoint
+    def numbers(n):
+        for number in range(n):
+            yield number
+
+    @endpoint
+    def add(a):
+        return a + 1
+
+    @endpoint
+    def look():
+        return list(seen)
+
+    @endpoint
+    def forget():
+        seen.clear()
+
+    @endpoint
+    def raises_after(n):
+        yield from range(n)
+        raise KeyError("colour")
+
+    @endpoint
+    def slow():
+        yield "first"
+        go.wait(60)
+        yield "second"
+
+    @endpoint
+    def bursts():
+        for burst in range(3):
+            for number in range(100):
+                yield burst, number
+            go.wait(60)
+            go.clear()
+
+    @endpoint
+    def release():
+        go.set()
+
+    @endpoint
+    def stuck(n):
+        try:
+            yield from range(n)
+            threading.Event().wait(60)
+        finally:
+            seen.append("finally")
+
+    @endpoint
+    def blocks(size, n):
+        for number in range(n):
+            seen.append(number)
+            yield bytes([number]) * size
+
+    @endpoint
+    def add_up(numbers):
+        return sum(numbers)
+
+    @endpoint
+    def first(numbers, how_many):
+        return [next(numbers) for _ in range(how_many)]
+
+    kept = []
+
+    @endpoint
+    def keep(numbers):
+        kept.append(numbers)
+        return next(numbers)
+
+    @endpoint
+    def drop():
+        kept.clear()
+
+    @endpoint
+    def boxed():
+        return {"a": [(n for n in range(5)), map(str, range(3))], "b": (x for x in "xyz")}
+
+    @endpoint
+    def files(n):
+        for number in range(n):
+            read, write = os.pipe()
+            os.write(write, b"%d" % number)
+            os.close(write)
+            with open(read, "rb") as file:
+                yield file
+
+    @endpoint
+    def wrong_at(n):
+        try:
+            for number in range(100):
+                yield threading.Lock() if number == n else number
+        finally:
+            seen.append("finally")
+
+    @endpoint
+    def thread():
+        from doorpool import current_call
+        yield current_call().caller.pid
+        yield current_call().endpoint.name
+
+    @endpoint
+    def fds():
+        import gc
+        gc.collect()
+        return len(os.listdir("/proc/self/fd"))
+
+    def plain(n):
+        yield from ({"n": i, "text": "x" * i} for i in range(n))
+
+    server.attach(plain, "plain.door", codec="data")
+    server.attach(lambda it: sum(it), "plain_sum.door", codec="data")
+
+    with server:
+        ready()
+        server.run()
+"""
+
+
+@pytest.fixture
+def far(spawn_server, door_dir, closing) -> Callable[..., Proxy]:
+    """Proxies of the doors of a server that is another process."""
+    child = spawn_server(SERVER, cwd=door_dir)
+
+    def reach(name: str, **options: Any) -> Proxy:
+        return closing.enter_context(Proxy(door_dir / f"{name}.door", **({"timeout": PATIENCE} | options)))
+
+    reach.child = child  # type: ignore[attr-defined]
+    return reach
+
+
+def saw_the_end(far: Callable[..., Proxy]) -> None:
+    wait_until(lambda: far("look")()[-1:] == ["finally"], timeout=PATIENCE)
+
+
+# -- what arrives
+
+
+def test_items_arrive_in_order(far):
+    stream = far("count")(10_000)
+    assert iter(stream) is not None
+    assert isinstance(stream, Iterator)
+    assert list(stream) == list(range(10_000))
+    assert list(stream) == []
+    with pytest.raises(StopIteration):
+        next(stream)
+
+
+@pytest.mark.parametrize("n", [0, 1, 2, 3, 1023, 1024, 1025, 5000])
+def test_a_stream_of_any_length(far, n):
+    assert list(far("count")(n)) == list(range(n))
+
+
+def test_what_a_generator_returns_is_the_value_of_yield_from(far):
+    def outer() -> Any:
+        got.append((yield from far("count")(5)))
+
+    got: list[Any] = []
+    assert list(outer()) == [0, 1, 2, 3, 4]
+    assert got == ["counted"]
+
+
+def test_next_tells_what_a_generator_returned_once(far):
+    stream = far("count")(1)
+    assert next(stream) == 0
+    with pytest.raises(StopIteration) as ended:
+        next(stream)
+    assert ended.value.value == "counted"
+    with pytest.raises(StopIteration) as ended:
+        next(stream)
+    assert ended.value.value is None
+
+
+def test_loops_and_next_take_from_the_same_items(far):
+    stream = far("count")(100)
+    got = []
+    for item in stream:
+        got.append(item)
+        if len(got) == 10:
+            break
+    got.append(next(stream))
+    got.extend(itertools.islice(stream, 20))
+    assert got == list(range(31))
+    assert list(stream) == list(range(31, 100))
+
+
+def test_streams_inside_of_something(far):
+    got = far("boxed")()
+    assert list(got["a"][1]) == ["0", "1", "2"]
+    assert list(got["a"][0]) == [0, 1, 2, 3, 4]
+    assert list(got["b"]) == ["x", "y", "z"]
+
+
+class Own:
+    """An iterator of a user's class."""
+
+    def __init__(self, n: int) -> None:
+        self.n = n
+
+    def __iter__(self) -> Own:
+        return self
+
+    def __next__(self) -> int:
+        if not self.n:
+            raise StopIteration
+        self.n -= 1
+        return self.n
+
+
+class Says(Own):
+    """One that says how it is to be pickled."""
+
+    def __reduce__(self) -> Any:
+        return Says, (self.n,)
+
+
+STREAMS: dict[str, Callable[[], Any]] = {
+    "generator": lambda: (x for x in (1, 2)),
+    "map": lambda: map(abs, [-1, -2]),
+    "filter": lambda: filter(None, [0, 1, 2]),
+    "zip": lambda: zip([1], [2], strict=True),
+    "enumerate": lambda: enumerate("ab"),
+    "callable": lambda: iter(iter([1, 2, 3]).__next__, 3),
+    "count": lambda: itertools.islice(itertools.count(), 3),
+    "chain": lambda: itertools.chain([1], [2]),
+    "tee": lambda: itertools.tee([1, 2])[0],
+    "groups": lambda: map(str, itertools.groupby([])),
+    "of a class": lambda: Own(3),
+    "scandir": lambda: (entry.name for entry in os.scandir("/sys/class")),
+}
+
+
+class Methods:
+    """What doors may lead to: a method and a ``__call__`` that are generator functions."""
+
+    def items(self) -> Iterator[int]:
+        yield 1
+
+    def __call__(self) -> Iterator[int]:
+        yield 2
+
+
+def test_generator_functions_may_be_offered(serve, connect):
+    serve(Methods())
+    with connect() as it:
+        assert list(it.items()) == [1]
+        assert list(it()) == [2]
+    serve(Methods().items, "method.door")
+
+
+@pytest.mark.parametrize("make", STREAMS.values(), ids=STREAMS)
+def test_is_a_stream_both_ways(serve, connect, make):
+    arguments = []
+
+    def give(it: Any) -> Any:
+        arguments.append(type(it))
+        return make(), list(it)
+
+    serve(give)
+    got, listed = connect()(make())
+    assert arguments == [streams.Stream]
+    assert type(got) is streams.Stream
+    assert listed == list(got) == list(make())
+
+
+@pytest.mark.parametrize(
+    "value",
+    [iter([1, 2]), iter((1, 2)), iter({1: 2}), iter(range(2)), Says(2)],
+    ids=lambda it: type(it).__name__,
+)
+def test_is_a_value(serve, connect, value):
+    serve(lambda it: it)
+    got = connect()(value)
+    assert type(got) is not streams.Stream
+    assert len(list(got)) == len(list(value))
+
+
+def test_a_stream_may_be_passed_on(serve, connect, far):
+    serve(lambda it: it)
+    stream = far("count")(1000)
+    assert [next(stream), next(stream)] == [0, 1]
+    assert list(connect()(stream)) == list(range(2, 1000))
+
+
+def test_files_as_items_leave_no_descriptors(far):
+    fds, files = far("fds"), far("files")
+
+    def read_all(n: int) -> None:
+        for number, file in enumerate(files(n)):
+            with file:
+                assert file.read() == b"%d" % number
+
+    read_all(5)
+    here, there, slack = len(os.listdir("/proc/self/fd")), fds(), 5
+    read_all(600)
+    wait_until(lambda: fds() <= there + slack, timeout=PATIENCE)
+    assert len(os.listdir("/proc/self/fd")) <= here + slack
+
+
+# -- reading ahead
+
+
+def test_nothing_runs_before_the_first_item_is_wanted(far):
+    stream = far("count")(10)
+    assert far("look")() == []
+    assert next(stream) == 0
+    assert far("look")() == [0]
+
+
+def test_never_more_is_read_ahead_than_was_taken(far):
+    look = far("look")
+    stream = far("count")(10**9)
+    for taken in range(1, 5000):
+        next(stream)
+        if taken & (taken - 1) == 0 or taken % 500 == 0:
+            made = len(look())
+            assert made <= 2 * taken
+            assert made <= taken + streams._ITEMS
+    stream.close()
+
+
+def test_what_is_read_ahead_is_bounded_in_bytes(far):
+    look = far("look")
+    stream = far("blocks")(100_000, 200)
+    for taken in range(1, 201):
+        assert next(stream) == bytes([taken - 1]) * 100_000
+        assert len(look()) <= taken + 1 + streams._BYTES // 100_000
+
+
+def test_the_first_item_of_a_slow_iterator_does_not_wait_for_the_second(far):
+    stream = far("slow")()
+    assert next(stream) == "first"
+    far("release")()
+    assert next(stream) == "second"
+
+
+def test_the_last_items_of_a_burst_do_not_wait_for_the_next_one(far):
+    """As of a log that is still being written: the iterator sleeps in the middle of a batch."""
+    stream, release = far("bursts")(), far("release")
+    for burst in range(3):
+        for number in range(100):
+            assert next(stream) == (burst, number)
+        release()
+    assert list(stream) == []
+
+
+@pytest.mark.parametrize("codec", ["pickle", "data"])
+def test_what_was_made_behind_an_early_answer_comes_next(serve, connect, codec):
+    go = threading.Event()
+
+    def numbers() -> Iterator[int]:
+        for number in range(20):
+            if number in (5, 6, 14):
+                assert go.wait(PATIENCE)
+                go.clear()
+            yield number
+        raise KeyError("end")
+
+    serve(numbers, codec=codec)
+    stream, got = connect()(), []
+    with pytest.raises(KeyError, match="end"):
+        for number in stream:
+            got.append(number)
+            if number in (4, 5, 13):
+                go.set()
+    assert got == list(range(20))
+
+
+def test_huge_items(far):
+    sizes = [len(block) for block in far("blocks")(30_000_000, 4)]
+    assert sizes == [30_000_000] * 4
+
+
+def test_small_items_and_then_huge_ones(serve, connect):
+    made = []
+
+    def mixed() -> Iterator[Any]:
+        yield from range(5000)
+        for number in range(40):
+            made.append(number)
+            yield bytes(1_000_000)
+
+    serve(mixed)
+    stream = connect()()
+    for _ in range(5000):
+        next(stream)
+    assert len(made) <= 8
+    assert sum(map(len, stream)) == 40_000_000
+
+
+# -- errors
+
+
+@pytest.mark.parametrize("n", [0, 1, 5, 1000, 3000])
+def test_an_exception_comes_behind_the_items_before_it(far, n):
+    stream, got = far("raises_after")(n), []
+    with pytest.raises(KeyError, match="colour") as caught:
+        for item in stream:
+            got.append(item)
+    assert got == list(range(n))
+    assert "in raises_after" in str(caught.value.__cause__)
+    assert list(stream) == []
+
+
+@pytest.mark.parametrize("n", [0, 1, 2, 50, 99])
+def test_an_item_that_cannot_cross_is_an_error_in_its_place(far, n):
+    stream, got = far("wrong_at")(n), []
+    with pytest.raises(MarshalError, match=r"an item of the stream cannot cross.*lock"):
+        for item in stream:
+            got.append(item)
+    assert got == list(range(n))
+    assert far("look")()[-1:] == ["finally"]
+    assert list(stream) == []
+
+
+def test_a_value_returned_that_cannot_cross_is_an_error_at_the_end(serve, connect):
+    def numbers() -> Any:
+        yield from range(3)
+        return threading.Lock()
+
+    serve(numbers)
+    stream = connect()()
+    got = []
+    with pytest.raises(MarshalError, match="lock"):
+        for item in stream:
+            got.append(item)
+    assert got == [0, 1, 2]
+
+
+def test_a_pull_takes_no_longer_than_the_time_of_the_proxy(far):
+    stream = far("stuck", timeout=0.3)(3)
+    assert [next(stream)] == [0]
+    with pytest.raises(CallTimeoutError):
+        list(stream)
+    assert list(stream) == []
+
+
+def test_a_pull_behind_one_that_is_stuck_ends_by_its_time(far):
+    """The items before it were sent early, so the iterator is still busy with the pull before."""
+    stream, got = far("stuck", timeout=0.5)(30), []
+    with pytest.raises(CallTimeoutError):
+        for number in stream:
+            got.append(number)
+    assert got == list(range(30))
+
+
+def test_the_time_of_a_stream_can_be_set(far):
+    stream = far("stuck")(1)
+    assert stream.timeout == PATIENCE
+    assert next(stream) == 0
+    stream.timeout = 0.1
+    with pytest.raises(CallTimeoutError):
+        next(stream)
+
+
+# -- the end
+
+
+def test_close_returns_when_the_finally_has_run(far):
+    stream = far("count")(10**9)
+    assert next(stream) == 0
+    stream.close()
+    stream.close()
+    assert far("look")()[-1] == "finally"
+    assert list(stream) == []
+
+
+def test_leaving_a_with_block_closes(far):
+    with far("count")(10**9) as stream:
+        assert [*itertools.islice(stream, 5)] == [0, 1, 2, 3, 4]
+    assert far("look")()[-1] == "finally"
+    assert "ended" in repr(stream)
+
+
+def test_close_raises_what_the_finally_raises(serve, connect):
+    def numbers() -> Iterator[int]:
+        try:
+            yield 1
+            yield 2
+        finally:
+            raise OSError("cannot clean up")
+
+    serve(numbers)
+    stream = connect()()
+    assert next(stream) == 1
+    with pytest.raises(OSError, match="cannot clean up"):
+        stream.close()
+
+
+def test_a_dropped_stream_is_closed_over_there(far):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        stream = far("count")(10**9)
+        assert next(stream) == 0
+        del stream
+        gc.collect()
+    saw_the_end(far)
+
+
+def test_a_loop_that_is_left_lets_the_stream_go(far):
+    for item in far("count")(10**9):
+        if item == 100:
+            break
+    saw_the_end(far)
+
+
+CLIENT = """
+    import signal
+    from doorpool import Proxy
+    stream = Proxy("count.door")(10**9)
+    next(stream)
+    ready()
+    signal.pause()
+"""
+
+
+def test_a_caller_that_is_killed_lets_the_stream_go(far, spawn_python, door_dir):
+    client = spawn_python(CLIENT, cwd=door_dir)
+    client.wait_ready()
+    assert far("look")() == [0]
+    client.kill()
+    saw_the_end(far)
+
+
+def test_a_server_that_is_killed_breaks_the_stream(far):
+    stream = far("count")(10**9)
+    ahead = [next(stream) for _ in range(3)]
+    os.kill(far.child.pid, signal.SIGKILL)
+    far.child.wait()
+    with pytest.raises(BrokenDoorError):
+        for item in stream:
+            ahead.append(item)
+    assert ahead == list(range(len(ahead)))
+    assert list(stream) == []
+    stream.close()
+
+
+def test_a_server_that_closes_ends_the_stream_and_runs_the_finally(serve, connect):
+    ended = threading.Event()
+
+    def numbers() -> Iterator[int]:
+        try:
+            yield from itertools.count()
+        finally:
+            ended.set()
+
+    server = serve(numbers)
+    stream = connect()()
+    assert next(stream) == 0
+    server.close()
+    assert ended.wait(PATIENCE)
+    with pytest.raises(RevokedError):
+        list(stream)
+
+
+def test_abandoned_streams_leave_no_descriptors(far):
+    count, fds = far("count"), far("fds")
+
+    def abandon(times: int) -> None:
+        for number in range(times):
+            stream = count(10**6)
+            for _ in range(number % 7):
+                next(stream)
+            if number % 3 == 0:
+                stream.close()
+
+    abandon(20)
+    far("forget")()
+    here, there, slack = len(os.listdir("/proc/self/fd")), fds(), 5
+    abandon(1000)
+    gc.collect()
+    wait_until(lambda: fds() <= there + slack, timeout=PATIENCE)
+    wait_until(lambda: len(os.listdir("/proc/self/fd")) <= here + slack, timeout=PATIENCE)
+
+
+# -- arguments
+
+
+def test_a_generator_argument_is_pulled_from_the_caller(far):
+    assert far("add_up")(n for n in range(10_000)) == sum(range(10_000))
+
+
+def test_a_generator_argument_runs_no_further_than_wanted(far):
+    made = []
+
+    def numbers() -> Iterator[int]:
+        for number in itertools.count():
+            made.append(number)
+            yield number
+
+    assert far("first")(numbers(), 10) == list(range(10))
+    assert len(made) <= 20
+
+
+def test_an_error_of_a_generator_argument_is_raised_in_the_procedure(far):
+    def numbers() -> Iterator[int]:
+        yield 1
+        raise ZeroDivisionError("mine")
+
+    with pytest.raises(ZeroDivisionError, match="mine"):
+        far("add_up")(numbers())
+
+
+def test_a_generator_argument_stays_the_callers_if_he_keeps_it(far):
+    numbers = iter(n for n in range(100))
+    assert far("first")(numbers, 1) == [0]
+    assert next(numbers) == 1
+
+
+def test_a_generator_argument_that_was_kept_ends_when_it_is_dropped(far):
+    ended = threading.Event()
+
+    def numbers() -> Iterator[int]:
+        try:
+            yield from itertools.count()
+        finally:
+            ended.set()
+
+    assert far("keep")(numbers()) == 0
+    assert not ended.is_set()
+    far("drop")()
+    assert ended.wait(PATIENCE)
+
+
+def test_a_server_that_is_killed_lets_a_generator_argument_go(far):
+    ended = threading.Event()
+
+    def numbers() -> Iterator[int]:
+        try:
+            yield from itertools.count()
+        finally:
+            ended.set()
+
+    assert far("keep")(numbers()) == 0
+    os.kill(far.child.pid, signal.SIGKILL)
+    far.child.wait()
+    assert ended.wait(PATIENCE)
+
+
+def test_an_iterator_that_is_passed_twice_gives_each_item_once(serve, connect):
+    serve(lambda: shared)
+    shared = (n for n in range(10_000))
+    one, two = connect()(), connect()()
+    got = [next(one), next(two), next(one)]
+    one.timeout = two.timeout = PATIENCE
+    got += list(one) + list(two)
+    assert sorted(got) == list(range(10_000))
+
+
+# -- threads, processes, codecs
+
+
+def test_threads_that_share_a_stream_get_each_item_once(far):
+    stream = far("count")(50_000)
+    got: list[list[int]] = [[] for _ in range(4)]
+
+    def take(into: list[int]) -> None:
+        into.extend(stream)
+
+    threads = [threading.Thread(target=take, args=(into,)) for into in got]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(part == sorted(part) for part in got)
+    assert sorted(itertools.chain(*got)) == list(range(50_000))
+
+
+def test_a_forked_child_pulls_from_the_same_stream(far):
+    stream = far("count")(10**9)
+    taken = [next(stream) for _ in range(4)]
+    read, write = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            items = list(itertools.islice(stream, 50))
+            os.write(write, repr(items).encode())
+        finally:
+            os._exit(0)
+    os.close(write)
+    assert os.waitpid(pid, 0)[1] == 0
+    with open(read) as file:
+        childs = eval(file.read())
+    assert len(childs) == 50
+    rest = list(itertools.islice(stream, 50))
+    ahead = set(childs) & set(rest)  # what had been read ahead is seen by both
+    assert len(ahead) <= len(taken)
+    assert taken + rest == sorted(set(taken + rest))
+
+
+def test_current_call_is_that_of_the_pull(far):
+    assert list(far("thread")()) == [os.getpid(), "thread"]
+
+
+def test_a_stream_where_data_is_spoken(far):
+    plain = far("plain")
+    assert plain.info.codec == "data"
+    assert list(plain(2000)) == [{"n": i, "text": "x" * i} for i in range(2000)]
+    assert far("plain_sum")(n for n in range(3000)) == sum(range(3000))
+    assert far("plain_sum")(Own(5)) == 10
+
+
+def test_an_item_that_is_no_data_is_an_error_in_its_place(serve, connect):
+    def mixed() -> Iterator[Any]:
+        yield 1
+        yield 2
+        yield object()
+
+    serve(mixed, codec="data")
+    got = []
+    with pytest.raises(MarshalError, match="plain data"):
+        for item in connect()():
+            got.append(item)
+    assert got == [1, 2]
+
+
+def test_annotations_of_a_data_door_may_say_iterator(serve, connect):
+    def doubled(numbers: Iterator[int]) -> Iterator[int]:
+        return (2 * number for number in numbers)
+
+    serve(doubled, codec="data")
+    assert list(connect()(n for n in range(5))) == [0, 2, 4, 6, 8]
+
+
+@pytest.mark.parametrize("answer", ["text", None, {"items": [1]}, {"items": 5, "returned": None}, (1, 2)])
+def test_what_is_no_batch_is_a_protocol_error(answer, closing):
+    endpoint = closing.enter_context(Endpoint(lambda: answer))
+    stream = streams.Stream(Proxy(endpoint))
+    with pytest.raises(ProtocolError, match="no batch"):
+        next(stream)
+    assert list(stream) == []
+
+
+def test_a_generator_runs_in_the_threads_of_its_server(serve, connect):
+    def names() -> Iterator[str]:
+        for _ in range(3):
+            yield threading.current_thread().name
+
+    procedure = []
+
+    def both() -> Iterator[str]:
+        procedure.append(threading.current_thread().name)
+        return names()
+
+    serve(both, server={"name": "shop"})
+    (prefix,) = {name.rpartition("-")[0] for name in [*connect()(), *procedure]}
+    assert "shop" in prefix
+
+
+def test_a_stream_that_is_closed_while_a_thread_pulls_gives_that_nothing(serve, connect):
+    going, go = threading.Event(), threading.Event()
+
+    def numbers() -> Iterator[int]:
+        going.set()
+        go.wait(PATIENCE)
+        yield 1
+
+    serve(numbers)
+    stream, got = connect()(), []
+    thread = threading.Thread(target=lambda: got.extend(stream))
+    thread.start()
+    assert going.wait(PATIENCE)
+    stream.close()
+    go.set()
+    thread.join()
+    assert got == []
+
+
+def test_a_generator_in_an_exception_is_refused(serve, connect):
+    def fails() -> None:
+        raise ValueError(x for x in "abc")
+
+    serve(fails)
+    with pytest.raises(Exception, match=r"ValueError|generator"):
+        connect()()
+
+
+# -- speed
+
+
+def test_a_million_small_items_run_much_faster_than_calls(far):
+    """15 times at least is what is promised; half of it here, since other work may come between."""
+    add, numbers = far("add", timeout=None), far("numbers", timeout=None)
+    best = 0.0
+    for _ in range(3):
+        begun = time.perf_counter()
+        for number in range(10_000):
+            add(number)
+        call = (time.perf_counter() - begun) / 10_000
+        begun = time.perf_counter()
+        count = 0
+        for _number in numbers(1_000_000):
+            count += 1
+        item = (time.perf_counter() - begun) / 1_000_000
+        assert count == 1_000_000
+        best = max(best, call / item)
+        if best >= 7.5:
+            break
+    assert best >= 7.5
