@@ -220,6 +220,17 @@ class Arrivals:
         number, self.left[place] = self.left[place], -1
         return number
 
+    def take_named(self, body: bytes) -> int:
+        """
+        Return the number whose place was written, in two bytes, for the caller to own.
+
+        Raises:
+            ValueError: there are more or fewer bytes, or there is none at this place any more.
+        """
+        if len(body) != 2:
+            raise ValueError(f"a descriptor is named by two bytes, not by {len(body)}")
+        return self.take(int.from_bytes(body, "big"))
+
     def take_rest(self) -> list[int]:
         """Return the numbers that nobody has taken, for the caller to close."""
         rest = [number for number in self.left if number >= 0]
@@ -249,7 +260,7 @@ def _reduce_descriptor(descriptor: Descriptor, numbers: Luggage) -> bytes:
 
 
 def _rebuild_descriptor(body: bytes, arrivals: Arrivals) -> Descriptor:
-    return Descriptor(arrivals.take(int.from_bytes(body, "big")))
+    return Descriptor(arrivals.take_named(body))
 
 
 register(Descriptor, _DESCRIPTOR, _reduce_descriptor, _rebuild_descriptor)

@@ -272,7 +272,7 @@ def _reduce_data(door: Any, luggage: _data.Luggage) -> bytes:
 
 
 def _rebuild_data(body: bytes, arrivals: _data.Arrivals) -> Proxy:
-    descriptor = Descriptor(arrivals.take(int.from_bytes(body, "big")))
+    descriptor = Descriptor(arrivals.take_named(body))
     try:
         return arrive(descriptor, arrivals.passer)
     except BaseException:

@@ -75,6 +75,20 @@ __all__ = ["Endpoint"]
 
 log = logging.getLogger("doorpool")
 
+#: The most bytes of a request, where nothing else is said.  Callers of "data" are strangers, and a byte of
+#: theirs may be an object of 140 bytes when it has been read: an empty list, in a list.
+_MAX_REQUEST = {"pickle": 2**30, "data": 2**24}
+
+
+class _Usual(int):
+    """Says that no number was given: unlike None it is of the type that is wanted, and no user's."""
+
+    def __repr__(self) -> str:
+        return "2**30 (of data: 2**24)"
+
+
+_USUAL = _Usual()
+
 #: What to answer, whether the procedure returned, and what is to leave ``run`` besides.
 _Outcome = tuple[Parcel, bool, BaseException | None]
 
@@ -143,7 +157,8 @@ class Endpoint:
             it may be called itself; by default all that do not begin with an underscore.
         refuse_descriptors: refuse every call that brings a descriptor.
         max_request, max_reply: bytes; over it is a ``LimitError`` for the caller.  May be
-            set at any time.
+            set at any time.  By default 1 GiB; a request in "data" 16 MiB, which may take a
+            hundred times as much memory when it is read.
         max_descriptors: of a request, at most 253; likewise.
         on_unref: called with no arguments, in a server thread, when nobody can reach the door
             any more: its names, the descriptors that were handed out and all channels
@@ -167,7 +182,7 @@ class Endpoint:
         codec: str = "pickle", callers: Rule | None = None,
         errors: Collection[type[BaseException]] | None = None, tracebacks: bool = False,
         trust: str = "namespace", threads: int | None = None, expose: Iterable[str] | None = None,
-        refuse_descriptors: bool = False, max_request: int = 2**30, max_reply: int = 2**30,
+        refuse_descriptors: bool = False, max_request: int = _USUAL, max_reply: int = 2**30,
         max_descriptors: int = 253, on_unref: Callable[[], object] | None = None, linger: bool = False,
     ) -> None:  # fmt: skip
         self._server: Server | None = None
@@ -190,7 +205,8 @@ class Endpoint:
         self._on_unref = _checked_callback("on_unref", on_unref)
         self._linger = bool(linger)
         self._refuse_descriptors = bool(refuse_descriptors)
-        self._max_request = _checked_limit("max_request", max_request)
+        most = _MAX_REQUEST[self._codec] if max_request is _USUAL else max_request
+        self._max_request = _checked_limit("max_request", most)
         self._max_reply = _checked_limit("max_reply", max_reply)
         self._max_descriptors = _checked_limit("max_descriptors", max_descriptors, 253)
 

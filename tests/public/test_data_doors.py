@@ -206,6 +206,20 @@ def test_limits_hold(serve, connect):
     assert caught.value.may_have_run is False
 
 
+@pytest.mark.ids("F08")
+def test_a_request_is_of_16_mib_at_most_unless_more_is_asked_for(serve, connect):
+    """Read, it may take a hundred times as much."""
+    endpoint = serve(len, codec="data").endpoints[0]
+    assert endpoint.max_request == connect().info.max_request == 2**24
+    with pytest.raises(LimitError, match="16777216") as caught:
+        connect()(bytes(2**24))
+    assert caught.value.may_have_run is False
+    endpoint.max_request = 2**25
+    assert connect()(bytes(2**24)) == 2**24
+    assert Endpoint(len).max_request == 2**30
+    assert Endpoint(len, codec="data", max_request=7).max_request == 7
+
+
 def test_large_values_cross(serve, connect):
     serve(lambda data: data, codec="data")
     data = os.urandom(5_000_000)

@@ -24,7 +24,7 @@ SCM_CREDENTIALS = 2
 VERSION = 1
 HEAD = 40  # bytes before the body of a frame
 PACKET = 65_536  # the most bytes of one
-RAW, PICKLE = 0, 1
+RAW, PICKLE, DATA = 0, 1, 2
 
 REQUEST, REPLY, FAILURE, PING, PONG, GOODBYE = b"QRFPAG"
 
@@ -286,7 +286,7 @@ class RawClient(_Peer):
         """Knock and take the channel that comes with the answer."""
         self.knock()
         words, descriptors = self.answer()
-        assert words in (answer(), answer(codec=PICKLE)), words
+        assert words in (answer(), answer(codec=PICKLE), answer(codec=DATA)), words
         assert len(descriptors) == 1
         self.channel = socket.socket(fileno=descriptors[0])
         self.channel.settimeout(PATIENCE)

@@ -601,6 +601,20 @@ def test_what_the_message_does_not_name_is_left():
     os.close(number)
 
 
+@pytest.mark.ids("H02")
+@pytest.mark.parametrize("kind", [1, 2, 3])
+@pytest.mark.parametrize("body", [b"", b"\0", b"\0\0", b"\0\0\0", b"\0\0\0\0\0", bytes(200)])
+def test_a_descriptor_is_named_by_two_bytes_and_no_others(kind, body):
+    """Fewer meant the first one, which nobody had named."""
+    message = msgspec.msgpack.encode([[msgspec.msgpack.Ext(kind, body)], {}])
+    number = os.dup(0)
+    arrivals = data.Arrivals([number])
+    with pytest.raises(MarshalError, match="two bytes"):
+        data.reading(arrivals, lambda: data.convert(taking(Any), *data.unpack_arguments(message)))
+    assert arrivals.take_back() == [number]
+    os.close(number)
+
+
 class Nested:
     """What an argument's own code makes of a message while the argument is read."""
 

@@ -1,0 +1,408 @@
+"""
+Plain data is parsed or refused: no crash, no hang, no import, no code, no arguments nobody sent, no leak.
+
+What comes is read for each procedure of a table, whose parameters are of all the kinds that an annotation
+can have.  What is made of it is looked at with each parameter's own rule.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import decimal
+import enum
+import functools
+import math
+import os
+import re
+import time
+import tracemalloc
+import uuid
+from typing import Annotated, Any, Literal, NamedTuple, NotRequired, TypedDict
+
+import attrs
+import msgspec
+import pytest
+from hypothesis import strategies as st
+from support.mutations import spoilt
+
+from doorpool import Descriptor, Proxy, RemoteError, _data
+from doorpool._errors import DoorError, MarshalError, ProtocolError
+
+pytestmark = pytest.mark.ids("H01", "H03")
+
+
+class Colour(enum.Enum):
+    RED = "red"
+    BLUE = "blue"
+
+
+class Level(enum.IntEnum):
+    LOW = 1
+    HIGH = 2
+
+
+@attrs.define
+class Point:
+    x: int
+    y: float = 0.0
+
+
+class Circle(msgspec.Struct, tag=True):
+    radius: float
+
+
+class Square(msgspec.Struct, tag=True):
+    side: Annotated[int, msgspec.Meta(gt=0)]
+
+
+class Named(NamedTuple):
+    name: str
+    count: int = 1
+
+
+class Options(TypedDict):
+    depth: int
+    note: NotRequired[str]
+
+
+def anything(*args: Any, **kwargs: Any) -> None: ...
+def simple(number: int, text: str = "", *, flag: bool = False) -> None: ...
+def raw(data: bytes, array: bytearray, real: float, nothing: None) -> None: ...
+def points(points: list[Point], by_name: dict[str, Point]) -> None: ...
+def shapes(*shapes: Circle | Square) -> None: ...
+def limited(
+    count: Annotated[int, msgspec.Meta(ge=0, lt=10)],
+    word: Annotated[str, msgspec.Meta(pattern="^[a-z]+$", max_length=5)],
+) -> None: ...
+def choices(colour: Colour, level: Level, word: Literal["a", "c", 3]) -> None: ...
+def times(at: datetime.datetime, day: datetime.date, span: datetime.timedelta) -> None: ...
+def numbers(price: decimal.Decimal, key: uuid.UUID) -> None: ...
+def containers(
+    some: set[int], few: frozenset[str], pair: tuple[int, str], many: tuple[int, ...], named: Named
+) -> None: ...
+def typed(options: Options, maybe: int | str | None = None) -> None: ...
+def lent(file: Descriptor, others: list[Descriptor] | None = None) -> None: ...
+def doors(door: Proxy | None = None) -> None: ...
+
+
+def is_int(value, low=-(2**63), high=2**64 - 1):
+    return type(value) is int and low <= value <= high
+
+
+def is_point(value):
+    return type(value) is Point and is_int(value.x) and type(value.y) is float
+
+
+def is_shape(value):
+    if type(value) is Circle:
+        return type(value.radius) is float
+    return type(value) is Square and is_int(value.side, 1)
+
+
+def each(kind, check):
+    return lambda value: type(value) is kind and all(map(check, value))
+
+
+def of(kind):
+    return lambda value: type(value) is kind
+
+
+def given(*args, **kwargs):
+    """Write arguments as a caller would."""
+    return msgspec.msgpack.encode((args, kwargs))
+
+
+#: Procedures, valid arguments, and what each argument must be, by name.
+TABLE = {
+    anything: [given(1, "two", [3.0, None, {"k": b"v"}], x=True), {}],
+    simple: [given(7, "seven", flag=True), {"number": is_int, "text": of(str), "flag": of(bool)}],
+    raw: [
+        given(b"data", b"array", 1.5, None),
+        {"data": of(bytes), "array": of(bytearray), "real": of(float), "nothing": of(type(None))},
+    ],
+    points: [
+        given([{"x": 1, "y": 2.0}, {"x": 3}], {"a": {"x": 4}}),
+        {
+            "points": each(list, is_point),
+            "by_name": lambda value: all(type(k) is str and is_point(v) for k, v in value.items()),
+        },
+    ],
+    shapes: [given(Circle(1.0), Square(2)), {"shapes": each(tuple, is_shape)}],
+    limited: [
+        given(3, "word"),
+        {
+            "count": lambda value: is_int(value, 0, 9),
+            "word": lambda value: type(value) is str and 1 <= len(value) <= 5,
+        },
+    ],
+    choices: [
+        given("red", 2, "a"),
+        {"colour": of(Colour), "level": of(Level), "word": lambda value: value in ("a", "c", 3)},
+    ],
+    times: [
+        given(datetime.datetime(2001, 2, 3, 4, 5, tzinfo=datetime.UTC), "2001-02-03", "PT1.5S"),
+        {"at": of(datetime.datetime), "day": of(datetime.date), "span": of(datetime.timedelta)},
+    ],
+    numbers: [given("1.50", str(uuid.UUID(int=7))), {"price": of(decimal.Decimal), "key": of(uuid.UUID)}],
+    containers: [
+        given([1, 2], ["a"], (1, "b"), (1, 2, 3), ("n", 2)),
+        {
+            "some": each(set, is_int), "few": each(frozenset, of(str)), "many": each(tuple, is_int),
+            "pair": lambda value: len(value) == 2 and is_int(value[0]) and type(value[1]) is str,
+            "named": lambda value: type(value) is Named and is_int(value.count),
+        },
+    ],
+    typed: [
+        given({"depth": 1, "note": "n"}, None),
+        {
+            "options": lambda value: set(value) <= {"depth", "note"} and is_int(value["depth"]),
+            "maybe": lambda value: value is None or is_int(value) or type(value) is str,
+        },
+    ],
+    lent: [
+        given(msgspec.msgpack.Ext(1, b"\0\0\0\0"), [msgspec.msgpack.Ext(1, b"\0\1\0\1")]),
+        {"file": of(Descriptor), "others": lambda value: value is None or each(list, of(Descriptor))(value)},
+    ],
+    doors: [
+        given(msgspec.msgpack.Ext(2, b"\0\0\0\0")),
+        {"door": lambda value: value is None or type(value) is Proxy},
+    ],
+}  # fmt: skip
+
+
+MESSAGES = {procedure: message for procedure, (message, _) in TABLE.items()}
+
+
+def read(procedure, data):
+    """Read arguments, with two descriptors that came along; return what was bound, or the refusal."""
+    arrivals = _data.Arrivals([os.eventfd(0), os.eventfd(0)], os.geteuid())
+    try:
+        pieces = _data.unpack_arguments(data)
+        args, kwargs = _data.reading(arrivals, functools.partial(_data.convert, procedure, *pieces))
+        return _data.plan_of(procedure)._signature.bind(*args, **kwargs).arguments
+    except MarshalError as error:
+        return error
+    finally:
+        for number in arrivals.take_back():
+            os.close(number)
+
+
+def check_arguments(procedure, data, audited):
+    with audited():
+        bound = read(procedure, data)
+    if isinstance(bound, MarshalError):
+        assert not bound.may_have_run
+        assert len(str(bound)) < 5_000
+        return False
+    for name, value in bound.items():
+        rule = TABLE[procedure][1].get(name, lambda _: True)
+        assert rule(value), (name, value)
+    if procedure is anything:
+        args, kwargs = msgspec.msgpack.decode(data, ext_hook=lambda code, body: None)
+        said = {name: value for name, value in (("args", tuple(args)), ("kwargs", kwargs)) if value}
+        assert re.sub("<(Descriptor|Proxy)[^>]*>", "None", repr(bound)) == repr(said)
+    return True
+
+
+procedures = pytest.mark.parametrize("procedure", TABLE, ids=lambda procedure: procedure.__name__)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def imports_of_first_use():
+    """What is imported when something is read or refused for the first time is there before anybody looks."""
+    for procedure, message in MESSAGES.items():
+        assert procedure is doors or not isinstance(read(procedure, message), MarshalError), procedure
+        read(procedure, message[:-1])
+        read(procedure, given(None, 10**10, {"a": -1}, b="x"))
+
+
+@procedures
+def test_arguments_that_were_spoilt(fuzz, audited, procedure):
+    def check(data):
+        check_arguments(procedure, data, audited)
+
+    fuzz(check, spoilt(MESSAGES[procedure]) | spoilt(*MESSAGES.values()), short=60, long=100_000)
+
+
+@procedures
+def test_every_byte_with_other_values(many, audited, procedure):
+    """Each bit of the arguments is flipped, all values in the long form, and they are cut everywhere."""
+    message, fits = MESSAGES[procedure], 0
+    values = many(8, 256)
+    for place in range(len(message)):
+        check_arguments(procedure, message[:place], audited)
+        for value in range(values):
+            byte = message[place] ^ (1 << value) if values == 8 else value
+            fits += check_arguments(
+                procedure, message[:place] + bytes([byte]) + message[place + 1 :], audited
+            )
+    assert fits or procedure is doors, "nothing was ever made of it"
+
+
+FIELDS = ["x", "y", "type", "radius", "side", "depth"]
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats() | st.text(max_size=10)
+    | st.binary(max_size=10) | st.sampled_from(["red", "2001-02-03", "PT1S", "1.5", "Circle", "a"])
+    | st.builds(msgspec.msgpack.Ext, st.integers(-128, 127), st.binary(max_size=6)),
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.dictionaries(st.sampled_from(FIELDS) | st.text(), inner, max_size=4)
+        | st.dictionaries(st.integers(-(2**63), 2**64 - 1), inner, max_size=2)
+    ),
+    max_leaves=10,
+)  # fmt: skip
+
+
+def test_arguments_that_were_made_up(fuzz, audited):
+    """Data of any shape, for procedures of any other."""
+    names = st.sampled_from(["number", "text", "door", "file", "options", "self"]) | st.text(max_size=4)
+
+    def check(procedure, args, kwargs):
+        check_arguments(procedure, msgspec.msgpack.encode((args, kwargs)), audited)
+
+    fuzz(
+        check, st.sampled_from(list(TABLE)), st.lists(VALUES, max_size=5),
+        st.dictionaries(names, VALUES, max_size=3), short=300, long=500_000,
+    )  # fmt: skip
+
+
+def test_bytes_that_were_made_up(fuzz, audited):
+    def check(procedure, data):
+        check_arguments(procedure, data, audited)
+        check_arguments(procedure, b"\x92\x93" + data, audited)
+
+    fuzz(check, st.sampled_from(list(TABLE)), st.binary(max_size=60), short=200, long=500_000)
+
+
+def test_arguments_arrive_as_they_were_sent(fuzz):
+    plain = st.recursive(
+        st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats() | st.text() | st.binary(),
+        lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
+        max_leaves=10,
+    )
+
+    def check(args, kwargs):
+        data = _data.pack_arguments(tuple(args), kwargs)[0]
+        arrived = _data.convert(anything, *_data.unpack_arguments(data))
+        assert repr(arrived) == repr((tuple(args), kwargs))
+
+    fuzz(
+        check,
+        st.lists(plain, max_size=4),
+        st.dictionaries(st.text(), plain, max_size=3),
+        short=150,
+        long=200_000,
+    )
+
+
+# -- bombs: much in little, or as much as a request may be
+
+
+def deep(opened, count):
+    return b"\x92\x91" + opened * count + b"\xc0\x80"
+
+
+BOMBS = {
+    "deep lists": deep(b"\x91", 100_000),
+    "deep dicts": deep(b"\x81\xa1a", 100_000),
+    "a list that claims 2**32 - 1 items": b"\x92\xdd\xff\xff\xff\xff\xc0",
+    "a list in it that claims them": b"\x92\x91\xdd\xff\xff\xff\xff\xc0",
+    "a dict that claims them": b"\x92\x91\xdf\xff\xff\xff\xff\xc0",
+    "a text that claims 2**32 - 1 bytes": b"\x92\x91\xdb\xff\xff\xff\xffx",
+    "bytes that claim them": b"\x92\x91\xc6\xff\xff\xff\xffx",
+    "many empty lists": b"\x92\x91\xdd\x00\x03\xd0\x90" + b"\x90" * 250_000 + b"\x80",
+    "many arguments": b"\x92\xdd\x00\x03\xd0\x90" + b"\xc0" * 250_000 + b"\x80",
+    "many keywords": given(**{f"{number:04x}": None for number in range(2**16)}),
+    "equal keys": b"\x92\x91\xdf\x00\x03\xd0\x90" + b"\xa1a\xc0" * 250_000 + b"\x80",
+    "keys that hash alike": msgspec.msgpack.encode(([{n * (2**61 - 1): n for n in range(8)}], {})),
+    "digits": msgspec.msgpack.encode((["9" * 1_000_000, "1" * 40], {})),
+    "a date of much": msgspec.msgpack.encode((["P" + "9" * 100_000 + "D"] * 3, {})),
+    "half a surrogate": b"\x92\x91\xa3\xed\xa0\x80\x80",
+    "a float that is no number": msgspec.msgpack.encode(([math.nan, math.inf], {})),
+    "a time out of range": b"\x92\x91\xd7\xff\xff\xff\xff\xff\xff\xff\xff\xff\x80",
+    "extensions": b"\x92\x91\xdd\x00\x00\xff\xff" + b"\xd5\x63\x00\x00" * 65_535 + b"\x80",
+}  # fmt: skip
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize("bomb", BOMBS.values(), ids=BOMBS)
+def test_bombs(audited, bomb):
+    """20 ms mostly, seconds with sanitizers, and of memory 160 times the bytes: see docs/security.md."""
+    for procedure in TABLE:
+        begun = time.thread_time()
+        check_arguments(procedure, bomb, audited)
+        assert time.thread_time() - begun < 5.0
+    tracemalloc.start()
+    try:
+        check_arguments(anything, bomb, audited)
+        assert tracemalloc.get_traced_memory()[1] < 200_000 + 160 * len(bomb)
+    finally:
+        tracemalloc.stop()
+
+
+# -- outcomes, at a caller
+
+OUTCOMES = [
+    b"V" + msgspec.msgpack.encode([1, "a", {"b": None}]),
+    b"V" + msgspec.msgpack.encode(msgspec.msgpack.Ext(1, b"\0\0\0\0")),
+    b"E" + msgspec.msgpack.encode(["ValueError", "text", None]),
+    b"E" + msgspec.msgpack.encode(["SystemExit", None, "trace"]),
+    b"A" + msgspec.msgpack.encode("does not fit"),
+    b"R" + msgspec.msgpack.encode("no data"),
+]
+
+
+def outcome(data, audited):
+    """Return the value, or what was raised."""
+    arrivals = _data.Arrivals([os.eventfd(0)], os.geteuid())
+    try:
+        with audited():
+            return _data.unpack_outcome(data, arrivals)
+    except Exception as error:
+        return error.with_traceback(None)
+    finally:
+        for number in arrivals.take_back():
+            os.close(number)
+
+
+def check_outcome(data, audited):
+    """A value, or one of the classes of the table; what it says of itself decides nothing else."""
+    came = outcome(data, audited)
+    if isinstance(came, DoorError):
+        assert type(came) in (MarshalError, ProtocolError, RemoteError)
+        assert came.may_have_run == (type(came) is not MarshalError or data[:1] != b"A")
+    elif isinstance(came, Exception):
+        assert data[:1] == b"E"
+        assert type(came) in _data._TOLD, type(came)
+    else:
+        assert data[:1] == b"V"
+
+
+def test_outcomes(fuzz, audited):
+    for whole in OUTCOMES:  # what is imported at first is there afterwards
+        outcome(whole, contextlib.nullcontext)
+
+    def check(data):
+        check_outcome(data, audited)
+
+    made_up = st.tuples(st.sampled_from([b"V", b"E", b"A", b"R"]), st.binary(max_size=40)).map(b"".join)
+    fuzz(check, spoilt(*OUTCOMES) | made_up | st.binary(max_size=40), short=300, long=500_000)
+
+
+def test_errors_of_any_name(fuzz, audited):
+    import builtins
+
+    import doorpool
+
+    names = st.sampled_from([*dir(builtins), *dir(doorpool), "os.system", "__import__", ""]) | st.text()
+    texts = st.none() | st.text()
+
+    def check(name, text, trace):
+        try:
+            data = b"E" + msgspec.msgpack.encode([name, text, trace])
+        except UnicodeEncodeError:
+            return
+        check_outcome(data, audited)
+
+    fuzz(check, names, texts, texts, short=300, long=200_000)
