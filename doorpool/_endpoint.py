@@ -78,6 +78,9 @@ log = logging.getLogger("doorpool")
 #: What to answer, whether the procedure returned, and what is to leave ``run`` besides.
 _Outcome = tuple[Parcel, bool, BaseException | None]
 
+#: The same where data is spoken.
+_DataOutcome = tuple[_data.Parcel, bool, BaseException | None]
+
 _find_default_server: Callable[[], Server] | None = None
 
 
@@ -650,9 +653,7 @@ class Endpoint:
 
     def _serve_data(self, invocation: Invocation, plan: _data.Plan) -> bool:
         """Answer one invocation of a data door, as ``_serve`` does."""
-        # The value has the descriptors that go with it, so it stays till they have gone.
-        parcel, value, interrupt = self._invoke_data(invocation, plan)
-        returned = value is not _NOTHING
+        parcel, returned, interrupt = self._invoke_data(invocation, plan)
         try:
             invocation.reply(*parcel)
         except LimitError as error:
@@ -665,14 +666,12 @@ class Endpoint:
             raise Interrupt(interrupt)
         return returned
 
-    def _invoke_data(
-        self, invocation: Invocation, plan: _data.Plan
-    ) -> tuple[_data.Parcel, Any, BaseException | None]:  # fmt: skip
+    def _invoke_data(self, invocation: Invocation, plan: _data.Plan) -> _DataOutcome:
         """
         Run the procedure of a data door; nothing holds its arguments afterwards.
 
         Returns:
-            What to answer, what was returned or ``_NOTHING``, and what is to leave ``run`` besides.
+            What to answer, whether the procedure has returned, and what is to leave ``run`` besides.
         """
         try:
             procedure, plan, args, kwargs = self._read_data(invocation, plan)
@@ -682,7 +681,7 @@ class Endpoint:
                 logging.WARNING, "%s: %s: %s", self.name, invocation.credentials, refusal,
                 about=(invocation.door.id, invocation.credentials.uid, "misfit"),
             )  # fmt: skip
-            return _data.pack_refusal(refusal), _NOTHING, _interrupt(error)
+            return _data.pack_refusal(refusal), False, _interrupt(error)
         token = current.set(invocation)
         try:
             value = procedure(*args, **kwargs)
@@ -694,19 +693,19 @@ class Endpoint:
             if error.__traceback__ is not None:  # as in ``_invoke``
                 BaseException.with_traceback(error, error.__traceback__.tb_next)
             self._log(error)
-            return self._pack_error(error, invocation), _NOTHING, _interrupt(error)
+            return self._pack_error(error, invocation), False, _interrupt(error)
         finally:
             current.reset(token)
             invocation.call = None
         if type(value) is Marshalled:
-            return value.parcel, value, None
+            return value.parcel, True, None
         answering.endpoint, answering.invocation = self, invocation
         try:
-            return plan.pack_result(value, invocation.credentials), value, None
+            return plan.pack_result(value, invocation.credentials), True, None
         except BaseException as error:
             refusal = marshal_error("the result", error, may_have_run=True)
             log.error("%s: %s", self.name, refusal, exc_info=error)
-            return _data.pack_refusal(refusal), _NOTHING, _interrupt(error)
+            return _data.pack_refusal(refusal), False, _interrupt(error)
         finally:
             answering.endpoint = answering.invocation = None
 
@@ -774,9 +773,6 @@ def _raise(error: Exception, *_: Any, **__: Any) -> NoReturn:
 
 #: The plan of what takes anything.
 _ANY = _data.Plan(lambda *_, **__: None)
-
-#: What a procedure has returned that did not return.
-_NOTHING = object()
 
 #: The endpoints of this process, by the ids of their doors.
 _endpoints: weakref.WeakValueDictionary[bytes, Endpoint] = weakref.WeakValueDictionary()
