@@ -342,14 +342,9 @@ def _read_extension(code: int, body: memoryview) -> Any:
     return arrivals.rebuild(kind, int.from_bytes(body[2:], "big"))
 
 
-#: Annotations that no object is an instance of, and what they mean.
-_STAND_FOR: dict[Any, type] = {typing.IO: io.IOBase, typing.BinaryIO: io.IOBase, typing.TextIO: io.TextIOBase}
-
-
 def _check_custom(kind: Any, value: Any) -> Any:
     """Accept an object where an annotation wants one of a class that MessagePack does not know."""
     wanted = typing.get_origin(kind) or kind
-    wanted = _STAND_FOR.get(wanted, wanted)
     if isinstance(wanted, type) and isinstance(value, wanted):
         return value
     arrivals, conversion = _arrivals.get(None), _conversions.get(kind)
@@ -384,6 +379,10 @@ def _encode(value: Any, to: Credentials | None = None) -> tuple[bytes, Luggage, 
 # --- what a procedure takes -----------------------------------------------------------------------
 
 
+#: What a procedure may say that it returns and no object is an instance of, and what it means.
+_STAND_FOR: dict[Any, type] = {typing.IO: io.IOBase, typing.BinaryIO: io.IOBase, typing.TextIO: io.TextIOBase}
+
+
 class Plan:
     """
     What a procedure takes and returns, ready to be compared with what comes.
@@ -415,6 +414,7 @@ class Plan:
             self._decoders[parameter.name] = self._decoder(f"the parameter {parameter.name!r}", hint)
         # What a class returns is itself; what ``__init__`` returns says nothing.
         hint = Any if isinstance(function, type) else hints.get("return", Any)
+        hint = _STAND_FOR.get(typing.get_origin(hint) or hint, hint)
         self._returns = None if hint in (Any, object) else self._decoder("the result", hint)
 
     def _decoder(self, what: str, hint: Any) -> Decoder[Any]:
