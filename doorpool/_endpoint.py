@@ -78,6 +78,12 @@ log = logging.getLogger("doorpool")
 #: What to answer, whether the procedure returned, and what is to leave ``run`` besides.
 _Outcome = tuple[Parcel, bool, BaseException | None]
 
+#: Bytes of a request, if nothing is said.  A stranger's may be written so that each byte becomes 74 when it
+#: is read, and holds the interpreter for 75 ns (16 MiB of empty dicts in a list, where nothing says that it
+#: is to be something else; CPython 3.11, two shared CPUs): 64 MiB are 5 GB and 5 s, and 1 GiB would
+#: be the end of most machines.
+_MOST_BYTES, _MOST_DATA = 2**30, 2**26
+
 #: The same where data is spoken.
 _DataOutcome = tuple[_data.Parcel, bool, BaseException | None]
 
@@ -144,8 +150,9 @@ class Endpoint:
         expose: the names of the object's methods that callers may reach, "__call__" among them if
             it may be called itself; by default all that do not begin with an underscore.
         refuse_descriptors: refuse every call that brings a descriptor.
-        max_request, max_reply: bytes; over it is a ``LimitError`` for the caller.  May be
-            set at any time.
+        max_request, max_reply: bytes; over it is a ``LimitError`` for the caller.  By default
+            2**30, and of "data" 2**26 for a request, whose sender need not be one of us.
+            May be set at any time.
         max_descriptors: of a request, at most 253; likewise.
         on_unref: called with no arguments, in a server thread, when nobody can reach the door
             any more: its names, the descriptors that were handed out and all channels
@@ -169,7 +176,7 @@ class Endpoint:
         codec: str = "pickle", callers: Rule | None = None,
         errors: Collection[type[BaseException]] | None = None, tracebacks: bool = False,
         trust: str = "namespace", threads: int | None = None, expose: Iterable[str] | None = None,
-        refuse_descriptors: bool = False, max_request: int = 2**30, max_reply: int = 2**30,
+        refuse_descriptors: bool = False, max_request: int | None = None, max_reply: int = 2**30,
         max_descriptors: int = 253, on_unref: Callable[[], object] | None = None, linger: bool = False,
     ) -> None:  # fmt: skip
         self._server: Server | None = None
@@ -192,6 +199,8 @@ class Endpoint:
         self._on_unref = _checked_callback("on_unref", on_unref)
         self._linger = bool(linger)
         self._refuse_descriptors = bool(refuse_descriptors)
+        if max_request is None:
+            max_request = _MOST_DATA if codec == "data" else _MOST_BYTES
         self._max_request = _checked_limit("max_request", max_request)
         self._max_reply = _checked_limit("max_reply", max_reply)
         self._max_descriptors = _checked_limit("max_descriptors", max_descriptors, 253)
