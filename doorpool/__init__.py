@@ -18,9 +18,9 @@ The rooms of the house, from the roof down; each leans only on those below it:
     _info        DoorInfo
     _threads     server threads: how many, when they come and go
     _objects     objects behind doors: their methods
-    _data        plain data <-> bytes, by annotations
     _marshal     objects <-> bytes and buffers          _exceptions  what leaves a procedure
-    _kinds       how files, sockets and the like cross  _passing     take; what crosses with a descriptor
+    _kinds       how files, sockets and the like cross
+    _data        plain data <-> bytes, by annotations   _passing     take; what crosses with a descriptor
     door         the raw layer, public: bytes, buffers and descriptors
     _handle      the caller's side of it    _door       the server's: names, ports, knocks
     _gate        where server threads wait for calls

@@ -11,6 +11,7 @@ What is sent.  Arguments are ``[[positional...], {name: keyword...}]``.  An outc
     'E'   what left the procedure: [name of its type, text or nil, traceback or nil]
     'A'   a refusal, as text: the arguments do not fit, the procedure did not run
     'R'   a refusal, as text: the result does not fit, or cannot be written; it has run
+    'B'   a refusal, as text: there was no free descriptor for the result; it has run
 
 Arguments.  The request is taken apart into one piece of MessagePack for each argument, bound to the
 parameters, and each piece is decoded by a decoder of the parameter's own type, which says what is wrong, and
@@ -24,7 +25,9 @@ client, ``StopIteration`` end a loop of his, ``exec`` is no class, and one of ou
 Of what the other side says nothing sets ``may_have_run`` but the kind of the outcome.
 
 Descriptors go beside the bytes, and are named inside them by a MessagePack extension that has its place in
-their list.  Each may be named once.  ``register`` adds other kinds of things that are made of descriptors.
+their list.  Each may be named once.  Whatever has one crosses (``_passing``), and arrives as a
+``Descriptor``: what it is, the other side must not be believed (S8).  An annotation of the receiver's
+may have something better made of it (``register_conversion``); ``register`` adds what arrives as more: doors.
 
 Roads not taken: decoding to plain data and ``msgspec.convert`` (it takes text for bytes, by base64); one
 decoder for a struct of all parameters (variadic and positional-only ones have no place in it).
@@ -34,6 +37,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import io
 import re
 import types
 import typing
@@ -45,6 +49,7 @@ import attrs
 import msgspec
 from msgspec.msgpack import Decoder, Encoder, Ext
 
+from doorpool import _passing
 from doorpool._credentials import Credentials
 from doorpool._descriptor import Descriptor
 from doorpool._errors import (
@@ -57,11 +62,14 @@ from doorpool._errors import (
     RemoteTraceback,
 )
 from doorpool._exceptions import MAX_TRACEBACK, clip, name_of, text_of, traceback_of
+from doorpool._passing import Departure, Taken
 
 Data = bytes | bytearray | memoryview
-Parcel = tuple[bytes, tuple[memoryview, ...], Sequence[int]]
 
-_RESULT, _EXCEPTION, _MISFIT, _BAD_RESULT = b"V", b"E", b"A", b"R"
+#: As of ``_marshal``, but with no buffers.
+Parcel = tuple[bytes, tuple[()], "Luggage | tuple[()]"]
+
+_RESULT, _EXCEPTION, _MISFIT, _BAD_RESULT, _NO_ROOM = b"V", b"E", b"A", b"R", b"B"
 
 #: Characters of an exception's text, and of a word about a misfit: a stranger chooses the values in them.
 _MAX_TEXT = 4096
@@ -92,84 +100,77 @@ _RAISED: dict[str, type[Exception]] = {
 # --- descriptors and what is made of them ---------------------------------------------------------
 
 
-class Luggage(list[int]):
+class Luggage(Departure):
     """
-    The numbers of the descriptors that go along with a message: those of objects, which stay
-    theirs, and those that are made for it, which are its own.
+    The descriptors that go along with a message.
 
     Attributes:
         to: who will have them.
     """
 
+    __slots__ = ("to",)
+
     def __init__(self, to: Credentials) -> None:
+        super().__init__()
         self.to = to
-        self._promised: list[tuple[int, Callable[[], Descriptor]]] = []
-        self._own: list[Descriptor] = []
-
-    def give_later(self, make: Callable[[], Descriptor]) -> None:
-        """Add a descriptor that is made, by this function, when all has been written."""
-        self._promised.append((len(self), make))
-        self.append(-1)
-
-    def seal(self) -> Luggage:
-        """
-        Make what was promised, all having been written; return itself.
-
-        Raises:
-            Exception: it cannot be made; nothing goes along.
-        """
-        try:
-            for place, make in self._promised:
-                self._own.append(make())
-                self[place] = self._own[-1].fileno()
-        except BaseException:
-            self.close()
-            raise
-        return self
-
-    def close(self) -> None:
-        """Close what was made for the message, which has gone; idempotent."""
-        while self._own:
-            self._own.pop().close()
 
 
-def release(parcel: Parcel) -> None:
+def release(parcel: tuple[Any, Any, Sequence[int]]) -> None:
     """Let go of what was made for a parcel, which has gone."""
-    if isinstance(parcel[2], Luggage):
+    if isinstance(parcel[2], Departure):
         parcel[2].close()
+
+
+Rebuild = Callable[[Descriptor, int | None], Any]
 
 
 @attrs.frozen
 class _Kind:
-    reduce: Callable[[Any, Luggage], bytes]
-    rebuild: Callable[[bytes, Arrivals], Any]
+    code: int
+    reduce: Callable[[Any, Luggage], None]
+    rebuild: Rebuild
 
 
-_kinds: dict[type, tuple[int, _Kind]] = {}
+_kinds: dict[type, _Kind] = {}
 _codes: dict[int, _Kind] = {}
 
 
-def register(
-    kind: type,
-    code: int,
-    reduce: Callable[[Any, Luggage], bytes],
-    rebuild: Callable[[bytes, Arrivals], Any],
-) -> None:
+def register(kind: type, code: int, reduce: Callable[[Any, Luggage], None], rebuild: Rebuild) -> None:
     """
-    Let a kind of object cross data doors, which is made of descriptors.
+    Let a kind of object cross data doors, which is made of one descriptor, as more than that.
 
     Args:
         kind: its class, subclasses excluded.
         code: of the extension, from 0 to 127.
-        reduce: given the object and the ``Luggage``, the list of numbers to be sent, which it extends,
-            returns what else there is to say.  The numbers stay the object's.
-        rebuild: given that, and the ``Arrivals`` from which it takes numbers, returns an object that
-            owns them.  The bytes are the other side's: it believes nothing, and raises ``ValueError``.
+        reduce: given the object and the ``Luggage``, adds the descriptor to that.
+        rebuild: given the ``Descriptor`` and the uid of who has sent it, returns an object with a
+            ``close()`` that has taken it over.  It believes nothing of it, and raises ``ValueError``.
     """
     if code in _codes or not 0 <= code <= 127:
         raise ValueError(f"extension {code} is taken, or none")
-    _kinds[kind] = code, _Kind(reduce, rebuild)
-    _codes[code] = _Kind(reduce, rebuild)
+    _kinds[kind] = _codes[code] = _Kind(code, reduce, rebuild)
+
+
+@attrs.frozen
+class _Conversion:
+    make: Callable[[Descriptor], Any]
+    undo: Callable[[Any], list[int]]
+
+
+_conversions: dict[type, _Conversion] = {}
+
+
+def register_conversion(
+    kind: type, make: Callable[[Descriptor], Any], undo: Callable[[Any], list[int]]
+) -> None:  # fmt: skip
+    """
+    Say how to make an object of a type, where a procedure is annotated so, of a ``Descriptor``.
+
+    Args:
+        make: takes it over if it succeeds; believes nothing of it, and raises ``ValueError`` or ``OSError``.
+        undo: takes the numbers out of such an object again, or closes it if there is no other way.
+    """
+    _conversions[kind] = _Conversion(make, undo)
 
 
 #: What tells of a type that objects of it are sent as others are: iterators.
@@ -197,39 +198,40 @@ class Arrivals:
 
     Attributes:
         left: the numbers that nobody has taken, for their owner to close; -1 for one that was.
-        made: objects that own some.
         passer: the uid of who has sent them.
     """
 
-    __slots__ = ("left", "made", "passer")
+    __slots__ = ("_made", "left", "passer")
 
     def __init__(self, numbers: Sequence[int], passer: int | None = None) -> None:
         self.left = list(numbers)
         self.passer = passer
-        self.made: list[Any] = []
+        self._made: list[tuple[Any, Callable[[Any], list[int]]]] = []
 
-    def take(self, place: int) -> int:
+    def rebuild(self, kind: _Kind, place: int) -> Any:
         """
-        Return a number, for the caller to own.
+        Make an object of the descriptor at a place.
 
         Raises:
-            ValueError: there is none at this place any more.
+            ValueError: there is none at this place any more, or nothing can be made of it.
         """
         if not 0 <= place < len(self.left) or self.left[place] < 0:
             raise ValueError(f"there is no descriptor {place}, or it is named twice")
-        number, self.left[place] = self.left[place], -1
-        return number
+        descriptor, self.left[place] = Descriptor(self.left[place]), -1
+        try:
+            made = kind.rebuild(descriptor, self.passer)
+        except BaseException:
+            if not descriptor.closed:
+                self.left[place] = descriptor.take()
+            raise
+        self._made.append((made, _take_apart))
+        return made
 
-    def take_named(self, body: bytes) -> int:
-        """
-        Return the number whose place was written, in two bytes, for the caller to own.
-
-        Raises:
-            ValueError: there are more or fewer bytes, or there is none at this place any more.
-        """
-        if len(body) != 2:
-            raise ValueError(f"a descriptor is named by two bytes, not by {len(body)}")
-        return self.take(int.from_bytes(body, "big"))
+    def convert(self, descriptor: Descriptor, conversion: _Conversion) -> Any:
+        """Make of a descriptor that was rebuilt what an annotation wants in its place."""
+        made = conversion.make(descriptor)
+        self._made.append((made, conversion.undo))
+        return made
 
     def take_rest(self) -> list[int]:
         """Return the numbers that nobody has taken, for the caller to close."""
@@ -239,31 +241,58 @@ class Arrivals:
 
     def take_back(self) -> list[int]:
         """Return all numbers, also those of objects that were made of them, for the caller to close."""
-        made, self.made = self.made, []
-        owned = [number for each in made for number in _numbers_of(each)]
+        made, self._made = self._made, []
+        owned = [number for each, undo in made for number in undo(each)]
         return owned + self.take_rest()
 
 
-def _numbers_of(made: Any) -> list[int]:
-    """Take the descriptors out of something that was made of them: a ``Descriptor``, or something like it."""
+def _take_apart(made: Any) -> list[int]:
+    """Take the descriptor out of what was made of it, if that is a ``Descriptor``; else close it."""
     if isinstance(made, Descriptor):
         return [] if made.closed else [made.take()]
     made.close()
     return []
 
 
-def _reduce_descriptor(descriptor: Descriptor, numbers: Luggage) -> bytes:
-    if descriptor.closed:
-        raise ValueError("this descriptor is closed")
-    numbers.append(descriptor.fileno())
-    return (len(numbers) - 1).to_bytes(2, "big")
+def _reduce_plainly(value: Any, luggage: Luggage) -> None:
+    _passing.table[type(value)].reduce(value, luggage)
 
 
-def _rebuild_descriptor(body: bytes, arrivals: Arrivals) -> Descriptor:
-    return Descriptor(arrivals.take_named(body))
+#: What anything else that crosses with a descriptor becomes here: see S8 above.
+_PLAIN = _codes[_DESCRIPTOR] = _Kind(
+    _DESCRIPTOR,
+    _reduce_plainly,
+    lambda descriptor, _: descriptor,
+)
 
 
-register(Descriptor, _DESCRIPTOR, _reduce_descriptor, _rebuild_descriptor)
+def _reduce_again(value: Any, luggage: Any, *, kind: _Kind) -> _passing.Recipe:
+    """Reduce an object that is to move; how it is made again over there, the extension says."""
+    kind.reduce(value, luggage)
+    return kind.rebuild, ()
+
+
+def _add(value: Any, kind: _Kind, luggage: Luggage) -> int:
+    """Add the descriptor of an object to the luggage; return its place there."""
+    place = len(luggage)
+    if type(value) is Taken:
+        luggage.reduce_taken(value, functools.partial(_reduce_again, kind=kind))
+    else:
+        kind.reduce(value, luggage)
+    if len(luggage) != place + 1:
+        raise TypeError(f"objects of type {type(value).__qualname__} are not made of one descriptor")
+    return place
+
+
+def _kind_of(kind: type) -> _Kind | None:
+    """Return how objects of a type cross that are made of a descriptor, or None."""
+    known = _kinds.get(kind)
+    if known is None and type(_passing.table.get(kind)) is _passing.Kind:
+        return _PLAIN
+    if known is None and _like is not None and hasattr(kind, "__next__") and _similar(kind):
+        return _kinds[_like]
+    return known
+
 
 #: What the message that is being read has brought, or what it refers to while it is only looked at.
 _arrivals: ContextVar[Arrivals | list[Any]] = ContextVar("doorpool.arrivals")
@@ -287,17 +316,15 @@ _BARE: dict[type, Callable[[Any], Any]] = {
 
 def _write(value: Any) -> Any:
     """Reduce what msgspec does not know by itself; see ``msgspec.msgpack.Encoder``."""
-    kind = type(value)
-    known = _kinds.get(kind)
-    if known is None and _like is not None and hasattr(kind, "__next__") and _similar(kind):
-        known = _kinds[_like]
+    bare_value = value.obj if type(value) is Taken else value
+    known = _kind_of(type(bare_value))
     if known is not None:
-        numbers, objects = _departing.get()
+        luggage, objects = _departing.get()
         if len(objects) > _MOST_EXTENSIONS:
             raise ValueError(f"more than {_MOST_EXTENSIONS} objects of descriptors")
-        body = len(objects).to_bytes(2, "big") + known[1].reduce(value, numbers)
-        objects.append(value)
-        return Ext(known[0], body)
+        body = len(objects).to_bytes(2, "big") + _add(value, known, luggage).to_bytes(2, "big")
+        objects.append(bare_value)
+        return Ext(known.code, body)
     for plain, bare in _BARE.items():
         if isinstance(value, plain):  # of a class that is one and more; what is more stays here
             return bare(value)
@@ -309,12 +336,12 @@ def _read_extension(code: int, body: memoryview) -> Any:
     kind = _codes.get(code)
     if kind is None:
         raise ValueError(f"there is no extension {code}")
+    if len(body) != 4:
+        raise ValueError(f"an object and its descriptor are named by four bytes, not by {len(body)}")
     arrivals = _arrivals.get()
     if isinstance(arrivals, list):  # only looked at, by whoever wrote it
         return arrivals[int.from_bytes(body[:2], "big")]
-    made = kind.rebuild(bytes(body[2:]), arrivals)
-    arrivals.made.append(made)
-    return made
+    return arrivals.rebuild(kind, int.from_bytes(body[2:], "big"))
 
 
 def _check_custom(kind: Any, value: Any) -> Any:
@@ -322,6 +349,9 @@ def _check_custom(kind: Any, value: Any) -> Any:
     wanted = typing.get_origin(kind) or kind
     if isinstance(wanted, type) and isinstance(value, wanted):
         return value
+    arrivals, conversion = _arrivals.get(None), _conversions.get(kind)
+    if isinstance(value, Descriptor) and conversion is not None and isinstance(arrivals, Arrivals):
+        return arrivals.convert(value, conversion)
     name = getattr(kind, "__qualname__", kind)
     raise ValueError(f"Expected `{name}`, got `{type(value).__qualname__}`")
 
@@ -334,16 +364,25 @@ _read_call = Decoder(tuple[list[msgspec.Raw], dict[str, msgspec.Raw]])
 
 def _encode(value: Any, to: Credentials | None = None) -> tuple[bytes, Luggage, list[Any]]:
     """Write a value; return the bytes, the descriptors, and the objects that these are of."""
-    numbers = Luggage(to or _NOBODY)
+    if _passing.late:
+        _passing.look_for_late()
+    luggage = Luggage(to or _NOBODY)
     objects: list[Any] = []
-    token = _departing.set((numbers, objects))
+    token = _departing.set((luggage, objects))
     try:
-        return _encoder.encode(value), numbers, objects
+        return _encoder.encode(value), luggage, objects
+    except BaseException:
+        luggage.close()
+        raise
     finally:
         _departing.reset(token)
 
 
 # --- what a procedure takes -----------------------------------------------------------------------
+
+
+#: What a procedure may say that it returns and no object is an instance of, and what it means.
+_STAND_FOR: dict[Any, type] = {typing.IO: io.IOBase, typing.BinaryIO: io.IOBase, typing.TextIO: io.TextIOBase}
 
 
 class Plan:
@@ -377,6 +416,7 @@ class Plan:
             self._decoders[parameter.name] = self._decoder(f"the parameter {parameter.name!r}", hint)
         # What a class returns is itself; what ``__init__`` returns says nothing.
         hint = Any if isinstance(function, type) else hints.get("return", Any)
+        hint = _STAND_FOR.get(typing.get_origin(hint) or hint, hint)
         self._returns = None if hint in (Any, object) else self._decoder("the result", hint)
 
     def _decoder(self, what: str, hint: Any) -> Decoder[Any]:
@@ -432,21 +472,33 @@ class Plan:
 
         Raises:
             MarshalError: it is not what the annotation promises, or no data; it names the path.
+            BusyError: no free descriptor for one that is to go along.
         """
         try:
             data, luggage, objects = _encode(value, to)
         except Exception as error:
-            raise _cannot_write((("result", value),), error, to, may_have_run=True) from error
-        if self._returns is not None:
-            _check_written(self._returns, data, objects)
+            raise _result_error(value, error, to) from error
         try:
-            return _RESULT + data, (), luggage.seal()
-        except OSError as error:
-            if error.errno not in SHORTAGE:
-                raise
-            raise BusyError(f"the result cannot be sent: {error.strerror}", may_have_run=True) from error
-        except Exception as error:
-            raise _cannot_write((("result", value),), error, to, may_have_run=True) from error
+            if self._returns is not None:
+                _check_written(self._returns, data, objects)
+            return _RESULT + data, (), _seal_result(luggage, value)
+        except BaseException:
+            luggage.close()
+            raise
+
+
+def _result_error(value: Any, error: Exception, to: Credentials | None) -> DoorError:
+    if isinstance(error, OSError) and error.errno in SHORTAGE:
+        return BusyError(f"the result cannot be sent: {error.strerror}", may_have_run=True)
+    return _cannot_write((("result", value),), error, to, may_have_run=True)
+
+
+def _seal_result(luggage: Luggage, value: Any) -> Luggage:
+    try:
+        luggage.seal()
+    except Exception as error:
+        raise _result_error(value, error, luggage.to) from error
+    return luggage
 
 
 def _signature_of(function: Callable[..., Any]) -> inspect.Signature | None:
@@ -637,9 +689,10 @@ def _find(path: str, value: Any, to: Credentials | None) -> str | None:
 
 def _fails(value: Any, to: Credentials | None) -> bool:
     try:
-        _encode(value, to)
+        _, luggage, _ = _encode(value, to)
     except Exception:
         return True
+    luggage.close()
     return False
 
 
@@ -686,7 +739,12 @@ def pack_arguments(
     """
     try:
         data, luggage, _ = _encode((args, kwargs), to)
-        return data, (), luggage.seal()
+        try:
+            luggage.seal()
+        except BaseException:
+            luggage.close()
+            raise
+        return data, (), luggage
     except Exception as error:
         if isinstance(error, OSError) and error.errno in SHORTAGE:
             raise
@@ -757,6 +815,8 @@ _TOLD = frozenset(_RAISED.values())
 def pack_refusal(error: DoorError) -> Parcel:
     """Marshal the library's own word about this call.  Never fails."""
     kind = _BAD_RESULT if error.may_have_run else _MISFIT
+    if error.may_have_run and isinstance(error, BusyError):
+        kind = _NO_ROOM
     return kind + _encode(_whole(clip(text_of(error), _MAX_TEXT)))[0], (), ()
 
 
@@ -767,6 +827,7 @@ def unpack_outcome(data: Data, arrivals: Arrivals) -> Any:
     Raises:
         ProtocolError: this is no outcome.
         MarshalError: the arguments did not fit, or the result.
+        BusyError: the server had no descriptor left for the result.
         Exception: of the fixed table; a ``RemoteError`` for all else.
     """
     kind, body = bytes(data[:1]), memoryview(data)[1:]
@@ -777,8 +838,10 @@ def unpack_outcome(data: Data, arrivals: Arrivals) -> Any:
             error: Exception = _rebuild(*_read_error.decode(body))
         elif kind in (_MISFIT, _BAD_RESULT):
             error = MarshalError(_read_text.decode(body), may_have_run=kind == _BAD_RESULT)
+        elif kind == _NO_ROOM:
+            error = BusyError(_read_text.decode(body), may_have_run=True)
         else:
-            raise ValueError("it is none of the four kinds")
+            raise ValueError("it is none of the five kinds")
     except Exception as failure:
         text = printable(f"what arrived is no outcome of a call: {text_of(failure)}")
         raise ProtocolError(text, may_have_run=True) from failure

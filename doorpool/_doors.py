@@ -35,9 +35,8 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Callable
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 from doorpool import _data, _passing, _sockets
 from doorpool._call import current
@@ -48,10 +47,9 @@ from doorpool._endpoint import Endpoint
 from doorpool._errors import BrokenDoorError, CallTimeoutError, ClosedError, MarshalError, NotADoorError
 from doorpool._handle import Handle, deadline_after
 from doorpool._info import describe
-from doorpool._janitor import close_all
 from doorpool._objects import CALL
 from doorpool._passing import Departure, Recipe
-from doorpool._proxy import DataLine, Line, Proxy, proxy_of
+from doorpool._proxy import SPOKEN, DataLine, Line, Proxy, proxy_of
 from doorpool._wire import Attribute, Codec
 
 #: Seconds for the first knock at a door that arrived, as for opening a path.
@@ -68,14 +66,16 @@ class _ArrivedLine(Line):
     Args:
         number: the descriptor, taken over if this succeeds.
         passer: the uid of who passed it, the only one that is believed; None: nobody is.
+        codecs: that the door may speak.
     """
 
-    def __init__(self, number: int, passer: int | None) -> None:
+    def __init__(self, number: int, passer: int | None, codecs: tuple[Codec, ...] = SPOKEN) -> None:
         believed = frozenset[int]() if passer is None else frozenset({passer})
         self._proven = False
         super().__init__(
-            number, open_timeout=_OPENING, reopens=False, trust="namespace", server=believed, spin=None
-        )
+            number, open_timeout=_OPENING, reopens=False, trust="namespace", server=believed, spin=None,
+            codecs=codecs,
+        )  # fmt: skip
         self.warns = False  # nobody has opened it by himself
         if is_strange(passer):
             self.handle.stranger = passer
@@ -150,13 +150,6 @@ class _ArrivedDataLine(_ArrivedLine, DataLine):
 # -- out ------------------------------------------------------------------------------------------
 
 
-class _Luggage(Protocol):
-    """The descriptors that go along with a message."""
-
-    def give_later(self, make: Callable[[], Descriptor]) -> None:
-        """Add one that is made when all has been marshalled."""
-
-
 def check_crossing(door: Endpoint | Proxy, to: Credentials) -> None:
     """
     Raise unless a door may go over a channel on which data is spoken.
@@ -169,26 +162,26 @@ def check_crossing(door: Endpoint | Proxy, to: Credentials) -> None:
         raise MarshalError(bar)
 
 
-def depart(door: Endpoint | Proxy, uid: int | None, luggage: _Luggage) -> None:
+def depart(door: Endpoint | Proxy, uid: int | None, departure: Departure) -> None:
     """
     Have the descriptor of a door that is to be passed go along with a message.
 
     Args:
         uid: whose process will have it; None: nobody knows.
-        luggage: of the message.
+        departure: of the message.
 
     Raises:
         ClosedError: the door, or the proxy, is closed.
     """
     if isinstance(door, Endpoint):
         door._ready_door()  # an error shall come now, where it is known which argument it is about
-        luggage.give_later(door.open)
+        departure.give_later(door.open)
     elif door.fileno() < 0:
         raise ClosedError(f"{door!r} is closed")
     elif uid == os.geteuid():
-        luggage.give_later(partial(_copy, door))
+        departure.give_later(partial(_copy, door))
     else:
-        luggage.give_later(partial(fresh, door))
+        departure.give_later(partial(fresh, door), door._line.handle.server.uid)
 
 
 def _copy(proxy: Proxy) -> Descriptor:
@@ -196,19 +189,6 @@ def _copy(proxy: Proxy) -> Descriptor:
     if number < 0:
         raise ClosedError(f"{proxy!r} is closed")
     return Descriptor(os.dup(number))
-
-
-class _Foreign(Descriptor):
-    """What somebody else's server has made, who can have the close take as long as he likes."""
-
-    __slots__ = ("uid",)
-    uid: int | None
-
-    def close(self) -> None:
-        """Close it; idempotent."""
-        if is_strange(self.uid) and not self.closed:
-            close_all([self.take()], self.uid)
-        super().close()
 
 
 def fresh(proxy: Proxy) -> Descriptor:
@@ -220,9 +200,7 @@ def fresh(proxy: Proxy) -> Descriptor:
     """
     line = proxy._line
     deadline = deadline_after(_OPENING if proxy._timeout is None else proxy._timeout)
-    made = _Foreign(line.handle.ask_descriptor(deadline))
-    made.uid = line.handle.server.uid
-    return made
+    return Descriptor(line.handle.ask_descriptor(deadline))
 
 
 def _reduce(door: Any, departure: Departure) -> Recipe:
@@ -233,20 +211,23 @@ def _reduce(door: Any, departure: Departure) -> Recipe:
 # -- in -------------------------------------------------------------------------------------------
 
 
-def arrive(descriptor: Descriptor, passer: int | None) -> Proxy:
+def arrive(
+    descriptor: Descriptor, passer: int | None, *, codecs: tuple[Codec, ...] = SPOKEN
+) -> Proxy:  # fmt: skip
     """
     Make a proxy of a door that has arrived, opening nothing; the descriptor is taken over.
 
     Args:
         passer: the uid of who passed it, the only one that is believed.
+        codecs: that it may speak.
 
     Raises:
-        NotADoorError: it is none.
+        NotADoorError: it is none, or of another codec.
     """
     if _sockets.domain_of(descriptor.fileno()) != socket.AF_UNIX:  # more is not asked of a stranger's
         raise NotADoorError("what was passed as a door is no local socket")
     try:
-        line = _ArrivedLine(descriptor.fileno(), passer)
+        line = _ArrivedLine(descriptor.fileno(), passer, codecs)
     except (CallTimeoutError, BrokenDoorError) as error:
         raise NotADoorError(f"what was passed as a door is none: {error}") from None
     descriptor.take()
@@ -264,20 +245,13 @@ _passing.register(Proxy, _reduce)
 # -- where data is spoken -------------------------------------------------------------------------
 
 
-def _reduce_data(door: Any, luggage: _data.Luggage) -> bytes:
+def _reduce_data(door: Any, luggage: _data.Luggage) -> None:
     check_crossing(door, luggage.to)
-    place = len(luggage)
     depart(door, luggage.to.uid, luggage)
-    return place.to_bytes(2, "big")
 
 
-def _rebuild_data(body: bytes, arrivals: _data.Arrivals) -> Proxy:
-    descriptor = Descriptor(arrivals.take_named(body))
-    try:
-        return arrive(descriptor, arrivals.passer)
-    except BaseException:
-        close_all([descriptor.take()], arrivals.passer)
-        raise
+def _rebuild_data(descriptor: Descriptor, passer: int | None) -> Proxy:
+    return arrive(descriptor, passer, codecs=(Codec.DATA,))  # whatever its sender should have refused (S17)
 
 
 _data.register(Endpoint, 2, _reduce_data, _rebuild_data)

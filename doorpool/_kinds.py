@@ -18,10 +18,17 @@ Names
 
 What is not here (``io.BufferedRWPair``, ``socket.makefile``, a subclass of anything) is refused by
 name.  The sizes of buffers are not known to anybody; they are the receiver's defaults.
+
+All of that is of pickles.  Where data is spoken, the other side is not believed: a ``Connection`` would
+unpickle what it sends, a name would be its text.  There everything arrives as a ``Descriptor``, or, if the
+procedure's annotation asks for one, as a plain socket or a raw file that is made of what the kernel says.
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import functools
 import gc
 import io
 import os
@@ -31,7 +38,7 @@ import socket
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from doorpool import _passing
+from doorpool import _data, _passing, _sockets
 from doorpool._descriptor import Descriptor
 from doorpool._passing import Departure, Kind, Recipe, register
 
@@ -284,3 +291,61 @@ def _register_temporary(module: Any) -> None:
 
 _passing.register_late("multiprocessing.connection", "rebuild_connection", _register_connections)
 _passing.register_late("tempfile", "TemporaryDirectory", _register_temporary)
+
+
+# --- where data is spoken: what an annotation may have made of a stranger's descriptor -----------
+
+
+def _socket_of(descriptor: Descriptor) -> socket.socket:
+    """
+    Make a socket of what the kernel says of a descriptor, changing no flag of it.
+
+    Whether it blocks is a flag of the open file, which both sides share.  With a default time-out in force
+    CPython would change it, unless it believes that the socket does not block: then
+    ``gettimeout()`` is 0 whatever the flag.
+
+    CPython asks what it makes a socket of for its address, and holds the interpreter's lock meanwhile;
+    in the kernel that waits for whoever holds the socket, which a stranger can do for good.  So
+    it is made of a socket of our own, in whose place the other is put then.
+    """
+    number = descriptor.fileno()
+    try:
+        family, kind, proto = map(functools.partial(_sockets.number_of, number), _sockets.WHAT_IT_IS)
+    except OSError:
+        raise ValueError("Expected `socket`, got a descriptor that is none") from None
+    if socket.getdefaulttimeout() is not None or not os.get_blocking(number):
+        kind |= socket.SOCK_NONBLOCK
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as own:
+        sock = socket.socket(family, kind, proto, fileno=own.fileno())
+        own.detach()
+    try:
+        os.dup2(number, sock.fileno(), inheritable=False)
+    except BaseException:
+        sock.close()
+        raise
+    os.close(descriptor.take())
+    return sock
+
+
+def _file_of(descriptor: Descriptor) -> io.FileIO:
+    """Make a raw binary file of a descriptor, as it is open; its name is its number."""
+    access = fcntl.fcntl(descriptor.fileno(), fcntl.F_GETFL) & os.O_ACCMODE
+    file = io.FileIO(descriptor.fileno(), {os.O_RDONLY: "rb", os.O_WRONLY: "wb"}.get(access, "r+b"))
+    descriptor.take()
+    return file
+
+
+def _number_of_socket(sock: socket.socket) -> list[int]:
+    number = sock.detach()
+    return [number] if number >= 0 else []
+
+
+def _close_file(file: io.FileIO) -> list[int]:
+    # It does not give its number back.  A file of its sender's can hold this up as it could the procedure.
+    with contextlib.suppress(OSError):  # whatever it says, its number is free
+        file.close()
+    return []
+
+
+_data.register_conversion(socket.socket, _socket_of, _number_of_socket)
+_data.register_conversion(io.FileIO, _file_of, _close_file)

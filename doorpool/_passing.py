@@ -44,7 +44,7 @@ import attrs
 from doorpool import _sockets
 from doorpool._descriptor import Descriptor
 from doorpool._errors import SHORTAGE
-from doorpool._janitor import close_all
+from doorpool._janitor import NOBODY, close_all
 
 #: How to make an object again: the function, and what follows the descriptors in its arguments.
 Recipe = tuple[Callable[..., Any], tuple[Any, ...]]
@@ -156,12 +156,13 @@ class Departure(Sequence[int]):
     One thread at a time.
     """
 
-    __slots__ = ("_generation", "_let_go", "_numbers", "_promised", "_taken")
+    __slots__ = ("_foreign", "_generation", "_let_go", "_numbers", "_promised", "_taken")
 
     def __init__(self) -> None:
         self._numbers: list[int] = []
         self._taken: list[Taken] = []
-        self._promised: list[tuple[int, Callable[[], Descriptor]]] = []
+        self._promised: list[tuple[int, Callable[[], Descriptor], int | None]] = []
+        self._foreign: dict[int, int | None] = {}  # numbers of what others have made: whose it is
         self._let_go = False
         self._generation = _sockets.generation
 
@@ -195,9 +196,14 @@ class Departure(Sequence[int]):
         """Add a descriptor that was made for the other side, and own it from now on."""
         self._numbers.append(_sockets.own_number(descriptor.take()))
 
-    def give_later(self, make: Callable[[], Descriptor]) -> None:
-        """Add a descriptor that is made, by this function, when all has been marshalled."""
-        self._promised.append((len(self._numbers), make))
+    def give_later(self, make: Callable[[], Descriptor], maker: int | None = NOBODY) -> None:
+        """
+        Add a descriptor that is made, by this function, when all has been marshalled.
+
+        Args:
+            maker: the uid of whoever else has made it, and can have its close take as long as he likes.
+        """
+        self._promised.append((len(self._numbers), make, maker))
         self._numbers.append(-1)
 
     def reduce(self, value: Any, reduce: Reduce) -> Any:
@@ -206,12 +212,17 @@ class Departure(Sequence[int]):
         rebuild, args = reduce(value, self)
         return _rebuild, (rebuild, first, len(self._numbers) - first, args)
 
-    def reduce_taken(self, taken: Taken) -> Recipe:
-        """Reduce an object that is to be moved: as itself, or, once it was moved, as it was then."""
+    def reduce_taken(self, taken: Taken, reduce: Reduce | None = None) -> Recipe:
+        """
+        Reduce an object that is to be moved: as itself, or, once it was moved, as it was then.
+
+        Args:
+            reduce: how; as objects of its type cross in a pickle, if nothing is said.
+        """
         kept = taken.kept
         if kept is None:
             first = len(self._numbers)
-            rebuild, args = table[type(taken.obj)].reduce(taken.obj, self)
+            rebuild, args = (reduce or table[type(taken.obj)].reduce)(taken.obj, self)
             taken.kept = _Kept(self, first, len(self._numbers) - first, rebuild, args)
             self._taken.append(taken)
             return rebuild, args
@@ -233,10 +244,12 @@ class Departure(Sequence[int]):
         Raises:
             Exception: what was promised cannot be made; nothing has moved.
         """
-        for place, make in self._promised:
+        for place, make, maker in self._promised:
             with _short():
                 descriptor = make()
-            self._numbers[place] = _sockets.own_number(descriptor.take())
+            number = self._numbers[place] = _sockets.own_number(descriptor.take())
+            if maker != NOBODY:
+                self._foreign[number] = maker
         self._promised.clear()
         for taken in self._taken:
             # The kernel gives the number back whatever ``close`` says, and what it might say (that
@@ -264,10 +277,13 @@ class Departure(Sequence[int]):
         self._promised.clear()
         while self._numbers:
             number = self._numbers.pop()
-            if (
-                number >= 0 and self._generation == _sockets.here()
-            ):  # in a forked child they are closed already
+            maker = self._foreign.pop(number, NOBODY)
+            if number < 0 or self._generation != _sockets.here():  # in a forked child they are closed
+                continue
+            if maker == NOBODY:
                 _sockets.close_number(number)
+            else:
+                close_all([_sockets.give_up_number(number)], maker)
 
 
 @attrs.frozen

@@ -70,7 +70,7 @@ __all__ = ["Proxy"]
 _RETRY = 0.02
 
 #: What a proxy can speak; which of them, its door says.
-_SPOKEN: tuple[Codec, ...] = (Codec.PICKLE, Codec.DATA)
+SPOKEN: tuple[Codec, ...] = (Codec.PICKLE, Codec.DATA)
 
 _SUBMITTERS = 64  #: Threads at most that ``submit`` and ``map`` start.
 
@@ -100,7 +100,7 @@ class Line:
 
     def __init__(
         self, door: Path | int, *, open_timeout: float | None, reopens: bool, trust: str,
-        server: Rule | None, spin: float | None,
+        server: Rule | None, spin: float | None, codecs: tuple[Codec, ...] = SPOKEN,
     ) -> None:  # fmt: skip
         self.spin = spin
         self.open_timeout = open_timeout
@@ -109,7 +109,7 @@ class Line:
         self.closed = False
         self.warns = True  # when it is collected open
         self.enters = False  # ``with`` enters the object, and does not only close the door
-        self._codecs = _SPOKEN
+        self._codecs = codecs
         self.handle = self._open(door, open_timeout)
         self._codecs = (self.handle.greeting.codec,)  # reopened, it speaks what it spoke at first
         self.reopens = reopens and self.handle.path is not None

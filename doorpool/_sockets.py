@@ -103,6 +103,12 @@ def close_number(descriptor: int) -> None:
     os.close(descriptor)
 
 
+def give_up_number(descriptor: int) -> int:
+    """Return a bare descriptor that was marked by ``own_number``, for somebody else to own."""
+    _owned_numbers.discard(descriptor)
+    return descriptor
+
+
 def here() -> int:
     """
     Return the generation of this process, for objects that may have crossed a fork.
@@ -214,12 +220,30 @@ def _pair(kind: int, *, pidfds: bool = True) -> tuple[socket.socket, socket.sock
     return one, other
 
 
+#: What a socket is: its family, type and protocol; for ``number_of``.
+WHAT_IT_IS = SO_DOMAIN, socket.SO_TYPE, socket.SO_PROTOCOL
+
+
+def number_of(number: int, option: int) -> int:
+    """
+    Return what a socket is, one of ``WHAT_IT_IS``.  Waits for nobody who uses it.
+
+    Raises:
+        OSError: it is no socket.
+    """
+    value, size = ctypes.c_int(), ctypes.c_uint(4)
+    if _libc.getsockopt(number, socket.SOL_SOCKET, option, ctypes.byref(value), ctypes.byref(size)):
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
+    return value.value
+
+
 def domain_of(number: int) -> int | None:
     """Return the address family of a socket; None of what is none.  Waits for nobody who uses it."""
-    domain, size = ctypes.c_int(), ctypes.c_uint(4)
-    where = ctypes.byref(domain), ctypes.byref(size)
-    failed = _libc.getsockopt(number, socket.SOL_SOCKET, SO_DOMAIN, *where)
-    return None if failed else domain.value
+    try:
+        return number_of(number, SO_DOMAIN)
+    except OSError:
+        return None
 
 
 def cookie_of(number: int) -> int:

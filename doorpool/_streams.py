@@ -70,10 +70,10 @@ from doorpool._doors import arrive
 from doorpool._endpoint import Endpoint, Marshalled, answering, marshal_error, peer_of
 from doorpool._errors import BusyError, ClosedError, DoorError, LimitError, MarshalError, ProtocolError
 from doorpool._handle import deadline_after
-from doorpool._janitor import close_all
 from doorpool._marshal import pack_refusal, pack_result
 from doorpool._passing import Departure, Kind, Recipe
 from doorpool._proxy import Proxy
+from doorpool._wire import Codec
 from doorpool.door import Invocation
 
 __all__ = ["Stream"]
@@ -380,7 +380,7 @@ class Pump:
         answering.endpoint = self.endpoint
         try:
             if self._codec == "data":
-                parcel = _PLAN.pack_result(value, invocation.credentials)
+                parcel: Any = _PLAN.pack_result(value, invocation.credentials)
             else:
                 parcel = pack_result(value, peer_of(invocation))
         finally:
@@ -661,19 +661,12 @@ _proxy.timed.add(Stream)
 # -- where data is spoken -------------------------------------------------------------------------
 
 
-def _reduce_data(iterator: Iterator[Any], luggage: Any) -> bytes:
-    place = len(luggage)
+def _reduce_data(iterator: Iterator[Any], luggage: _data.Luggage) -> None:
     luggage.give_later(partial(_hand_out, iterator, "data", answering.endpoint))
-    return place.to_bytes(2, "big")
 
 
-def _rebuild_data(body: bytes, arrivals: _data.Arrivals) -> Stream:
-    descriptor = Descriptor(arrivals.take(int.from_bytes(body, "big")))
-    try:
-        return Stream(arrive(descriptor, arrivals.passer))
-    except BaseException:
-        close_all([descriptor.take()], arrivals.passer)
-        raise
+def _rebuild_data(descriptor: Descriptor, passer: int | None) -> Stream:
+    return Stream(arrive(descriptor, passer, codecs=(Codec.DATA,)))
 
 
 _data.register(Stream, 4, _reduce_data, _rebuild_data)

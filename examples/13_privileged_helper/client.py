@@ -7,13 +7,11 @@ Prints:
     refused: the policy does not give you payroll
 """
 
-import os
-
 from doorpool import Proxy
 
-with Proxy("server.door") as lend:
-    with lend("report") as file:  # one open file for all who have it: read where you want, not where it is
-        print(os.pread(file.fileno(), 4096, 0).decode(), end="")
+with Proxy("server.door") as lend:  # believed of our own user and of root
+    with open(lend("report").take()) as file:  # a Descriptor, of which we make what it is to be here
+        print(file.read(), end="")
     try:
         lend("payroll")
     except PermissionError as error:

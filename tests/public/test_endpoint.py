@@ -90,6 +90,7 @@ def test_defaults():
     assert (endpoint.name, endpoint.mode) == ("echo", 0o600)
     assert (endpoint.max_request, endpoint.max_reply, endpoint.max_descriptors) == (2**30, 2**30, 253)
     assert (endpoint.paths, endpoint.server, endpoint.closed, endpoint.revoked) == ((), None, False, False)
+    assert Endpoint(echo, codec="data").max_request == 2**24
 
 
 # -- names

@@ -18,6 +18,7 @@ from support.rawdoor import PATIENCE, Background, Canary
 
 from doorpool import _handle
 from doorpool._errors import BrokenDoorError, BusyError, CallTimeoutError, ClosedError, RevokedError
+from doorpool._keeper import keeper
 from doorpool.door import Handle, Reason
 
 
@@ -194,7 +195,9 @@ def test_revoke_lets_the_running_call_finish_and_ends_all_others(serve, held):
     held.wait()
     waiting_at = serving.handle()
     channel = waiting_at._idle[-1].socket
-    waiting = Background(waiting_at.call)
+    wait_until(lambda: serving.gate.channels == 3)
+    with keeper().lock:  # under which they are parked: from now on a call rings
+        waiting = Background(waiting_at.call)
     wait_until(lambda: rawpeer.unread_there(channel))
     serving.door.revoke()
     serving.door.revoke()  # again

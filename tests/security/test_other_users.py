@@ -5,6 +5,7 @@ Doors for callers of other users: plain data, rules about who may call, and what
 from __future__ import annotations
 
 import fcntl
+import io
 import os
 import socket
 import sys
@@ -740,8 +741,13 @@ def begin_audit() -> None:
     sys.addaudithook(hook)
 
 
-def send_every_kind() -> tuple[list[str], list[int]]:
-    """Send a descriptor of every kind there is here; return what they were there, and our flags after."""
+def send_every_kind(themselves: bool) -> tuple[list[str], list[int]]:
+    """
+    Send a descriptor of every kind there is here; return what they were there, and our flags after.
+
+    Args:
+        themselves: send the objects, as far as there are any, and not ``Descriptor`` objects.
+    """
     import multiprocessing
     import tempfile
 
@@ -772,7 +778,11 @@ def send_every_kind() -> tuple[list[str], list[int]]:
     add(select.epoll())
     before = [fcntl.fcntl(number, fcntl.F_GETFL) for number in numbers]
     copies = [Descriptor(os.dup(number)) for number in numbers]
-    kinds = call(copies)
+    sent = [
+        thing if themselves and not isinstance(thing, int) else copy
+        for thing, copy in zip(kept, copies, strict=True)
+    ]
+    kinds = call(sent)
     for copy in copies:
         assert not copy.closed
         copy.close()
@@ -786,19 +796,52 @@ def send_every_kind() -> tuple[list[str], list[int]]:
 
 
 @pytest.mark.ids("F19", "C08", "F2", "F3")
-def test_descriptors_of_strangers_are_no_more_than_descriptors(actor, path):
+@pytest.mark.parametrize("themselves", [False, True])
+def test_descriptors_of_strangers_are_no_more_than_descriptors(actor, path, themselves):
     """Of whatever kind they are: nothing is imported, unlinked or unpickled, and no flag is changed."""
     server, stranger = actor(V), actor(M)
     server(serve_data, path, "take_apart")
     stranger(open_client, "objects", path, server={V})
     stranger(call, [])
     server(begin_audit)
-    kinds, changed = stranger(send_every_kind)
+    kinds, changed = stranger(send_every_kind, themselves)
     assert set(kinds) == {"Descriptor"}
     assert len(kinds) == 13
     assert not any(changed)
     assert server(audited) == []
     assert not any(server(inheritable))
+
+
+def use_as_asked(sock: socket.socket, file: io.FileIO) -> list[Any]:
+    """Say what two descriptors have been made."""
+    with sock, file:
+        told = [type(sock).__name__, type(file).__name__, file.name == file.fileno(), file.mode]
+        sock.sendall(file.read(5))
+        return told
+
+
+def send_as_asked(blocks: bool) -> tuple[list[Any], bytes, bool]:
+    """Send a socket and a text file where those are asked for; return whether our flags are the same."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs, open(__file__, encoding="utf-8", newline="\r") as file:
+        theirs.setblocking(blocks)
+        before = fcntl.fcntl(theirs.fileno(), fcntl.F_GETFL)
+        told = here.client(theirs, file)
+        return told, ours.recv(5), before == fcntl.fcntl(theirs.fileno(), fcntl.F_GETFL)
+
+
+@pytest.mark.ids("F19")
+@pytest.mark.parametrize("blocks", [True, False])
+@pytest.mark.parametrize("server_uid", [V, None], ids=["user", "root"])
+def test_where_it_is_asked_for_a_socket_and_a_raw_file_are_made_of_them(actor, path, blocks, server_uid):
+    """Of what the kernel says: no codec of the stranger's choice, no name, and his flags stay as they are."""
+    server, stranger = actor(server_uid), actor(M)
+    server(serve_data, path, "use_as_asked")
+    stranger(open_client, "objects", path, server={V, 0})
+    stranger(send_as_asked, blocks)
+    server(begin_audit)
+    assert stranger(send_as_asked, blocks) == (["socket", "FileIO", True, "rb"], b'"""\nD', True)
+    assert server(audited) == []
 
 
 def inheritable() -> list[bool]:

@@ -530,7 +530,7 @@ def test_answers_that_are_refused_leave_no_descriptor(actor, layer):
             with pytest.raises(DoorError):
                 client(open_and_forget, layer, Fd(holder.fileno()))
         answering()
-        assert client(descriptors) == before
+        wait_until(lambda: client(descriptors) == before, "the janitors have closed what came")
 
 
 def open_and_forget(layer: str, number: int) -> None:
