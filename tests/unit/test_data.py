@@ -604,12 +604,12 @@ def test_what_the_message_does_not_name_is_left():
 @pytest.mark.ids("H02")
 @pytest.mark.parametrize("kind", [1, 2, 3])
 @pytest.mark.parametrize("body", [b"", b"\0", b"\0\0", b"\0\0\0", b"\0\0\0\0\0", bytes(200)])
-def test_a_descriptor_is_named_by_two_bytes_and_no_others(kind, body):
+def test_a_descriptor_is_named_by_four_bytes_and_no_others(kind, body):
     """Fewer meant the first one, which nobody had named."""
     message = msgspec.msgpack.encode([[msgspec.msgpack.Ext(kind, body)], {}])
     number = os.dup(0)
     arrivals = data.Arrivals([number])
-    with pytest.raises(MarshalError, match="two bytes"):
+    with pytest.raises(MarshalError, match="four bytes"):
         data.reading(arrivals, lambda: data.convert(taking(Any), *data.unpack_arguments(message)))
     assert arrivals.take_back() == [number]
     os.close(number)
