@@ -9,6 +9,7 @@ is shown with the name of the side that printed it.  Afterwards the server is to
 as Ctrl-C or `kill` would tell it, and must then end by itself.
 """
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -34,6 +35,15 @@ def show(side, lines):
         print(f"{side} | {line}", end="", flush=True)
 
 
+def stop(server: subprocess.Popen[str], cwd: str) -> None:
+    """Have a server end; one that has taken its name away may be doing so already."""
+    if not os.path.exists(os.path.join(cwd, "server.door")):
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            server.wait(timeout=1)
+    server.terminate()
+    server.wait()
+
+
 def main(name: str) -> int:
     folder = Path(__file__).resolve().parent / name
     with tempfile.TemporaryDirectory(prefix="dp-") as cwd:
@@ -48,8 +58,7 @@ def main(name: str) -> int:
             client_printer.join()
         finally:
             for server, printer in reversed(running):
-                server.terminate()
-                server.wait()
+                stop(server, cwd)
                 printer.join()
     return client.returncode or max(server.returncode for server, _ in running)
 
