@@ -86,6 +86,16 @@ _DataOutcome = tuple[_data.Parcel | None, bool, BaseException | None]
 #: 75 ns: 16 MiB are 2 GiB and 1 s, and 1 GiB would be the end of most machines.
 _MOST_BYTES, _MOST_DATA = 2**30, 2**24
 
+
+class _Usual(int):
+    """Says that no number was given: unlike None it is of the type that is wanted, and no user's."""
+
+    def __repr__(self) -> str:
+        return "2**30 (of data: 2**24)"
+
+
+_USUAL = _Usual()
+
 _find_default_server: Callable[[], Server] | None = None
 
 
@@ -176,7 +186,7 @@ class Endpoint:
         codec: str = "pickle", callers: Rule | None = None,
         errors: Collection[type[BaseException]] | None = None, tracebacks: bool = False,
         trust: str = "namespace", threads: int | None = None, expose: Iterable[str] | None = None,
-        refuse_descriptors: bool = False, max_request: int | None = None, max_reply: int = 2**30,
+        refuse_descriptors: bool = False, max_request: int = _USUAL, max_reply: int = 2**30,
         max_descriptors: int = 253, on_unref: Callable[[], object] | None = None, linger: bool = False,
     ) -> None:  # fmt: skip
         self._server: Server | None = None
@@ -199,7 +209,7 @@ class Endpoint:
         self._on_unref = _checked_callback("on_unref", on_unref)
         self._linger = bool(linger)
         self._refuse_descriptors = bool(refuse_descriptors)
-        if max_request is None:
+        if max_request is _USUAL:
             max_request = _MOST_DATA if codec == "data" else _MOST_BYTES
         self._max_request = _checked_limit("max_request", max_request)
         self._max_reply = _checked_limit("max_reply", max_reply)
