@@ -429,10 +429,15 @@ class _Watcher:
             for pump, since in list(self._since.items()):
                 if time.monotonic() - since > _TICK:
                     pump.send_early()
+            if idle == _IDLE and not self._may_go():
+                idle = 0
+
+    def _may_go(self) -> bool:
+        """Say that it is gone, unless somebody has come meanwhile, who took it to be there."""
         with self._lock:
             self._runs = False
-        for pump in list(self._since):  # of this very moment
-            self.watch(pump)
+            self._runs = bool(self._since)
+            return not self._runs
 
 
 _watcher = _Watcher()

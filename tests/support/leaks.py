@@ -15,7 +15,8 @@ from pathlib import Path
 
 #: Threads that may stay.  The keeper is one a process, for ever; the threads of the default
 #: server are daemons and retire when they have been idle.
-LASTING_THREADS = ("doorpool-keeper", "doorpool-default", "pytest_timeout")
+#: That of the streams is one a process, too, and goes when no batch is being made anywhere.
+LASTING_THREADS = ("doorpool-keeper", "doorpool-default", "doorpool-streams", "pytest_timeout")
 
 SETTLING_TIME = 1.0  # seconds; keeper and kernel need a moment after the last close()
 
