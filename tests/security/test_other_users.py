@@ -68,7 +68,7 @@ def fail(how: str) -> None:
         "value": ValueError("the value"),
         "own": Told("the text"),
         "sub": TooldToo("the other text"),
-        "system": FileNotFoundError(2, "No such file or directory", "/root/secret"),
+        "system": FileNotFoundError(2, "No such file or directory", "/srv/secret"),
         "mine": PermissionError("you may not"),
         "exit": SystemExit("the reason"),
     }[how]
@@ -641,7 +641,7 @@ def test_what_strangers_are_told_of_errors(actor, path, options, expected):
         name, told, traced = stranger(outcome, how)
         assert (name, traced) == (kind, "tracebacks" in options)
         assert told == text or told.endswith(f".{text}")
-    assert friend(outcome, "system")[1].endswith("'/root/secret'")
+    assert friend(outcome, "system")[1].endswith("'/srv/secret'")
     assert friend(outcome, "own")[1].endswith("Told: the text")
 
 

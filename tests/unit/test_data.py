@@ -488,9 +488,9 @@ def test_a_class_that_is_not_built_in_is_a_remote_error():
 
 
 def test_the_file_names_of_system_errors_are_told_only_if_that_is_wanted():
-    error = arrived(FileNotFoundError(2, "No such file", "/root/secret"), paths=False)
+    error = arrived(FileNotFoundError(2, "No such file", "/srv/secret"), paths=False)
     assert (type(error), str(error)) == (FileNotFoundError, "No such file")
-    assert "/root/secret" in str(arrived(FileNotFoundError(2, "No such file", "/root/secret")))
+    assert "/srv/secret" in str(arrived(FileNotFoundError(2, "No such file", "/srv/secret")))
     assert str(arrived(PermissionError("you may not"), paths=False)) == "you may not"
 
 
