@@ -588,16 +588,18 @@ def test_a_server_that_is_killed_breaks_the_stream(far):
     stream.close()
 
 
+def counting(ended: threading.Event) -> Iterator[int]:
+    """Count for ever; the event is set when that comes to its end."""
+    try:
+        yield from itertools.count()
+    finally:
+        ended.set()
+
+
 def test_a_server_that_closes_ends_the_stream_and_runs_the_finally(serve, connect):
     ended = threading.Event()
 
-    def numbers() -> Iterator[int]:
-        try:
-            yield from itertools.count()
-        finally:
-            ended.set()
-
-    server = serve(numbers)
+    server = serve(lambda: counting(ended))
     stream = connect()()
     assert next(stream) == 0
     server.close()
@@ -663,13 +665,7 @@ def test_a_generator_argument_stays_the_callers_if_he_keeps_it(far):
 def test_a_generator_argument_that_was_kept_ends_when_it_is_dropped(far):
     ended = threading.Event()
 
-    def numbers() -> Iterator[int]:
-        try:
-            yield from itertools.count()
-        finally:
-            ended.set()
-
-    assert far("keep")(numbers()) == 0
+    assert far("keep")(counting(ended)) == 0
     assert not ended.is_set()
     far("drop")()
     assert ended.wait(PATIENCE)
@@ -678,13 +674,7 @@ def test_a_generator_argument_that_was_kept_ends_when_it_is_dropped(far):
 def test_a_server_that_is_killed_lets_a_generator_argument_go(far):
     ended = threading.Event()
 
-    def numbers() -> Iterator[int]:
-        try:
-            yield from itertools.count()
-        finally:
-            ended.set()
-
-    assert far("keep")(numbers()) == 0
+    assert far("keep")(counting(ended)) == 0
     os.kill(far.child.pid, signal.SIGKILL)
     far.child.wait()
     assert ended.wait(PATIENCE)
