@@ -11,6 +11,9 @@ queue, says what it is, and the kernel says the rest.
                       fresh one that the door's server makes, for copies share a fate (S13):
                       whoever has one can shut it down for all
 
+A proxy that was opened by path, and whose server has gone, is opened anew before it is passed: a router
+that never calls its backend would hand out a dead door for ever.
+
 Arriving opens nothing: the greeting is peeked at, which is there or this is no door, and the first
 call opens the first channel (S7).  So a door whose server is dead, or does not answer, costs
 nobody anything before he calls it.
@@ -185,6 +188,7 @@ def depart(door: Endpoint | Proxy, uid: int | None, departure: Departure) -> Non
 
 
 def _copy(proxy: Proxy) -> Descriptor:
+    proxy._line.renew(deadline_after(_OPENING))
     number = proxy.fileno()
     if number < 0:
         raise ClosedError(f"{proxy!r} is closed")
@@ -200,6 +204,7 @@ def fresh(proxy: Proxy) -> Descriptor:
     """
     line = proxy._line
     deadline = deadline_after(_OPENING if proxy._timeout is None else proxy._timeout)
+    line.renew(deadline)
     return Descriptor(line.handle.ask_descriptor(deadline))
 
 

@@ -248,6 +248,17 @@ class Line:
         except (RevokedError, BrokenDoorError, ClosedError) as first:
             self._try_anew(handle, first, deadline, lambda it: it.ping(timeout=_left(deadline)))
 
+    def renew(self, deadline: float | None) -> None:
+        """
+        Open the path anew if the server has gone, for somebody who is to have the door; if it can be.
+
+        Who gets a door by way of us has no path to open anew, and would be given a dead one for ever.
+        """
+        handle = self.handle
+        if self.reopens and not handle.alive and not self.closed:
+            with contextlib.suppress(DoorError, OSError):  # then it is handed out as it is
+                self._reopen(handle, deadline)
+
     def _exchange(self, handle: Handle, parcel: _AnyParcel, deadline: float | None) -> Came:
         if self._pool is None:
             return handle.call_until(deadline, *parcel)

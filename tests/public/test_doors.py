@@ -751,6 +751,32 @@ def test_a_call_that_is_made_again_through_a_reopened_door_takes_its_doors_along
     assert said == [1, 2]
 
 
+OTHER = """
+    import os
+    from doorpool import Server
+    server = Server()
+    server.attach(os.getpid, "other.door")
+    with server:
+        ready()
+        server.run()
+"""
+
+
+@pytest.mark.ids("C10")
+@pytest.mark.parametrize("followed", [True, False])
+def test_a_door_that_is_passed_is_opened_anew_if_its_server_has_gone(far, spawn_server, door_dir, followed):
+    """Nobody else could: who gets it has no path.  And a router may never call what it hands out."""
+    first = spawn_server(OTHER, cwd=door_dir)
+    with Proxy(door_dir / "other.door") as door:
+        first.kill()
+        if followed:
+            second = spawn_server(OTHER, cwd=door_dir)
+            assert far("call")(door) == second.pid
+        else:
+            with pytest.raises(RemoteError, match="BrokenDoorError"):
+                far("call")(door)
+
+
 def test_descriptors_stay_flat_over_many_passings(far, many):
     echo_, call, fds = far("echo"), far("call"), far("fds")
     backend = far("backend")()
