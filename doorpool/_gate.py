@@ -207,6 +207,7 @@ class Gate:
                     return invocation
                 if not served.channel.closed:
                     self._park(served)
+                served = page = None  # its door may be gone long before the next call comes
             self._check_here()
             return self._wait_for_any(None if timeout is None else time.monotonic() + timeout)
         except (OSError, ValueError):

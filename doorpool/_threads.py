@@ -280,6 +280,8 @@ class Pool:
                 invocation = self.gate.wait(None if stays else idle_timeout)
                 if invocation is not None:
                     self._run(thread, invocation)
+                    # Its door, and what that leads to, may be gone long before the next one comes.
+                    invocation = None
                 elif self._jobs:
                     self._run_job()
                 elif self._retire(thread, idle_timeout):

@@ -4,12 +4,14 @@ References: what keeps a door reachable, and what happens when nothing does any 
 
 from __future__ import annotations
 
+import gc
 import os
 import queue
 import socket
 import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -570,3 +572,26 @@ def test_an_idle_channel_goes_with_its_process_though_a_child_holds_its_socket(
 def test_options_are_checked(options, text):
     with pytest.raises(TypeError, match=text):
         Endpoint(echo, **options)
+
+
+@pytest.mark.ids("U12")
+def test_a_thread_that_waits_holds_nothing_of_the_call_before(door_dir):
+    """A session that has ended, and all it leads to, would stay until the next call comes."""
+
+    class Session:
+        def greet(self):
+            return "hello"
+
+    sessions = []
+
+    def connect():
+        session = Session()
+        sessions.append(weakref.ref(session))
+        return Endpoint(session)
+
+    with Server() as server:
+        server.attach(connect, door_dir / "a.door")
+        with Proxy(door_dir / "a.door") as door:
+            with door() as session:
+                assert session.greet() == "hello"  # the last call that there is
+            wait_until(lambda: gc.collect() is None or sessions[0]() is None, "the session is let go")
