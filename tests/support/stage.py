@@ -20,6 +20,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import importlib
 import os
 import pickle
 import select
@@ -104,6 +105,12 @@ class Player:
         wait_ended(self.pidfd)
         return time.monotonic()
 
+    def has_ended(self, patience: float) -> bool:
+        """Whether it has, or does within so many seconds."""
+        poll = select.poll()
+        poll.register(self.pidfd, select.POLLIN)
+        return bool(poll.poll(patience * 1000))
+
     def close(self) -> None:
         """End it, if it has not ended."""
         with contextlib.suppress(ProcessLookupError):
@@ -122,11 +129,15 @@ def wait_ended(pidfd: int) -> None:
 class Stage:
     """The parent of all players.  Threads may start players at the same time."""
 
-    def __init__(self) -> None:
+    def __init__(self, *modules: str) -> None:
+        """
+        Args:
+            modules: what the parent imports besides the library; of one of ``support``, each class is a role.
+        """
         self._lock = threading.Lock()
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._parent = ours
-        script = f"from support import stage; stage.breed({theirs.fileno()}, ready)"
+        script = f"from support import stage; stage.breed({theirs.fileno()}, ready, {modules!r})"
         with theirs:
             self.process: Child = start_python(script, pass_fds=[theirs.fileno()])
         self.process.wait_ready()
@@ -158,12 +169,16 @@ class Stage:
 # -- the parent of the players
 
 
-def breed(number: int, ready: Callable[[], None]) -> NoReturn:
+def breed(number: int, ready: Callable[[], None], modules: tuple[str, ...] = ()) -> NoReturn:
     """Fork a player for each request that comes; the parent's whole life."""
     steps.install()
     import doorpool
     import doorpool.door  # noqa: F401
 
+    for name in modules:
+        module = importlib.import_module(name)
+        if name.startswith("support."):
+            _ROLES.update({role: kind for role, kind in vars(module).items() if isinstance(kind, type)})
     parent = socket.socket(fileno=number)
     parent.set_inheritable(False)
     gc.collect()
@@ -462,4 +477,4 @@ class _ClientPart(_Part):
         self.say("outcome", number, *outcome, time.monotonic())
 
 
-_ROLES = {"server": _ServerPart, "client": _ClientPart}
+_ROLES: dict[str, Any] = {"server": _ServerPart, "client": _ClientPart}

@@ -67,8 +67,17 @@ STEPS = {
     "goodbye-said": ("_gate", "has told a channel, has not closed it"),
 }
 
-#: The step in the procedure of the tests themselves: it is in no source of the library.
+#: The steps of the tests themselves, which are in no source of the library: in a procedure, in a
+#: function that is called back, within a block or a session, between two items of a stream that is
+#: taken, or given, and with an open file in hand.
 IN_PROCEDURE = "in-procedure"
+IN_CALLBACK = "in-callback"
+HOLDING = "holding"
+MID_STREAM = "mid-stream"
+GIVING = "giving"
+WITH_FILE = "with-file"
+
+OF_TESTS = (IN_PROCEDURE, IN_CALLBACK, HOLDING, MID_STREAM, GIVING, WITH_FILE)
 
 _LINE = re.compile(r"^( *)# step: ([a-z-]+)$", re.MULTILINE)
 
@@ -90,7 +99,7 @@ def stepped(source: str) -> str:
 
 def at(name: str, action: Action, nth: int = 1) -> None:
     """Have the nth thread that arrives at a step, counted from now on, do something there; once."""
-    assert name in STEPS or name == IN_PROCEDURE, name
+    assert name in STEPS or name in OF_TESTS, name
     with _lock:
         _plans[name] = (nth, action)
 
