@@ -22,7 +22,7 @@ from pathlib import Path
 import attrs
 import pytest
 from support.patterns import CLIENTS, MADE, ROUTERS
-from support.stage import ALONE, PROMPTLY, Player, Stage
+from support.stage import ALONE, PATIENCE, Player, Stage
 from support.steps import GIVING, HOLDING, IN_CALLBACK, IN_PROCEDURE, MID_STREAM, WITH_FILE
 
 pytest.importorskip("numpy")
@@ -199,7 +199,7 @@ class Cast:
         client = victim if row.victim == "client" else self.players["client"]
         client.tell("begin")
         told, when = ("", 0.0) if client is victim else client.hear("outcome")
-        if not victim.has_ended(PROMPTLY):
+        if not victim.has_ended(PATIENCE):
             self.wrong.append(f"{row}: it never came to its step")
         elif client is not victim:
             died, _ = victim.hear("dying")

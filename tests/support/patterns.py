@@ -105,7 +105,7 @@ def script(pattern: str, name: str) -> str:
 _NO_KIND = re.compile(r"\[\d+]|/proc/.*| \(deleted\)")
 
 
-class _Counted(_Part):
+class Counted(_Part):
     """A part that counts what it has."""
 
     counted: dict[str, int] | None = None
@@ -161,7 +161,7 @@ class _Counted(_Part):
 # -- servers and routers
 
 
-class Script(_Counted):
+class Script(Counted):
     """A player whose main thread runs a script; what the test asks is done in another."""
 
     def __init__(self, control: Any, folder: str, pattern: str, name: str) -> None:
@@ -495,7 +495,7 @@ ROUTERS = {"09_door_through_a_door": "proxy", "14_router": "router"}
 MADE = {"08_file_through_a_door": "shelf", "13_privileged_helper": "files"}
 
 
-class Guest(_Counted):
+class Guest(Counted):
     """A client, with the test's orders."""
 
     def __init__(self, control: Any, folder: str, pattern: str) -> None:

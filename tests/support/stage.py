@@ -105,6 +105,11 @@ class Player:
         wait_ended(self.pidfd)
         return time.monotonic()
 
+    def kill(self) -> None:
+        """Kill it, from outside, and wait until it has ended."""
+        signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+        self.wait_ended()
+
     def has_ended(self, patience: float) -> bool:
         """Whether it has, or does within so many seconds."""
         poll = select.poll()
