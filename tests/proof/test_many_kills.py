@@ -49,6 +49,9 @@ AT_A_TIME = 2  # households
 SLOW = 0.01  # seconds within which a random kill comes, mostly in the middle
 SOON = 5.0  # seconds until what a survivor still has is a leak
 
+#: How an act may end for whoever calls the victim; by way of the hub that of a worker is a ``RemoteError``.
+ENDS = (RESULT, "BrokenDoorError", "RemoteError")
+
 #: What each kind of victim is, in ``support.household``.
 ROLES = {"client": "Caller", "server": "Hub", "router": "Switch", "worker": "Worker"}
 
@@ -146,6 +149,7 @@ class Household:
         self.numbers = itertools.count(first, NUMBERS)
         self.wrong: list[str] = []
         self.missed: collections.Counter[str] = collections.Counter()
+        self.ends: collections.Counter[str] = collections.Counter()
         self.seconds: dict[str, list[float]] = {"told": [], "answered": [], "given back": []}
         self.members: list[Player] = []
         self.hub, self.caller, self.worker = (self.enter(role) for role in ("Hub", "Caller", "Worker"))
@@ -231,8 +235,9 @@ class Household:
             died = victim.hear("dying")[0]
         if called:
             self.measure("told", died, when)
-        if ended.startswith("wrong"):
-            self.found.append(ended)
+            self.ends[ended] += 1
+            if ended not in ENDS:
+                self.found.append(ended)
         return float(died)
 
     def begin(self, kill: Kill, victim: Player) -> bool:
@@ -348,7 +353,7 @@ AT_SOME_MOMENT = [
 
 def report(kills: list[Kill], households: list[Household], took: float) -> None:
     """Print the figures."""
-    print(f"{len(kills)} kills in {took:.0f} s, {len(kills) / took:.1f} a second")
+    print(f"{len(kills)} kills in {took:.0f} s, {len(kills) / took:.1f} a second; {len(TABLE)} named steps")
     print(collections.Counter(kill.victim for kill in kills))
     for what in ("told", "answered", "given back"):
         seconds = sorted(s for household in households for s in household.seconds[what])
@@ -356,4 +361,5 @@ def report(kills: list[Kill], households: list[Household], took: float) -> None:
             f"{what}: median {statistics.median(seconds) * 1e3:.1f} ms, "
             f"99 % {seconds[len(seconds) * 99 // 100] * 1e3:.0f} ms, longest {seconds[-1] * 1e3:.0f} ms"
         )
-    print("missed", sum((household.missed for household in households), collections.Counter()))
+    for what in ("ends", "missed"):
+        print(what, dict(sum((getattr(household, what) for household in households), collections.Counter())))
