@@ -3,7 +3,7 @@ Kill -9 of clients, servers, routers and workers, ten thousand times: at steps t
 
 The household (``support.household``) lives on in all its other members.  ``TABLE`` names, for each kind of
 victim, what is being done and at which step the victim dies of it; each row is hit on purpose, as often as
-every other.  Beside them are kills at random moments.  After each kill
+every other.  Beside them are kills at random moments, while others call.  After each kill
 
 - every survivor answers within a second: whoever was in the middle of a call is told how it ended, and a
   fresh call goes well;
@@ -147,8 +147,12 @@ class Household:
         self.journal = Journal(folder / "numbers")
         self.books = Books(self.journal)
         self.numbers = itertools.count(first, NUMBERS)
+        self.lives = itertools.count(
+            first + (1 << 39), 1 << 20
+        )  # the first numbers of what goes on meanwhile
         self.wrong: list[str] = []
         self.missed: collections.Counter[str] = collections.Counter()
+        self.lived = 0  # calls that went on while somebody was killed
         self.ends: collections.Counter[str] = collections.Counter()
         self.seconds: dict[str, list[float]] = {"told": [], "answered": [], "given back": []}
         self.members: list[Player] = []
@@ -174,7 +178,8 @@ class Household:
         for path in (HUB, VICTIM, ROUTER):
             for act in ACTS:
                 if path == HUB or act != "employ":
-                    assert self.act(act, path, keep=path == VICTIM) == RESULT
+                    keep = path == VICTIM or (path == HUB and act not in ("array", "long"))
+                    assert self.act(act, path, keep=keep) == RESULT
         for player in (victim, router):
             self.end(player)
 
@@ -224,9 +229,7 @@ class Household:
             victim.ask("at", kill.step, kill.nth, ALONE)
         called = self.begin(kill, victim)
         if not kill.step:
-            time.sleep(random.uniform(0, SLOW))
-            victim.kill()
-            died = time.monotonic()
+            died = self.kill_at_random(kill, victim)
         ended, when = self.outcome() if called else ("", 0.0)
         if kill.step:
             if not victim.has_ended(PATIENCE):
@@ -239,6 +242,21 @@ class Household:
             if ended not in ENDS:
                 self.found.append(ended)
         return float(died)
+
+    def kill_at_random(self, kill: Kill, victim: Player) -> float:
+        """Kill it at some moment, while the caller goes on with other things at the hub."""
+        acts = tuple(act for act in ACTS if act != "employ" or kill.victim != "worker")
+        self.caller.tell("live", next(self.lives), acts)
+        time.sleep(random.uniform(0, SLOW))
+        victim.kill()
+        died = time.monotonic()
+        self.caller.tell("rest")
+        trouble, told = self.caller.hear("lived")
+        self.books.enter_all(told)
+        self.lived += len(told)
+        if trouble:
+            self.found.append(f"meanwhile, {trouble}")
+        return died
 
     def begin(self, kill: Kill, victim: Player) -> bool:
         """Begin the act; return whether it is the caller's, who will say how it ended."""
@@ -361,5 +379,6 @@ def report(kills: list[Kill], households: list[Household], took: float) -> None:
             f"{what}: median {statistics.median(seconds) * 1e3:.1f} ms, "
             f"99 % {seconds[len(seconds) * 99 // 100] * 1e3:.0f} ms, longest {seconds[-1] * 1e3:.0f} ms"
         )
+    print("calls that went on meanwhile:", sum(household.lived for household in households))
     for what in ("ends", "missed"):
         print(what, dict(sum((getattr(household, what) for household in households), collections.Counter())))

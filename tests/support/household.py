@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import random
 import tempfile
 import threading
 import time
@@ -21,7 +22,7 @@ from typing import Any
 
 import numpy
 
-from doorpool import BrokenDoorError, DoorError, Endpoint, Proxy, RevokedError, Server, take
+from doorpool import DoorError, Endpoint, Proxy, Server, take
 from support import steps
 from support.journal import DID_NOT_RUN, MAY_HAVE_RUN, RESULT, Journal
 from support.patterns import Counted
@@ -146,7 +147,7 @@ class _Doors:
                 continue
             try:
                 return worker(number, value)
-            except (BrokenDoorError, RevokedError) as error:
+            except DoorError as error:  # he is dead, or we have just let him go
                 if error.may_have_run:
                     raise
         raise RuntimeError("there is no worker")
@@ -326,6 +327,30 @@ class Caller(_Member):
     def __init__(self, control: Any, folder: str) -> None:
         super().__init__(control, folder)
         self.kept: dict[str, Proxy] = {}
+        self.resting = threading.Event()
+
+    def do_live(self, first: int, acts: tuple[str, ...]) -> None:
+        """Do one thing after the other at the hub, in another thread, until told to rest."""
+        self.resting.clear()
+        threading.Thread(target=self.live, args=(first, acts)).start()
+
+    def live(self, first: int, acts: tuple[str, ...]) -> None:
+        told: list[tuple[int, str]] = []
+        ended = ""
+        while not self.resting.is_set() and not ended:
+            name, act = random.choice(acts), Act(first)
+            first += NUMBERS
+            try:
+                # Segments stay with a channel that lives on for a while; how many is nobody's business.
+                with self.door(HUB, name not in ("array", "long") and random.random() < 0.5) as hub:
+                    ACTS[name](act, hub)
+            except BaseException as error:
+                ended = f"{name}: {error!r}"
+            told += act.told
+        self.say("lived", ended, told)
+
+    def do_rest(self) -> None:
+        self.resting.set()
 
     def do_act(self, name: str, first: int, path: str, keep: bool) -> None:
         """Do something in another thread, and say how it ended."""
