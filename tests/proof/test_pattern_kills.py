@@ -27,7 +27,7 @@ from support.steps import GIVING, HOLDING, IN_CALLBACK, IN_PROCEDURE, MID_STREAM
 
 pytest.importorskip("numpy")
 
-SOON = 5.0  # seconds in which all comes back; mostly it takes some milliseconds
+SOON = 10.0  # seconds in which all comes back; mostly it takes some milliseconds
 
 RESULT, BROKEN = "result", "BrokenDoorError"
 
