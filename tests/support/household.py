@@ -164,10 +164,10 @@ class _Member(Counted):
 class Hub(_Member):
     """A server."""
 
-    def do_serve(self, path: str) -> None:
+    def do_serve(self, path: str, replace: bool = False) -> None:
         self.server = Server(idle_timeout=0.05)
         self.doors = _Doors(self.records)
-        self.server.attach(self.doors, path)
+        self.server.attach(self.doors, path, replace=replace)
         self.server.start()
 
     def counts(self) -> dict[str, int]:
