@@ -169,7 +169,11 @@ def peer_pidfd(sock: socket.socket) -> int:
         if error.errno in (errno.ENOPROTOOPT, errno.ESRCH, errno.ENODATA, errno.EINVAL):
             return -1
         raise
-    os.set_inheritable(number, False)
+    try:
+        os.set_inheritable(number, False)
+    except BaseException:
+        os.close(number)
+        raise
     return number
 
 
