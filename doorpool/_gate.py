@@ -272,8 +272,9 @@ class Gate:
     def _next_call(self, served: Served, how: int) -> Invocation | None:
         """Read from a claimed channel; close it if it has come to its end."""
         channel, door = served.channel, served.door
+        frame: Frame | None = None
         try:
-            page, frame, request = channel.page, None, None
+            page, request = channel.page, None
             invocation = Invocation(self, served)  # now, while the caller does something else
             if page is not None:
                 request = page.linger(self._set) if how == RECEIVE else page.take()
@@ -320,16 +321,22 @@ class Gate:
             log.warning("%s: %s: channel closed: %s", served.door.name, served.channel.peer, error)
             self._say_goodbye(served, Refusal(Reason.PROTOCOL, str(error)))
         except OSError:
-            self.drop(served)  # the caller was gone when it should have been answered
+            self._drop_with(served, frame)  # the caller was gone when it should have been answered
         except Exception:
-            self.drop(served)
+            self._drop_with(served, frame)
             if threading.current_thread() is threading.main_thread():
                 raise  # it may be a signal handler's
             log.exception("%s: %s: channel closed by an error; please report it", door.name, channel.peer)
         except BaseException:
-            self.drop(served)
+            self._drop_with(served, frame)
             raise
         return None
+
+    def _drop_with(self, served: Served, frame: Frame | None) -> None:
+        """Close a channel, and what a request brought that will not be run."""
+        if frame is not None:
+            close_all(frame.descriptors, served.channel.peer.uid)
+        self.drop(served)
 
     def _read_frame(self, served: Served, how: int) -> Frame | None:
         """Read the next call of a caller from the socket, if it is there whole."""

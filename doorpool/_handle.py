@@ -1040,7 +1040,7 @@ class Handle:
             while frame is None:
                 self._look_up(channel, deadline)
                 if not isinstance(answer := page.wait(0), int):
-                    return answer  # type: ignore[no-any-return]
+                    return answer
                 frame = channel.read(MAX_REPLY, POLL, None, deadline)
             return self._await_reply(channel, frame, deadline)
         frame = channel.read(MAX_REPLY, NOT)  # the server has shut the channel, having said why

@@ -239,15 +239,14 @@ def _opened_by(letter: Letter, answer: Answer) -> Opened:
 
 def _channel_of(letter: Letter) -> Channel:
     sock = take_socket(letter, "the answer to a knock", socket.SOCK_SEQPACKET)
-    if _sockets.unread(sock) and sock.recv(4, MSG_PEEK | MSG_DONTWAIT) == _wire.GREETING_MAGIC:
-        close_socket(sock, _uid(letter))
-        raise ProtocolError("the answer to a knock brought a door in place of a channel")
     try:
+        if _sockets.unread(sock) and sock.recv(4, MSG_PEEK | MSG_DONTWAIT) == _wire.GREETING_MAGIC:
+            raise ProtocolError("the answer to a knock brought a door in place of a channel")
         sock.settimeout(None)
         assert letter.ids is not None
         return _make_channel(letter, sock, credentials_of(letter.ids, peer_groups(sock), letter.pidfd))
     except BaseException:
-        sock.close()
+        close_socket(sock, _uid(letter))
         raise
 
 

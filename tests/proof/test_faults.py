@@ -1,8 +1,9 @@
 """
 Each system call that the library makes fails in turn, with each errno that its manual page knows (H06).
 
-What must hold is in ``support/faults.py``, with the table.  Here each scenario is played with each of its calls
-failing once, at either side; with ``--long`` all errnos, at each occurrence.  One scenario alone, or one case:
+What must hold is in ``support/faults.py``, with the table.  Here each scenario is played with each of its
+calls failing once, at either side; with ``--long`` with all errnos, at each occurrence.  One scenario alone,
+or some of its cases:
 
     LD_PRELOAD=faults.so PYTHONPATH=tests python -m support.faults small server long "sendmsg #1"
 
@@ -11,7 +12,7 @@ where ``faults.so`` is made by ``cc -shared -fPIC -fno-builtin -o faults.so test
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +34,12 @@ SWEEP = """
 
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The library that makes system calls fail, where it can be had."""
     made = faults.build(tmp_path_factory.mktemp("faults"))
     if not isinstance(made, Path):
         pytest.skip(made)
-    yield made
+    return made
 
 
 @pytest.mark.ids("H06", "F02", "D09")
@@ -52,13 +53,12 @@ def test_whatever_fails_is_an_error_or_a_success_and_nothing_else(
         SWEEP, scenario, side, length, env=faults.preloading(library), timeout=many(50.0, 7000.0)
     ).value
     print(f"{scenario}, {side}: {report['cases']} cases, {report['outcomes']}, of {report['calls']}")
+    print(*report["wrong"], sep="\n")
     assert report["wrong"] == []
     assert report["cases"] - report["outcomes"].get("not reached", 0) > 0, "something failed"
 
 
-def test_the_table_has_all_that_the_library_can_fail(
-    run_python: Callable[..., Any], library: Path
-) -> None:
+def test_the_table_has_all_that_the_library_can_fail(run_python: Callable[..., Any], library: Path) -> None:
     """What is made to fail is in the table, and what is in the table can be made to fail."""
     code = """
         from support import faults
