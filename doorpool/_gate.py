@@ -322,6 +322,11 @@ class Gate:
             self._say_goodbye(served, Refusal(Reason.PROTOCOL, str(error)))
         except OSError:
             self._drop_with(served, frame)  # the caller was gone when it should have been answered
+        except MemoryError as error:  # also in the main thread: a long request must not end the server
+            self._drop_with(served, frame)
+            log.warning(
+                "%s: %s: channel closed: no memory for a request (%s)", door.name, channel.peer, error
+            )
         except Exception:
             self._drop_with(served, frame)
             if threading.current_thread() is threading.main_thread():
