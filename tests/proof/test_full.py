@@ -1,8 +1,8 @@
 """
 What is full, read-only or small: the disk of a name, /dev/shm, the address space.
 
-The error is the system's, nothing is left, and as soon as there is room all goes on.  Disks are file systems of
-a mount namespace of the process that fills them, so that nobody else sees them.
+The error is the system's, nothing is left, and as soon as there is room all goes on.  Disks are file systems
+of a mount namespace of the process that fills them, so that nobody else sees them.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def mounts(root_only: None, run_python: Callable[..., Any]) -> Callable[..., Any
 
 @pytest.mark.ids("H06")
 def test_a_full_disk_for_the_name(mounts: Callable[..., Any], door_dir: Path) -> None:
-    """ENOSPC, whatever there is no room for; the server can be started when there is some, and leaves nothing."""
+    """ENOSPC, whatever there is no room for; the server starts when there is some, and leaves nothing."""
     script = """
     own_mounts()
     place = sys.argv[1]
