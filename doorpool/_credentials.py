@@ -169,7 +169,11 @@ def peer_pidfd(sock: socket.socket) -> int:
         if error.errno in (errno.ENOPROTOOPT, errno.ESRCH, errno.ENODATA, errno.EINVAL):
             return -1
         raise
-    os.set_inheritable(number, False)
+    try:
+        os.set_inheritable(number, False)
+    except BaseException:
+        os.close(number)
+        raise
     return number
 
 
@@ -407,6 +411,10 @@ def _namespace_bar(pidfd: int) -> str | None:
         status = os.fstat(descriptor)
         if (status.st_dev, status.st_ino) == _own_user_namespace():
             return None
+    except OSError as error:
+        if error.errno in SHORTAGE:
+            raise
+        return _NOT_TOLD.format(error.strerror)
     finally:
         os.close(descriptor)
     return (

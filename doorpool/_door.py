@@ -412,8 +412,11 @@ class Door:
             self._gain_reference()
 
     def _greet(self, port: socket.socket) -> None:
-        with contextlib.suppress(OSError):  # a holder that is gone already; the port will say so
+        try:
             port.send(self._encoded_greeting(), _sockets.DONTWAIT)
+        except ConnectionError:  # a holder that is gone already; from now on the port says so in any case
+            with contextlib.suppress(OSError):
+                port.shutdown(socket.SHUT_RDWR)
 
     def _encoded_greeting(self) -> bytes:
         """Return what ``greeting`` does, encoded; anew only when the limits have been changed."""

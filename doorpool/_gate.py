@@ -132,9 +132,7 @@ class Gate:
         self.spin = spin
         self._epoll = select.epoll()
         self._set = self._epoll.fileno()
-        self._bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC | os.EFD_SEMAPHORE)
-        _sockets.own_number(self._bell)
-        self._epoll.register(self._bell, select.EPOLLIN)
+        self._bell = _sockets.bell_in(self._epoll, os.EFD_SEMAPHORE)
         self.generation = _sockets.generation
         self._served: dict[int, Served] = {}
         self._lingers = lingers
@@ -236,18 +234,29 @@ class Gate:
                 if self._closed:
                     raise ClosedError("this gate is closed")
                 left = None if deadline is None else max(0.0, deadline - time.monotonic())
-                events = self._epoll.poll(left, 1)
+                events = self._poll(left)
                 if not events:
                     return None
                 ready: int = events[0][0]
                 if ready != self._bell:
                     return ready
-                with contextlib.suppress(BlockingIOError):  # meant for another thread
+                with contextlib.suppress(OSError):  # meant for another thread; or it is reported again
                     os.eventfd_read(self._bell)
                     return None
         finally:
             with self._count:
                 self.waiting -= 1
+
+    def _poll(self, seconds: float | None) -> list[tuple[int, int]]:
+        """Wait for one event in the set; none if the time is over, or it cannot be waited for just now."""
+        try:
+            return self._epoll.poll(seconds, 1)
+        except OSError as error:
+            if self.generation != _sockets.here():
+                raise
+            log.error("a server thread cannot wait for calls: %s; trying again", error.strerror)
+            time.sleep(LINGER)  # what has failed is what there would be to wait with
+            return []
 
     def _look_at(self, ready: int) -> Invocation | None:
         """Claim the channel of an event and read from it; None if there is no call to run."""
@@ -264,8 +273,9 @@ class Gate:
     def _next_call(self, served: Served, how: int) -> Invocation | None:
         """Read from a claimed channel; close it if it has come to its end."""
         channel, door = served.channel, served.door
+        frame: Frame | None = None
         try:
-            page, frame, request = channel.page, None, None
+            page, request = channel.page, None
             invocation = Invocation(self, served)  # now, while the caller does something else
             if page is not None:
                 request = page.linger(self._set) if how == RECEIVE else page.take()
@@ -312,16 +322,27 @@ class Gate:
             log.warning("%s: %s: channel closed: %s", served.door.name, served.channel.peer, error)
             self._say_goodbye(served, Refusal(Reason.PROTOCOL, str(error)))
         except OSError:
-            self.drop(served)  # the caller was gone when it should have been answered
+            self._drop_with(served, frame)  # the caller was gone when it should have been answered
+        except MemoryError as error:  # also in the main thread: a long request must not end the server
+            self._drop_with(served, frame)
+            log.warning(
+                "%s: %s: channel closed: no memory for a request (%s)", door.name, channel.peer, error
+            )
         except Exception:
-            self.drop(served)
+            self._drop_with(served, frame)
             if threading.current_thread() is threading.main_thread():
                 raise  # it may be a signal handler's
             log.exception("%s: %s: channel closed by an error; please report it", door.name, channel.peer)
         except BaseException:
-            self.drop(served)
+            self._drop_with(served, frame)
             raise
         return None
+
+    def _drop_with(self, served: Served, frame: Frame | None) -> None:
+        """Close a channel, and what a request brought that will not be run."""
+        if frame is not None:
+            close_all(frame.descriptors, served.channel.peer.uid)
+        self.drop(served)
 
     def _read_frame(self, served: Served, how: int) -> Frame | None:
         """Read the next call of a caller from the socket, if it is there whole."""
@@ -399,12 +420,16 @@ class Gate:
     def add(self, served: Served) -> None:
         """Let a freshly opened channel in."""
         served.channel.patience = LINGER
-        if self._lingers:
-            served.channel.doze(LINGER)
         served.channel.send_patience = SEND_PATIENCE
         self._served[served.fd] = served
         if self.closing is not None:  # after it is in the table: ``close`` ends it, or we do
             self.end(served, self.closing)
+            return
+        try:
+            if self._lingers:
+                served.channel.doze(LINGER)
+        except OSError as error:
+            self.end(served, Refusal(Reason.IDLE, f"the server cannot wait at it ({error.strerror})"))
         else:
             self._arm(served, self._events_for(served), fresh=True)
 
@@ -449,7 +474,7 @@ class Gate:
         except ValueError:
             return  # the gate is closed
         except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.ENOMEM):  # or nobody would hear of it ever again
+            if self._served.get(served.fd) is served:  # or nobody would hear of it ever again
                 self.end(served, Refusal(Reason.IDLE, f"the server cannot watch it ({error.strerror})"))
 
     def end(self, served: Served, refusal: Refusal) -> None:
@@ -498,7 +523,7 @@ class Gate:
         """Let so many of the threads that wait, or will wait, return from ``wait`` with None."""
         if not self._closed and self.generation == _sockets.here():
             with contextlib.suppress(ValueError):  # -1: a signal handler has closed it just now
-                os.eventfd_write(self._bell, threads)
+                _sockets.ring(self._bell, threads)
 
     def close(self) -> None:
         """
@@ -510,7 +535,7 @@ class Gate:
             return
         self._closed = True
         # Level-triggered and read by nobody who sees the gate closed: it wakes all.
-        os.eventfd_write(self._bell, 0xFFFFFFF)
+        _sockets.ring(self._bell, 0xFFFFFFF)
         for served in list(self._served.values()):
             self.end(served, _CLOSING)
 

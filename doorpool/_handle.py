@@ -68,6 +68,7 @@ from doorpool._credentials import (
     unpack_ids,
 )
 from doorpool._errors import (
+    SHORTAGE,
     AccessError,
     BrokenDoorError,
     BusyError,
@@ -869,9 +870,12 @@ class Handle:
             may_have_run = self._drop(channel) and sent
             raise ProtocolError(f"{self.name}: {error}", may_have_run=may_have_run) from None
         except BaseException as error:
-            self._drop(channel)
+            may_have_run = self._drop(channel) and sent
             if sent and isinstance(error, ProtocolError):
                 error.may_have_run = True
+            if may_have_run and type(error) is OSError and error.errno in SHORTAGE:
+                text = f"{self.name}: the reply cannot be waited for: {error.strerror}"
+                raise BrokenDoorError(text, may_have_run=True, filename=self.path) from error
             raise
         # step: reply-read
         if type(frame) is bytes:
@@ -1031,7 +1035,14 @@ class Handle:
             return answer  # type: ignore[no-any-return]
         channel.patience = _nanoseconds_left(deadline) / 1e9
         if answer == shuttle.BY_SOCKET:
-            return self._await_reply(channel, channel.read(MAX_REPLY, POLL, None, deadline), deadline)
+            frame = channel.read(MAX_REPLY, POLL, None, deadline)
+            # Or it could not be read just then what is there, and was a bell.
+            while frame is None:
+                self._look_up(channel, deadline)
+                if not isinstance(answer := page.wait(0), int):
+                    return answer
+                frame = channel.read(MAX_REPLY, POLL, None, deadline)
+            return self._await_reply(channel, frame, deadline)
         frame = channel.read(MAX_REPLY, NOT)  # the server has shut the channel, having said why
         if frame is None:
             raise Hangup

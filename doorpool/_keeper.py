@@ -83,9 +83,7 @@ class Keeper:
         self.lock = threading.RLock()
         self.generation = _sockets.generation
         self._epoll = select.epoll()
-        self._bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        _sockets.own_number(self._bell)
-        self._epoll.register(self._bell, select.EPOLLIN)
+        self._bell = _sockets.bell_in(self._epoll)
         self._callbacks: dict[int, Callback] = {}
         self._first: set[int] = set()
         self._timers: list[tuple[float, int, Timer]] = []
@@ -221,8 +219,7 @@ class Keeper:
         self._ring()
 
     def _ring(self) -> None:
-        with contextlib.suppress(BlockingIOError):  # a counter that is full has rung
-            os.eventfd_write(self._bell, 1)
+        _sockets.ring(self._bell)
 
     def leave_to_parent(self) -> None:
         """Close, in a forked child, what is not closed yet; the set goes on in the parent."""
@@ -232,17 +229,24 @@ class Keeper:
 
     def _run(self) -> None:
         while self.generation == _sockets.generation:
-            events = self._epoll.poll(self._until_next_timer())
-            if len(events) > 1:
-                events.sort(key=lambda event: event[0] not in self._first)
-            for descriptor, _ in events:
-                with self.lock:
-                    self._handle(descriptor)
+            try:
+                self._go_round()
+            except Exception as error:  # whatever the kernel says, all doors depend on this thread
+                self._complain(error)
+                time.sleep(SHORTAGE_PAUSE)  # what has failed is what there would be to wait with
+
+    def _go_round(self) -> None:
+        events = self._epoll.poll(self._until_next_timer())
+        if len(events) > 1:
+            events.sort(key=lambda event: event[0] not in self._first)
+        for descriptor, _ in events:
             with self.lock:
-                self._run_soon()
-                self._run_timers()
-            if self._lines:
-                self._have_written()
+                self._handle(descriptor)
+        with self.lock:
+            self._run_soon()
+            self._run_timers()
+        if self._lines:
+            self._have_written()
 
     def _until_next_timer(self) -> float | None:
         with self.lock:
@@ -254,7 +258,7 @@ class Keeper:
 
     def _handle(self, descriptor: int) -> None:
         if descriptor == self._bell:
-            with contextlib.suppress(BlockingIOError):
+            with contextlib.suppress(OSError):  # unread, it is reported again
                 os.eventfd_read(self._bell)
             return
         callback = self._callbacks.get(descriptor)
@@ -277,8 +281,11 @@ class Keeper:
         try:
             callback()
         except Exception as error:
-            text = "doorpool: an error in the keeper; please report it"
-            self.say(logging.ERROR, text, about=("error", type(error)), error=error)
+            self._complain(error)
+
+    def _complain(self, error: Exception) -> None:
+        text = "doorpool: an error in the keeper; please report it"
+        self.say(logging.ERROR, text, about=("error", type(error)), error=error)
 
     def _have_written(self) -> None:
         """Start a thread that writes what is to be logged, unless there is one."""

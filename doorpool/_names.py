@@ -897,7 +897,11 @@ def _find(told: str) -> tuple[int, os.stat_result]:
         try:
             _check_for_client(place, told)
             node = _open_node(place, told)
-            status = os.fstat(node)
+            try:
+                status = os.fstat(node)
+            except BaseException:
+                os.close(node)
+                raise
             if not stat.S_ISLNK(status.st_mode):
                 return node, status
             path = _follow(place, node, told)

@@ -239,12 +239,15 @@ def _opened_by(letter: Letter, answer: Answer) -> Opened:
 
 def _channel_of(letter: Letter) -> Channel:
     sock = take_socket(letter, "the answer to a knock", socket.SOCK_SEQPACKET)
-    if _sockets.unread(sock) and sock.recv(4, MSG_PEEK | MSG_DONTWAIT) == _wire.GREETING_MAGIC:
+    try:
+        if _sockets.unread(sock) and sock.recv(4, MSG_PEEK | MSG_DONTWAIT) == _wire.GREETING_MAGIC:
+            raise ProtocolError("the answer to a knock brought a door in place of a channel")
+        sock.settimeout(None)
+        assert letter.ids is not None
+        return _make_channel(letter, sock, credentials_of(letter.ids, peer_groups(sock), letter.pidfd))
+    except BaseException:
         close_socket(sock, _uid(letter))
-        raise ProtocolError("the answer to a knock brought a door in place of a channel")
-    sock.settimeout(None)
-    assert letter.ids is not None
-    return _make_channel(letter, sock, credentials_of(letter.ids, peer_groups(sock), letter.pidfd))
+        raise
 
 
 def discard(letter: Letter) -> None:
@@ -449,7 +452,7 @@ def _make_page(visitor: Visitor, ours: socket.socket, spin: int) -> tuple[shuttl
     try:
         memory = shuttle.make_page()
         return shuttle.Page(memory, ours.fileno(), letter.ucred, letter.pidfd, spin), memory
-    except OSError:  # no memory, no descriptor
+    except (OSError, shuttle.PageError):  # no memory, no descriptor, no seals to be seen
         if memory >= 0:
             os.close(memory)
         return None, -1

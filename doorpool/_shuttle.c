@@ -314,12 +314,24 @@ is_parked(_Atomic uint32_t *parked)
            && atomic_exchange_explicit(parked, 0, memory_order_relaxed) != 0;
 }
 
-/* Ring.  A bell that would block has rung; one that fails rings for nobody. */
+/*
+ * Ring.
+ *
+ * A bell that finds no room has rung: something is there already.  One that fails otherwise (no memory)
+ * would leave the other side asleep, perhaps for ever.  So the channel is shut down, which takes nothing and
+ * wakes both: who waits for an answer that is here finds it, and all else is a hang-up.
+ */
 static void
 ring(struct shuttle *s)
 {
     static const char bell = 'B';
-    (void)!send(s->sock, &bell, 1, MSG_DONTWAIT | MSG_NOSIGNAL);
+    int unread = 0;
+
+    if (send(s->sock, &bell, 1, MSG_DONTWAIT | MSG_NOSIGNAL) == 1)
+        return;
+    if (errno == EAGAIN && ioctl(s->sock, TIOCOUTQ, &unread) == 0 && unread > 0)
+        return;
+    (void)shutdown(s->sock, SHUT_RDWR);
 }
 
 static void
@@ -539,8 +551,8 @@ block(struct shuttle *s, int64_t until)
 
     if (left <= 0)
         return NOTHING;
-    if (ppoll(&ready, 1, &time, NULL) < 0)
-        return errno == EINTR ? SIGNAL : BY_SOCKET;
+    if (ppoll(&ready, 1, &time, NULL) < 0) /* no memory: who called waits again, having looked round */
+        return errno == EINTR ? SIGNAL : NOTHING;
     return ready.revents ? GOT : NOTHING;
 }
 

@@ -24,6 +24,7 @@ import errno
 import fcntl
 import mmap
 import os
+import select
 import socket
 import struct
 import sys
@@ -109,6 +110,42 @@ def give_up_number(descriptor: int) -> int:
     return descriptor
 
 
+def bell_in(epoll: select.epoll, flags: int = 0) -> int:
+    """
+    Make an eventfd, watched in a set, which is closed if that cannot be had.
+
+    Raises:
+        OSError: too many descriptors; no memory.
+    """
+    bell = -1
+    try:
+        bell = own_number(os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC | flags))
+        epoll.register(bell, select.EPOLLIN)
+    except BaseException:
+        epoll.close()
+        if bell >= 0:
+            close_number(bell)
+        raise
+    return bell
+
+
+def ring(bell: int, count: int = 1) -> None:
+    """
+    Add to an eventfd, that somebody may wake up.
+
+    One that is full has rung.  Whatever else it says the first time, it is asked again, for who is not woken
+    may sleep for ever.
+    """
+    for _ in range(3):
+        try:
+            os.eventfd_write(bell, count)
+        except BlockingIOError:
+            return
+        except OSError:
+            continue
+        return
+
+
 def here() -> int:
     """
     Return the generation of this process, for objects that may have crossed a fork.
@@ -172,9 +209,7 @@ def door_socket() -> socket.socket:
 
 def door_pair() -> tuple[socket.socket, socket.socket]:
     """Make a descriptor and its port: two connected, non-blocking door sockets."""
-    holder, port = _pair(socket.SOCK_SEQPACKET)
-    holder.setblocking(False)
-    port.setblocking(False)
+    holder, port = _pair(socket.SOCK_SEQPACKET, blocking=False)
     return holder, own(port)
 
 
@@ -184,10 +219,7 @@ def signal_pair() -> tuple[socket.socket, socket.socket]:
 
     It asks who wrote, for a forked child may.
     """
-    reader, writer = _pair(socket.SOCK_STREAM, pidfds=False)
-    reader.setblocking(False)
-    writer.setblocking(False)
-    return reader, writer
+    return _pair(socket.SOCK_STREAM, pidfds=False, blocking=False)
 
 
 def knock_pair() -> tuple[socket.socket, socket.socket]:
@@ -206,12 +238,14 @@ def private_pair() -> tuple[socket.socket, socket.socket]:
     return own(one), own(other)
 
 
-def _pair(kind: int, *, pidfds: bool = True) -> tuple[socket.socket, socket.socket]:
+def _pair(
+    kind: int, *, pidfds: bool = True, blocking: bool = True
+) -> tuple[socket.socket, socket.socket]:  # fmt: skip
     one, other = socket.socketpair(socket.AF_UNIX, kind)
     try:
         for end in (one, other):
-            if end.gettimeout() is not None:  # socket.setdefaulttimeout() says so
-                end.settimeout(None)
+            if not blocking or end.gettimeout() is not None:  # socket.setdefaulttimeout() says so
+                end.setblocking(blocking)
             _ask_for_credentials(end, pidfds=pidfds)
     except BaseException:
         one.close()

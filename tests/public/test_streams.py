@@ -16,10 +16,12 @@ from typing import Any
 
 import pytest
 from support import wait_until
+from support.rawdoor import Background
 
 from doorpool import (
     BrokenDoorError,
     CallTimeoutError,
+    DoorError,
     Endpoint,
     MarshalError,
     ProtocolError,
@@ -840,3 +842,68 @@ def test_a_million_small_items_run_much_faster_than_calls(far):
         if best >= 7.5:
             break
     assert best >= 7.5
+
+
+HELD = """
+    import threading
+    from doorpool import Server
+
+    # One thread, which makes room for the main thread.
+    server = Server(max_threads=1, close_timeout=0.05)
+
+    @server.endpoint("a.door")
+    def items():
+        where = threading.current_thread() is threading.main_thread()
+        yield where
+        if where:
+            {then}
+        while not where:
+            yield where
+
+    ready()
+    server.run()
+"""
+
+
+@pytest.mark.parametrize(
+    ("then", "code"), [("yield from iter(int, 1)", 0), ("threading.Event().wait()", 128 + signal.SIGTERM)]
+)
+def test_a_signal_while_the_main_thread_is_in_a_generator(spawn_server, door_dir, then, code):
+    """
+    One that goes on yielding ends with the first signal; one that does not come back, as any procedure.
+
+    That one holds the main thread, in which nobody but itself can end it: its caller is told when the time
+    for closing is over, the name is gone, and the second signal ends the process.
+    """
+    child = spawn_server(HELD.format(then=then), cwd=door_dir)
+    path, pulled, errors = door_dir / "a.door", threading.Event(), []
+
+    def pull():
+        try:
+            while True:
+                with Proxy(path, wait=10, reopen=False) as door, door() as stream:
+                    if next(stream):
+                        pulled.set()
+                        for _ in stream:
+                            continue
+        except DoorError as error:
+            errors.append(type(error))
+
+    caller = Background(pull)
+    assert pulled.wait(20)
+    child.signal(signal.SIGTERM)
+    caller.result()
+    assert errors
+    assert set(errors) <= {RevokedError, BrokenDoorError}
+    wait_until(lambda: not path.exists(), "names go first")
+
+    def told_again() -> bool:
+        if not child.ended:
+            child.signal(signal.SIGTERM)
+        return child.ended
+
+    if code:
+        wait_until(lambda: "calls cut" in child.stderr)
+        assert not child.ended, "whoever holds the main thread is not broken into"
+        wait_until(told_again, timeout=10)
+    assert child.wait() == code
