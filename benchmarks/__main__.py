@@ -92,7 +92,8 @@ def _measure(options: argparse.Namespace, placements: Sequence[Placement]) -> li
         few = options.quick and options.placements is None
         for placement in _few(workload, placements) if few else placements:
             _tell(f"{workload.key}, {placement.title}")
-            results += _run.measure(workload, placement, [*peers, *workload.extra], effort)
+            others = [_peers.DOORPOOL] if workload.alone else peers
+            results += _run.measure(workload, placement, [*others, *workload.extra], effort)
     _tell("")
     return results
 

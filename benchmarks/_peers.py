@@ -110,6 +110,8 @@ class Peer:
     """How it takes a turn, where there is no function to call."""
     empty: bool = False
     """Whether arrays are made by ``doorpool.empty``."""
+    streams: bool = False
+    """Whether many items come as one stream."""
     environment: Mapping[str, str] = attrs.field(factory=dict)
     skips: Mapping[str, str] = attrs.field(factory=dict)
     """Workloads that it has no place in, and why."""
@@ -453,6 +455,7 @@ _QUADRATIC = "copies all that is left after each 64 KB, for minutes"
 
 DOORPOOL = Peer("doorpool", "doorpool", connect_doorpool, serve_doorpool, shared=True)
 DOORPOOL_EMPTY = attrs.evolve(DOORPOOL, key="doorpool-empty", name="doorpool.empty", empty=True)
+DOORPOOL_STREAM = attrs.evolve(DOORPOOL, key="doorpool-stream", name="doorpool, as a stream", streams=True)
 DOORPOOL_PY = attrs.evolve(
     DOORPOOL, key="doorpool-py", name="doorpool, Python twin", environment={"DOORPOOL_IMPL": "py"}
 )

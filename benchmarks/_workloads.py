@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import pickle
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from functools import lru_cache
+from functools import cache, lru_cache
+from itertools import count, islice
 from threading import Barrier, Thread
 from typing import Any
 
@@ -137,6 +139,36 @@ def give(what: str, length: int) -> Any:
 def nap(seconds: float) -> None:
     """Do nothing, for a while."""
     time.sleep(seconds)
+
+
+LINES = 100_000
+
+
+def _count_up() -> Iterator[int]:
+    yield from count()
+
+
+def _read_log() -> Iterator[str]:
+    """Return the lines of a log, which begins anew at its end."""
+    with tempfile.TemporaryFile("w+") as log:
+        log.writelines(f"{n:07} a line of the log, say\n" for n in range(LINES))
+        while log.seek(0) == 0:
+            yield from log
+
+
+@cache
+def _endless(make: Callable[[], Iterator[Any]]) -> Iterator[Any]:
+    return make()
+
+
+def numbers(many: int = 0) -> Any:
+    """Return so many numbers, as an iterator, or one."""
+    return islice(_count_up(), many) if many else next(_endless(_count_up))
+
+
+def lines(many: int = 0) -> Any:
+    """Return so many lines of a file, as an iterator, or one."""
+    return islice(_read_log(), many) if many else next(_endless(_read_log))
 
 
 @lru_cache(1)
@@ -322,6 +354,33 @@ def _one_crowd(side: Side, shared: Call | None) -> float:
     return max(stop for _, stop in spans) - min(start for start, _ in spans)
 
 
+_ITEMS_A_CALL = 100  # so many items are taken from a stream for each that is called for
+
+
+@contextmanager
+def _take_items(side: Side) -> Iterator[Round]:
+    """Go through many items, as one stream or by a call each; a sample is the time of one item."""
+    with side.connect() as call:
+        call()
+
+        def by_stream(turn: Turn) -> list[float]:
+            begun, items = time.perf_counter(), 0
+            for _ in call(turn.calls):
+                items += 1
+            spent = time.perf_counter() - begun
+            _expect(items, turn.calls)
+            return [spent / items]
+
+        def by_calls(turn: Turn) -> list[float]:
+            several = turn.calls // _ITEMS_A_CALL
+            begun = time.perf_counter()
+            for _ in range(several):
+                call()
+            return [(time.perf_counter() - begun) / several]
+
+        yield by_stream if side.peer.streams else by_calls
+
+
 IDLE = 100
 
 
@@ -369,6 +428,8 @@ class Workload:
     """Client processes; their samples of a turn are added up."""
     extra: tuple[Peer, ...] = ()
     """Floors, and variants of doorpool, that only this workload has."""
+    alone: bool = False
+    """Whether nobody else is measured at it."""
 
 
 def _record() -> dict[str, object]:
@@ -583,6 +644,26 @@ _MEMORY = Workload(
     rounds=3,
 )
 
+
+def _items(key: str, procedure: Procedure) -> Workload:
+    return Workload(
+        key,
+        procedure,
+        _take_items,
+        (
+            _us(
+                f"an item of a million {key}",
+                Bar("as a stream >= 15x a call each", "two", "doorpool", "doorpool-stream", at_least=15),
+            ),
+        ),
+        calls=1_000_000,
+        seconds=0.5,
+        rounds=7,
+        extra=(_peers.DOORPOOL_STREAM,),
+        alone=True,
+    )
+
+
 WORKLOADS = (
     _NULL,
     _SPARSE,
@@ -594,4 +675,6 @@ WORKLOADS = (
     _OPEN,
     _THREADED,
     _MEMORY,
+    _items("numbers", numbers),
+    _items("lines", lines),
 )

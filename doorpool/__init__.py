@@ -37,7 +37,8 @@ The rooms of the house, from the roof down; each leans only on those below it:
     _sockets     sockets that carry credentials
     _wire        every byte that is sent: frames, knocks, answers, greetings
     _shuttle     the page of memory by which two ends call each other, and pickles of what most calls
-                 consist of (both in C, the latter in _atoms.c; _impl has the choice of its twin)
+                 consist of, and batches of streams (in C, the latter in _atoms.c and _batches.c;
+                 _impl has the choice of its twin)
     _callers     rules: who may call, whose server is believed
     _credentials, _descriptor, _errors
 """

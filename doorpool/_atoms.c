@@ -30,6 +30,9 @@
 #define MOST_VALUES 512 /* that a reader has in hand at a time */
 #define MOST_CONTAINERS 16
 #define SHORT 255       /* bytes of a string whose length is one byte */
+#define LONG_LIST 512   /* bytes from which a list is looked at as a batch of a stream first */
+
+PyObject *doorpool_read_batch(const uint8_t *bytes, Py_ssize_t size); /* of _batches.c */
 
 /* The codes of pickle that are used here; see Lib/pickletools.py. */
 enum {
@@ -457,6 +460,20 @@ read_pickle(PyObject *data)
     return result;
 }
 
+/* Read what may be a batch of a stream; NULL likewise. */
+static PyObject *
+read_batch(PyObject *data)
+{
+    PyObject *list;
+
+    if (!PyBytes_CheckExact(data) || PyBytes_GET_SIZE(data) < LONG_LIST)
+        return NULL;
+    list = doorpool_read_batch((const uint8_t *)PyBytes_AS_STRING(data), PyBytes_GET_SIZE(data));
+    if (list != NULL)
+        atomic_fetch_add_explicit(&read_so_far, 1, memory_order_relaxed);
+    return list;
+}
+
 /* -- what Python sees -------------------------------------------------------------------------- */
 
 PyDoc_STRVAR(pack_call_doc,
@@ -516,7 +533,10 @@ PyDoc_STRVAR(unpack_value_doc,
 static PyObject *
 atoms_unpack_value(PyObject *Py_UNUSED(module), PyObject *data)
 {
-    PyObject *value = read_pickle(data);
+    PyObject *value = read_batch(data);
+
+    if (value == NULL)
+        value = read_pickle(data);
     return value != NULL ? value : Py_NewRef(Py_NotImplemented);
 }
 

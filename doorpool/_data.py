@@ -62,6 +62,7 @@ from doorpool._errors import (
     RemoteTraceback,
 )
 from doorpool._exceptions import MAX_TRACEBACK, clip, name_of, text_of, traceback_of
+from doorpool._janitor import Open
 from doorpool._passing import Departure, Taken
 
 Data = bytes | bytearray | memoryview
@@ -154,21 +155,21 @@ def register(kind: type, code: int, reduce: Callable[[Any, Luggage], None], rebu
 @attrs.frozen
 class _Conversion:
     make: Callable[[Descriptor], Any]
-    undo: Callable[[Any], list[int]]
+    undo: Callable[[Any], list[Open]]
 
 
 _conversions: dict[type, _Conversion] = {}
 
 
 def register_conversion(
-    kind: type, make: Callable[[Descriptor], Any], undo: Callable[[Any], list[int]]
+    kind: type, make: Callable[[Descriptor], Any], undo: Callable[[Any], list[Open]]
 ) -> None:  # fmt: skip
     """
     Say how to make an object of a type, where a procedure is annotated so, of a ``Descriptor``.
 
     Args:
         make: takes it over if it succeeds; believes nothing of it, and raises ``ValueError`` or ``OSError``.
-        undo: takes the numbers out of such an object again, or closes it if there is no other way.
+        undo: takes the numbers out of such an object again; or returns itself, to be closed by who has time.
     """
     _conversions[kind] = _Conversion(make, undo)
 
@@ -206,7 +207,7 @@ class Arrivals:
     def __init__(self, numbers: Sequence[int], passer: int | None = None) -> None:
         self.left = list(numbers)
         self.passer = passer
-        self._made: list[tuple[Any, Callable[[Any], list[int]]]] = []
+        self._made: list[tuple[Any, Callable[[Any], list[Open]]]] = []
 
     def rebuild(self, kind: _Kind, place: int) -> Any:
         """
@@ -239,14 +240,14 @@ class Arrivals:
         self.left = []
         return rest
 
-    def take_back(self) -> list[int]:
+    def take_back(self) -> list[Open]:
         """Return all numbers, also those of objects that were made of them, for the caller to close."""
         made, self._made = self._made, []
         owned = [number for each, undo in made for number in undo(each)]
         return owned + self.take_rest()
 
 
-def _take_apart(made: Any) -> list[int]:
+def _take_apart(made: Any) -> list[Open]:
     """Take the descriptor out of what was made of it, if that is a ``Descriptor``; else close it."""
     if isinstance(made, Descriptor):
         return [] if made.closed else [made.take()]

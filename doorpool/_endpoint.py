@@ -38,7 +38,7 @@ import weakref
 from collections.abc import Callable, Collection, Iterable
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from doorpool import _data, _sockets
+from doorpool import _data, _objects, _sockets
 from doorpool._call import LISTENER, current
 from doorpool._callers import Bar, Judge, Rule, bar_unknown
 from doorpool._credentials import Credentials, is_strange
@@ -62,6 +62,7 @@ from doorpool._marshal import (
 )
 from doorpool._names import absolute_path
 from doorpool._objects import Facade, encode_table, facade_of, resolve, signature_text
+from doorpool._passing import take
 from doorpool._threads import Interrupt
 from doorpool._wire import NO_MAIN, Attribute, Reason, Refusal
 from doorpool.door import Codec, Door, Invocation
@@ -796,6 +797,26 @@ def _raise(error: Exception, *_: Any, **__: Any) -> NoReturn:
 
 #: The plan of what takes anything.
 _ANY = _data.Plan(lambda *_, **__: None)
+
+
+def _make_lease(end: Callable[[], None]) -> tuple[Endpoint | None, Descriptor | None, Any]:
+    """Make a lease of the door that is being called; see ``_objects``."""
+    invocation = current.get(None)
+    if invocation is None:
+        return None, None, None
+    entered: Endpoint = invocation.door.cookie
+    lease = Endpoint(_is_no_procedure, name=f"{entered.name}, entered", on_unref=end, refuse_descriptors=True)
+    if entered.server is not None:
+        entered.server._adopt(lease)
+    descriptor = lease.open()
+    return lease, descriptor, take(descriptor)
+
+
+def _is_no_procedure() -> None:
+    """Do nothing: a lease is not there to be called."""
+
+
+_objects.make_lease = _make_lease
 
 #: The endpoints of this process, by the ids of their doors.
 _endpoints: weakref.WeakValueDictionary[bytes, Endpoint] = weakref.WeakValueDictionary()

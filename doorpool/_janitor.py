@@ -31,12 +31,14 @@ from __future__ import annotations
 
 import _thread
 import ctypes
+import io
 import os
 import queue
 import select
 import socket
 import time
 from collections import Counter, deque
+from collections.abc import MutableSequence
 from contextlib import suppress
 
 from doorpool import _sockets
@@ -61,7 +63,10 @@ NOBODY = -1  #: In place of a uid: nobody is held to account.
 #: As a number; the property of ``socket.socket`` makes an enum of it, which takes a microsecond.
 _type_of = socket.SocketType.type.__get__
 
-Closed = tuple[int, int | None]  # a descriptor, and the uid that sent it
+#: A descriptor, or a raw file that was made of one already: that gives its number back by closing only.
+Open = int | io.FileIO
+
+Closed = tuple[Open, int | None]  # that, and the uid that sent it
 
 
 class _Crew:
@@ -131,10 +136,12 @@ class _Crew:
         return True
 
 
-def _close(number: int) -> None:
-    _libc.setsockopt(number, socket.SOL_SOCKET, socket.SO_LINGER, _SO_LINGER_OFF, len(_SO_LINGER_OFF))
+def _close(it: Open) -> None:
     with suppress(OSError):  # what a file system says to it helps nobody; the number is free
-        os.close(number)
+        if not isinstance(it, int):
+            return it.close()
+        _libc.setsockopt(it, socket.SOL_SOCKET, socket.SO_LINGER, _SO_LINGER_OFF, len(_SO_LINGER_OFF))
+        os.close(it)
 
 
 _crew = _Crew(deque())
@@ -151,7 +158,7 @@ _sockets.on_fork(_forget_parent)
 # -- for all others ----------------------------------------------------------------------
 
 
-def close_later(descriptors: list[int], uid: int | None = NOBODY) -> None:
+def close_later(descriptors: MutableSequence[int] | list[Open], uid: int | None = NOBODY) -> None:
     """
     Have a janitor close these descriptors, and forget them; never waits.
 
@@ -166,15 +173,17 @@ def close_later(descriptors: list[int], uid: int | None = NOBODY) -> None:
         _crew.wake()
 
 
-def close_all(descriptors: list[int], uid: int | None = NOBODY) -> None:
+def close_all(descriptors: MutableSequence[int] | list[Open], uid: int | None = NOBODY) -> None:
     """Close and forget descriptors that somebody has sent: here if that is sure not to block."""
-    later = []
+    later: list[Open] = []
     while descriptors:
-        number = descriptors.pop()
-        if may_block(number, uid):
-            later.append(number)
+        it = descriptors.pop()
+        if may_block(it if isinstance(it, int) else it.fileno(), uid):
+            later.append(it)
+        elif isinstance(it, int):
+            os.close(it)
         else:
-            os.close(number)
+            _close(it)
     close_later(later, uid)
 
 

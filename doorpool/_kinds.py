@@ -26,7 +26,6 @@ procedure's annotation asks for one, as a plain socket or a raw file that is mad
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import functools
 import gc
@@ -40,6 +39,7 @@ from typing import TYPE_CHECKING, Any
 
 from doorpool import _data, _passing, _sockets
 from doorpool._descriptor import Descriptor
+from doorpool._janitor import Open
 from doorpool._passing import Departure, Kind, Recipe, register
 
 if TYPE_CHECKING:
@@ -335,17 +335,14 @@ def _file_of(descriptor: Descriptor) -> io.FileIO:
     return file
 
 
-def _number_of_socket(sock: socket.socket) -> list[int]:
+def _number_of_socket(sock: socket.socket) -> list[Open]:
     number = sock.detach()
     return [number] if number >= 0 else []
 
 
-def _close_file(file: io.FileIO) -> list[int]:
-    # It does not give its number back.  A file of its sender's can hold this up as it could the procedure.
-    with contextlib.suppress(OSError):  # whatever it says, its number is free
-        file.close()
-    return []
+def _file_itself(file: io.FileIO) -> list[Open]:
+    return [] if file.closed else [file]  # it does not give its number back, and its close may take long
 
 
 _data.register_conversion(socket.socket, _socket_of, _number_of_socket)
-_data.register_conversion(io.FileIO, _file_of, _close_file)
+_data.register_conversion(io.FileIO, _file_of, _file_itself)

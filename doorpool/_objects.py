@@ -21,9 +21,12 @@ caller a signature is *read*, never run: what is no literal stays text.
 
 Context managers.  ``with`` at a caller enters the object here and leaves it here, in whatever
 server threads the two calls come to.  What ``__enter__`` returns is the caller's, but the object
-itself, which cannot cross, stands for the door.  A facade counts: who has entered and
-never left, because he died, is left for by ``abandon``, with an exception, so that what
-was begun is undone and not finished.
+itself, which cannot cross, stands for the door.
+
+Each entering gives a *lease*: a descriptor of a door that leads nowhere, which its caller keeps until
+he leaves.  When nobody has that any more, because he died or has let go of the door, the object is left
+for him, with an exception, so that what was begun is undone and not finished.  The object's own door would
+not tell that, for others may hold it, too.  (When that one ends, all who are in it are left for.)
 """
 
 from __future__ import annotations
@@ -60,6 +63,11 @@ _names: weakref.WeakKeyDictionary[type, tuple[str, ...]] = weakref.WeakKeyDictio
 _tables: weakref.WeakKeyDictionary[type, Table] = weakref.WeakKeyDictionary()
 
 _JSON = json.JSONDecoder()
+
+#: Makes a lease of the door that is being called, given what to do when nobody has it any more; returns it,
+#: the descriptor for the caller, and that as it is to be sent.  Outside a call there is none.  It is set by
+#: ``_endpoint``, which has doors.
+make_lease: Callable[[Callable[[], None]], tuple[Any, Any, Any]] | None = None
 
 _T = TypeVar("_T")
 
@@ -157,14 +165,15 @@ class Facade:
             same for each instance then.
     """
 
-    __slots__ = ("_entered", "_kind", "_lock", "_over", "_plain", "names", "object")
+    __slots__ = ("_entered", "_kind", "_last", "_lock", "_over", "_plain", "names", "object")
 
     def __init__(self, target: Any, names: frozenset[str], kind: type | None = None) -> None:
         self.object = target
         self.names = names
         self._plain = names - {ENTER, EXIT}  # which are called and no more
         self._kind = kind
-        self._entered = 0
+        self._entered: dict[int, Any] = {}  # who is in it, by numbers: their leases
+        self._last = 0
         self._over = False
         self._lock = threading.Lock()
 
@@ -203,22 +212,42 @@ class Facade:
 
     # -- context managers --------------------------------------------------------------------
 
-    def _enter(self) -> tuple[bool, Any]:
-        """Enter the object; return whether it gave itself, and otherwise what it gave."""
-        value = self.object.__enter__()
+    def _enter(self) -> tuple[bool, Any, int, Any]:
+        """
+        Enter the object; return whether it gave itself, otherwise what it gave, and a number and a lease.
+        """
         with self._lock:
-            self._entered += 1
+            self._last += 1
+            number = self._last
+        lease: Any = None
+        theirs: Any = None
+        parcel: Any = None
+        if make_lease is not None:  # before anything is entered: there may be no descriptor to be had
+            why = "whoever had entered it is gone"
+            lease, theirs, parcel = make_lease(functools.partial(self._abandon_one, number, why))
+        try:
+            value = self.object.__enter__()
+        except BaseException:
+            if lease is not None:
+                lease.close()
+                theirs.close()
+            raise
+        with self._lock:
+            self._entered[number] = lease
             over = self._over
         if over:  # the door was closed meanwhile, and nobody will come to leave it
             self.abandon("the door was closed while it was entered")
-        return (True, None) if value is self.object else (False, value)
+        return (True, None, number, parcel) if value is self.object else (False, value, number, parcel)
 
-    def _exit(self, error: Any = None) -> bool:
+    def _exit(self, error: Any = None, number: int = 0) -> bool:
         """Leave the object, with what ended the caller's block: an exception, or its text."""
         with self._lock:
-            if not self._entered:
+            number = number or next(reversed(self._entered), 0)
+            if number not in self._entered:
                 raise RuntimeError(f"{self!r} was left and had not been entered")
-            self._entered -= 1
+            lease = self._entered.pop(number)
+        if lease is not None:
+            lease.close()
         if error is not None and not isinstance(error, BaseException):
             error = RemoteError(str(error))
         return self._leave(error)
@@ -240,15 +269,25 @@ class Facade:
             BaseException: whatever its ``__exit__`` raises.
         """
         with self._lock:
-            count, self._entered = self._entered, 0
+            numbers = list(self._entered)
             self._over = self._over or final
-        for _ in range(count):
-            error = BrokenDoorError(why, may_have_run=True)
-            try:
-                self._leave(error)
-            except BrokenDoorError as raised:
-                if raised is not error:  # it only lets it pass
-                    raise
+        for number in numbers:
+            self._abandon_one(number, why)
+
+    def _abandon_one(self, number: int, why: str) -> None:
+        """Leave the object for one who had entered it, if he has not done so."""
+        with self._lock:
+            if number not in self._entered:
+                return
+            lease = self._entered.pop(number)
+        if lease is not None:
+            lease.close()
+        error = BrokenDoorError(why, may_have_run=True)
+        try:
+            self._leave(error)
+        except BrokenDoorError as raised:
+            if raised is not error:  # it only lets it pass
+                raise
 
     # -- what is told --------------------------------------------------------------------------
 

@@ -109,6 +109,7 @@ class Line:
         self.closed = False
         self.warns = True  # when it is collected open
         self.enters = False  # ``with`` enters the object, and does not only close the door
+        self.leases: list[tuple[int, Any]] = []  # of those who have: the numbers, and what is kept meanwhile
         self._codecs = codecs
         self.handle = self._open(door, open_timeout)
         self._codecs = (self.handle.greeting.codec,)  # reopened, it speaks what it spoke at first
@@ -366,8 +367,31 @@ class Line:
             self.closed = True
             executor, self._executor = self._executor, None
         self.handle.close()
+        while self.leases:
+            self._end_lease()
         if executor is not None:
             executor.shutdown(wait=False, cancel_futures=True)
+
+    def _end_lease(self) -> int:
+        """Let go of the last lease, which says that who has entered is still there; return its number."""
+        try:
+            number, lease = self.leases.pop()
+        except IndexError:  # another view has closed the door
+            return 0
+        if isinstance(lease, Descriptor):
+            lease.close()
+        return number
+
+    def enter(self, deadline: float | None) -> tuple[bool, Any]:
+        """Enter the object that the door leads to; return whether that gave itself, and else what it gave."""
+        itself, value, number, lease = self.call_method(ENTER, (), {}, deadline)
+        self.leases.append((number, lease))
+        return itself, value
+
+    def leave(self, error: BaseException | str | None, deadline: float | None) -> bool:
+        """Leave it; return whether it has dealt with the error."""
+        number = self.leases[-1][0] if self.leases else 0
+        return bool(self.call_method(EXIT, (error, number), {}, deadline))
 
 
 class DataLine(Line):
@@ -671,7 +695,7 @@ class Proxy:
             return self
         timeout = self._timeout
         try:
-            itself, value = line.call_method(ENTER, (), {}, deadline_after(timeout))
+            itself, value = line.enter(deadline_after(timeout))
         except BaseException:
             self.close()  # it may have been entered all the same, and the server is to undo that
             raise
@@ -685,12 +709,12 @@ class Proxy:
         """Leave the object that was entered; return whether it has dealt with the error."""
         line, deadline = self._line, deadline_after(self._timeout)
         try:
-            return bool(line.call_method(EXIT, () if error is None else (error,), {}, deadline))
+            return line.leave(error, deadline)
         except MarshalError as failed:
             if error is None or failed.may_have_run:
                 raise
         text = f"{type(error).__qualname__}: {text_of(error)}"
-        return bool(line.call_method(EXIT, (text,), {}, deadline))
+        return line.leave(text, deadline)
 
     def __repr__(self) -> str:
         return repr(self._line)

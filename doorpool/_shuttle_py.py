@@ -9,6 +9,8 @@ other as with its like.
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterator
 from typing import Any, NoReturn
 
 NOTHING, GOT, BY_SOCKET, SHUT = range(4)
@@ -56,6 +58,45 @@ def unpack_value(_data: bytes | bytearray | memoryview) -> Any:
 def unpacked() -> int:
     """Return how many pickles have been read here: none."""
     return 0
+
+
+def take_items(
+    items: list[Any], iterator: Iterator[Any], count: int, stride: int, room: int, until: float
+) -> tuple[int, int]:
+    """
+    Append up to ``count`` items of an iterator to a list; return how many, and what is left of the room.
+
+    After every ``stride`` items it looks whether to go on: not when ``until`` is over, by the monotonic
+    clock, when their bytes have used up the room, or at an item of which only the caller can say how
+    long it is.
+
+    Raises:
+        StopIteration: with what a generator returns; the items before it are in the list.
+        Exception: what the iterator raises; likewise.
+    """
+    append, step, taken = items.append, iterator.__next__, 0
+    while taken < count:
+        item = step()
+        append(item)
+        taken += 1
+        if taken % stride:
+            continue
+        kind = type(item)
+        if kind in _STRINGS:
+            room -= len(item) * stride
+        elif kind not in _LIGHT:
+            break
+        if room < 0 or time.monotonic() > until:
+            break
+    return taken, room
+
+
+_STRINGS = str, bytes
+_LIGHT = int, float, bool, type(None)
+
+
+def pack_items(_items: list[Any]) -> None:
+    """Leave a batch of items to pickle."""
 
 
 def make_page() -> int:

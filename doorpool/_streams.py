@@ -70,6 +70,7 @@ from doorpool._doors import arrive
 from doorpool._endpoint import Endpoint, Marshalled, answering, marshal_error, peer_of
 from doorpool._errors import BusyError, ClosedError, DoorError, LimitError, MarshalError, ProtocolError
 from doorpool._handle import deadline_after
+from doorpool._impl import shuttle
 from doorpool._marshal import pack_refusal, pack_result
 from doorpool._passing import Departure, Kind, Recipe
 from doorpool._proxy import Proxy
@@ -89,7 +90,7 @@ _TIME = 0.002
 #: After this many items in one batch it is looked at the time and the bytes at every eighth only: that
 #: takes as long as the making of two.
 _MANY = 256
-_ONE, _FEW = range(1), range(8)
+_FEW = 8
 
 #: Seconds after which what there is of a batch is sent, and between two looks; how many looks at nothing
 #: the thread that looks stays for.
@@ -108,8 +109,8 @@ _REQUEST = 4096
 #: Seconds that ``Stream.close`` waits for the other side's ``finally``.
 _CLOSING = 5.0
 
-#: Types whose objects are too small to be weighed one by one.
-_LIGHT = frozenset((int, float, bool, types.NoneType))
+#: Types whose objects ``take_items`` has weighed.
+_WEIGHED = frozenset((str, bytes, int, float, bool, types.NoneType))
 
 #: What a pump says when its iterator has come to its end, in a dict, since a batch is a list.
 _LAST, _VALUE = "items", "returned"
@@ -329,20 +330,17 @@ class Pump:
                 _data.release(parcel)
 
     def _fill(self, items: list[Any], iterator: Iterator[Any]) -> bool:
-        append, clock, step = items.append, time.monotonic, iterator.__next__
-        until, left, count = clock() + _TIME, _BYTES, self._limit
-        crosses = _passing.table
-        stride = _FEW if count >= _MANY else _ONE
-        for _ in range(0, count, len(stride)):
-            for _ in stride:
-                item = step()
-                append(item)
-            kind = type(item)
-            if kind not in _LIGHT:
-                if kind in crosses:
-                    return False
-                left -= (len(item) if kind is str else sys.getsizeof(item, 0)) * len(stride)
-            if clock() > until:
+        until, left, count = time.monotonic() + _TIME, _BYTES, self._limit
+        stride = _FEW if count >= _MANY else 1
+        while count > 0:
+            taken, left = shuttle.take_items(items, iterator, count, stride, left, until)
+            count -= taken
+            item = items[-1] if items else None  # what the watcher has sent was light enough
+            if type(item) in _passing.table:
+                return False
+            if type(item) not in _WEIGHED:
+                left -= sys.getsizeof(item, 0) * stride
+            if time.monotonic() > until:
                 return True
             if left < 0 or self._closing:
                 return False
@@ -382,7 +380,8 @@ class Pump:
             if self._codec == "data":
                 parcel: Any = _PLAN.pack_result(value, invocation.credentials)
             else:
-                parcel = pack_result(value, peer_of(invocation))
+                data = shuttle.pack_items(value) if type(value) is list else None
+                parcel = pack_result(value, peer_of(invocation)) if data is None else (data, (), ())
         finally:
             answering.endpoint = None
         size, most = _bytes_of(parcel), invocation.door.max_reply

@@ -3,6 +3,7 @@ The examples: each runs as two processes or three, and prints what its docstring
 """
 
 import ast
+import contextlib
 import os
 import signal
 import subprocess
@@ -10,6 +11,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from doorpool import Proxy
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 LESSONS = sorted(path.name for path in EXAMPLES.iterdir() if (path / "server.py").exists())
@@ -68,6 +71,33 @@ def test_an_example_fits_on_a_page(script):
 def test_every_lesson_is_in_the_course():
     course = (EXAMPLES / "README.md").read_text()
     assert [lesson for lesson in LESSONS if f"[`{lesson}`]({lesson})" not in course] == []
+
+
+def test_progress_is_a_bar_on_a_terminal(door_dir, spawn_python):
+    pytest.importorskip("rich")
+    lesson = EXAMPLES / "15_callbacks_and_progress"
+    spawn_python((lesson / "server.py").read_text(), cwd=door_dir)
+    Proxy(str(door_dir / "server.door"), wait=10).close()
+    shown = on_a_terminal([sys.executable, str(lesson / "client.py")], door_dir)
+    for words in ("0%", "too small: b", "resizing", "100%", "['tiny a', 'tiny c', 'tiny d']"):
+        assert words in shown
+
+
+def on_a_terminal(command: list[str], cwd: Path) -> str:
+    """Run a program on a terminal of its own, to its end; return what it shows."""
+    ours, theirs = os.openpty()
+    with open(ours, "rb", buffering=0) as screen:
+        environment = os.environ | {"TERM": "xterm", "PYTHONPATH": str(EXAMPLES.parent)}
+        program = subprocess.Popen(
+            command, cwd=cwd, env=environment, stdin=theirs, stdout=theirs, stderr=theirs
+        )
+        os.close(theirs)
+        shown = bytearray()
+        with contextlib.suppress(OSError):  # EIO: nobody has the other end any more
+            while more := screen.read(4096):
+                shown += more
+        assert program.wait() == 0, shown.decode()
+    return shown.decode()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -1,6 +1,7 @@
 """
 Be called back. A plain function would be sent away as a value, and run over there; an Endpoint of it
-is a door, and it runs here. How far the work is, comes the same way; with `rich` installed, as a bar.
+is a door, and it runs here. How far the work is, comes the same way; with `rich` installed
+(`pip install rich`), as a bar.
 
 Prints, where there is no terminal:
 

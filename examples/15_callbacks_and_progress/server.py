@@ -6,6 +6,8 @@ Prints, when it is called:
     resized 3 pictures
 """
 
+import time
+
 from doorpool import Server, track
 
 server = Server()
@@ -18,6 +20,7 @@ def resize(pictures, warn):
         if picture == "b":
             warn(picture)  # runs in the caller's process, while he waits
         else:
+            time.sleep(0.1)  # in place of work
             done.append(f"tiny {picture}")
     print("resized", len(done), "pictures")
     return done

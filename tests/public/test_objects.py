@@ -549,7 +549,7 @@ def test_it_is_left_when_the_server_closes(serve, connect):
     manager = Manager()
     server = serve(len)
     with Proxy(server.attach(Endpoint(manager))) as proxy:
-        proxy._line.call_method("__enter__", (), {}, None)
+        proxy._line.enter(None)
         server.close()
     assert manager.log.get(timeout=PATIENCE)[0] is BrokenDoorError
 
@@ -617,3 +617,87 @@ def test_a_dead_server_is_a_door_error_at_the_end_of_the_block(spawn_server, doo
         with pytest.raises(DoorError), held:
             server.kill()
         assert held.closed
+
+
+# -- one object that many may enter
+
+
+SHARED = """
+    import threading
+    from doorpool import Endpoint, Server
+
+    server = Server()
+    lock = threading.Lock()
+    shared = server.attach(lock, linger=True, codec=CODEC)
+    server.attach(lambda: shared, "lock.door", codec=CODEC)
+    server.attach(lock.locked, "locked.door")
+
+    with server:
+        ready()
+        server.run()
+"""
+
+HOLDER = """
+    from doorpool import Proxy
+    with Proxy("lock.door")() as held:
+        ready(held)
+        import time; time.sleep(60)
+"""
+
+
+@pytest.mark.ids("U12")
+@pytest.mark.parametrize("codec", ["pickle", "data"])
+def test_who_is_killed_is_left_for_though_others_hold_the_door(spawn_server, spawn_python, door_dir, codec):
+    """One door that all are given: it is not unreferenced when he dies, but what he had entered is left."""
+    spawn_server(SHARED.replace("CODEC", repr(codec)), cwd=door_dir)
+    with Proxy(door_dir / "lock.door") as hold, Proxy(door_dir / "locked.door") as locked:
+        door = hold()
+        assert not locked()
+        client = spawn_python(HOLDER, cwd=door_dir)
+        assert client.wait_ready() is True
+        assert locked()
+        client.kill()
+        with door as held:  # would wait for ever
+            assert held is True
+            assert locked()
+        assert not locked()
+
+
+def test_who_lets_go_of_a_shared_one_is_left_for(serve, connect):
+    manager = Manager()
+    server = serve(len)
+    shared = server.attach(manager, linger=True)
+    with Proxy(shared) as other:
+        held = Proxy(shared)
+        held._line.enters = True
+        with contextlib.closing(held):
+            assert held.__enter__() is held
+            assert manager.log.empty()
+        assert manager.log.get(timeout=PATIENCE)[0] is BrokenDoorError
+        assert other.hello() == "hello"
+
+
+def test_of_two_who_are_in_it_each_is_left_for_alone(serve, connect):
+    manager = Manager()
+    server = serve(lambda: shared)
+    shared = server.attach(manager, linger=True)
+    one, other = connect()(), connect()()
+    with other as held:
+        one.__enter__()
+        one.close()
+        assert manager.log.get(timeout=PATIENCE)[0] is BrokenDoorError
+        assert held.hello() == "hello"
+        assert manager.log.empty()
+    assert manager.log.get(timeout=PATIENCE) == (None, "None")
+
+
+def test_who_fails_to_enter_has_no_lease(serve, connect):
+    class Refusing(Manager):
+        def __enter__(self) -> Any:
+            raise LookupError("not now")
+
+    manager = Refusing()
+    serve(lambda: Endpoint(manager))
+    with pytest.raises(LookupError, match="not now"), connect()():
+        pass
+    assert manager.log.empty()

@@ -15,7 +15,7 @@ suffix=$(python3 -c 'import sysconfig; print(sysconfig.get_config_var("EXT_SUFFI
 cp -r pyproject.toml README.md doorpool tests benchmarks examples "$build"
 rm -f "$build"/doorpool/_shuttle.*.so
 "${CC:-cc}" -shared -fPIC -O1 -g $flags -Wall -Wextra -Wconversion -Werror -I"$includes" \
-    doorpool/_shuttle.c doorpool/_atoms.c -o "$build/doorpool/_shuttle$suffix"
+    doorpool/_shuttle.c doorpool/_atoms.c doorpool/_batches.c -o "$build/doorpool/_shuttle$suffix"
 export LD_PRELOAD="$("${CC:-cc}" -print-file-name=libasan.so) $("${CC:-cc}" -print-file-name=libubsan.so)"
 export ASAN_OPTIONS=detect_leaks=0 PYTHONMALLOC=malloc DOORPOOL_IMPL=c
 cd "$build"

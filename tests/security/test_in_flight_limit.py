@@ -15,8 +15,7 @@ import pytest
 from support import byhand
 from support.actors import here
 
-from doorpool import Descriptor, Proxy, Server
-from doorpool._errors import BusyError
+from doorpool import BusyError, Descriptor, DoorError, Proxy, Server, take
 
 V = 4201
 FEW = 64  # RLIMIT_NOFILE of the caller
@@ -85,3 +84,42 @@ def test_a_call_that_would_be_one_too_many_in_flight_did_not_run(actor, path, ro
     stuck(read_on)
     assert client(call_with, 2) == 2
     assert server(calls) == 2 + 3 + 1
+
+
+def serve_gifts(path: str) -> None:
+    """Serve what gives descriptors away, from a process that may have few in flight."""
+    here.calls = 0
+
+    def give(count: int) -> list[Descriptor]:
+        here.calls += 1
+        return [take(Descriptor(os.open(os.devnull, os.O_RDONLY))) for _ in range(count)]
+
+    here.server = Server()
+    here.server.attach(give, path, codec="data")
+    here.server.start()
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, FEW), hard))
+
+
+def get(count: int) -> int:
+    given = here.proxy.options(timeout=5)(count)
+    for one in given:
+        one.close()
+    return len(given)
+
+
+@pytest.mark.ids("C04")
+def test_a_result_that_would_be_one_too_many_in_flight_has_run(actor, path, root_only):
+    server, stuck, client = (actor(V) for _ in range(3))
+    server(serve_gifts, path)
+    client(open_door, path)
+    assert client(get, 2) == 2
+    stuck(get_stuck, FEW // 8 + 1)
+    with pytest.raises(DoorError) as caught:
+        client(get, 2)
+    print(repr(caught.value))
+    assert caught.value.may_have_run
+    assert server(calls) == 2
+    stuck(read_on)
+    assert client(get, 2) == 2
+    assert server(calls) == 3

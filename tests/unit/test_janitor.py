@@ -4,12 +4,14 @@ The janitors: what may take long to close is closed by them, and by nobody else.
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import socket
 import tempfile
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -160,6 +162,36 @@ def test_an_honest_senders_connection_is_not_cut():
         while piece := other.recv(1 << 16):
             size += len(piece)
         assert size > 4096  # to the end of file, which is no reset
+
+
+class SlowFile(io.FileIO):
+    """A raw file whose close takes as long as somebody likes, as one of his own file system's does."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.may_close = threading.Event()
+
+    def close(self) -> None:
+        assert self.may_close.wait(PATIENCE)
+        super().close()
+
+
+def test_a_file_that_was_made_of_a_strangers_descriptor_is_closed_by_a_janitor(tmp_path):
+    (tmp_path / "file").touch()
+    file = SlowFile(tmp_path / "file")
+    files = [file]
+    close_all(files, STRANGER)
+    assert files == []
+    assert not file.closed
+    file.may_close.set()
+    wait_until(lambda: file.closed)
+
+
+def test_a_file_of_our_own_is_closed_at_once(tmp_path):
+    (tmp_path / "file").touch()
+    file = io.FileIO(tmp_path / "file")
+    close_all([file], os.geteuid())
+    assert file.closed
 
 
 @pytest.mark.ids("F20")

@@ -267,8 +267,8 @@ class Manager:
 
 
 def test_a_context_manager_gives_itself_or_something_else():
-    assert facade(Manager())("__enter__") == (True, None)
-    assert facade(Manager(itself=False))("__enter__") == (False, "value")
+    assert facade(Manager())("__enter__") == (True, None, 1, None)
+    assert facade(Manager(itself=False))("__enter__") == (False, "value", 1, None)
 
 
 def test_a_context_manager_is_told_what_ended_the_block():
