@@ -166,7 +166,7 @@ def _limits_in(greeting: Greeting) -> _wire.Limits:
 
 
 def _look_for(sock: socket.socket, until: int) -> bool:
-    """Look whether something has come, until a time by ``time.monotonic_ns()``, with a yield after each look."""
+    """Look whether something has come, until a time by ``time.monotonic_ns()``, yielding after each look."""
     poll = select.poll()
     poll.register(sock, select.POLLIN)
     while time.monotonic_ns() < until:
