@@ -176,12 +176,19 @@ def _look_for(sock: socket.socket, until: int) -> bool:
     return False
 
 
-def _wait_a_moment(sock: socket.socket, deadline: float | None) -> None:
-    """Wait for something to come, for no longer than it takes somebody who is there."""
+def _wait_a_moment(ours: socket.socket, deadline: float | None, spin: int) -> None:
+    """
+    Wait for the answer to a knock, for no longer than it takes somebody who is there.
+
+    Args:
+        spin: nanoseconds for which to look before sleeping.
+    """
+    if _look_for(ours, time.monotonic_ns() + spin):
+        return
     left = _MOMENT if deadline is None else min(_MOMENT, deadline - time.monotonic())
     if left > 0:
         poll = select.poll()
-        poll.register(sock, select.POLLIN)
+        poll.register(ours, select.POLLIN)
         poll.poll(left * 1000)
 
 
@@ -516,8 +523,7 @@ class Handle:
         until = time.monotonic_ns() + spin
         if _look_for(door, until):
             self._meet(deadline)
-        if not _look_for(ours, until):
-            _wait_a_moment(ours, deadline)
+        _wait_a_moment(ours, deadline, until - time.monotonic_ns())
         self._meet(deadline)
 
     def _await_turn(
