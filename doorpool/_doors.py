@@ -49,7 +49,6 @@ from doorpool._door import crossing_bar, door_made_with
 from doorpool._endpoint import Endpoint
 from doorpool._errors import BrokenDoorError, CallTimeoutError, ClosedError, MarshalError, NotADoorError
 from doorpool._handle import Handle, deadline_after
-from doorpool._info import describe
 from doorpool._objects import CALL
 from doorpool._passing import Departure, Recipe
 from doorpool._proxy import SPOKEN, DataLine, Line, Proxy, proxy_of
@@ -100,8 +99,7 @@ class _ArrivedLine(Line):
 
     def _settle(self, home: Endpoint | None) -> None:
         """Note whether it is a door of this process, and whose threads will answer it then."""
-        handle = self.handle
-        self.info = describe(handle.greeting, None, handle.server, local=home is not None)
+        self._server, self._is_local = self.handle.server, home is not None
         self._pool = home._pool if home is not None else None
 
     def call(self, args: tuple[Any, ...], kwargs: dict[str, Any], deadline: float | None) -> Any:
@@ -140,9 +138,7 @@ class _ArrivedLine(Line):
             # The answer was this process's own, so the greeting is, too.
             self._settle(self._find_home())
         else:
-            self.info = describe(
-                self.handle.greeting, None, self.handle.server, local="local" in self.info.attributes
-            )
+            self._server = self.handle.server
         self._proven = True
 
 

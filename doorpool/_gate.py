@@ -33,6 +33,10 @@ Lingering
     set as well: what is ready there ends the look, so nobody waits for a thread that lingers.
     Then it *parks* the page, which has the caller ring, and arms the channel.  A request that
     came in between, for which nobody will ring, has the set report at once (``EPOLLOUT``).
+
+    Whoever has just opened a channel mostly has a call in hand.  So a fresh one with a page is
+    reported at once, and the thread that comes looks at it before it parks it: he is awake by the
+    time when the client has found out whom he may believe, and nobody has to ring for him.
 """
 
 from __future__ import annotations
@@ -83,7 +87,9 @@ _SPARED = Refusal(Reason.IDLE, "the server was short of descriptors and has clos
 class Served:
     """A channel as its gate sees it: see "Who may touch a channel" above."""
 
-    __slots__ = ("channel", "claim", "door", "doomed", "fd", "limit", "memo", "poll", "watched", "words")
+    __slots__ = (
+        "channel", "claim", "door", "doomed", "fd", "fresh", "limit", "memo", "poll", "watched", "words",
+    )  # fmt: skip
 
     def __init__(self, channel: Channel, door: Door, words: Knock) -> None:
         self.channel = channel
@@ -94,6 +100,7 @@ class Served:
         self.limit = lambda: door.max_request
         self.claim = threading.Lock()
         self.doomed: Refusal | None = None
+        self.fresh = False  # its first call is to be lingered for
         self.watched = False  # the caller's process, by the keeper
         self.poll = select.poll()
         self.poll.register(self.fd, _GONE)
@@ -263,7 +270,8 @@ class Gate:
         served = self._served.get(ready)
         if served is None or not served.claim.acquire(blocking=False):
             return None
-        invocation = self._next_call(served, NOT)
+        fresh, served.fresh = served.fresh, False
+        invocation = self._next_call(served, RECEIVE if fresh else NOT)
         if invocation is not None:
             self.waited += invocation.waited
         elif not served.channel.closed:
@@ -431,7 +439,8 @@ class Gate:
         except OSError as error:
             self.end(served, Refusal(Reason.IDLE, f"the server cannot wait at it ({error.strerror})"))
         else:
-            self._arm(served, self._events_for(served), fresh=True)
+            served.fresh = self._lingers and self.spin != 0 and served.channel.page is not None
+            self._arm(served, _AT_ONCE if served.fresh else self._events_for(served), fresh=True)
 
     def release(self, served: Served) -> None:
         """Let go of a channel whose call has been answered."""
