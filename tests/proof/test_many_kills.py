@@ -148,8 +148,9 @@ class Metronome:
 class Household:
     """The survivors, and one kill after the other."""
 
-    def __init__(self, stage: Stage, folder: Path, first: int, metronome: Metronome) -> None:
+    def __init__(self, stage: Stage, folder: Path, first: int, metronome: Metronome, bound: float) -> None:
         folder.mkdir()
+        self.bound = bound  # seconds in which a survivor answers
         self.stage, self.folder, self.metronome = stage, folder, metronome
         self.journal = Journal(folder / "numbers")
         self.books = Books(self.journal)
@@ -312,7 +313,7 @@ class Household:
     def measure(self, what: str, since: float, until: float) -> None:
         seconds = max(0.0, until - since)
         self.seconds[what].append(seconds)
-        if seconds > PROMPTLY and seconds > PROMPTLY + _SLACK * self.metronome.worst_since(since):
+        if seconds > self.bound and seconds > self.bound + _SLACK * self.metronome.worst_since(since):
             self.found.append(f"{what} after {seconds:.3f} s")
 
     def finish(self) -> collections.Counter[tuple[str, int]]:
@@ -339,7 +340,7 @@ def children_of(pid: int) -> int:
     return len(Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
 
 
-def perform(stage: Stage, folder: Path, kills: list[Kill]) -> list[Household]:
+def perform(stage: Stage, folder: Path, kills: list[Kill], bound: float) -> list[Household]:
     """Kill all of them, in a few households at once."""
     free: queue.SimpleQueue[Household] = queue.SimpleQueue()
 
@@ -355,7 +356,7 @@ def perform(stage: Stage, folder: Path, kills: list[Kill]) -> list[Household]:
         stack.callback(metronome.close)
         households = []
         for n in range(AT_A_TIME):
-            household = Household(stage, folder / f"{n}", (n + 1) << 40, metronome)
+            household = Household(stage, folder / f"{n}", (n + 1) << 40, metronome, bound)
             households.append(household)
             stack.callback(household.close)
             free.put(household)
@@ -388,7 +389,8 @@ def test_ten_thousand_kills(stage, door_dir, many, victim):
     kills = [kill for kill in kills if kill.victim == victim]
     random.shuffle(kills)
     began = time.monotonic()
-    households = perform(stage, door_dir, kills)
+    # In the suite, where the machine may have anything else to do, only a hang is too late.
+    households = perform(stage, door_dir, kills, many(5, 1) * PROMPTLY)
     took = time.monotonic() - began
     report(kills, households, took)
     wrong = [what for household in households for what in household.wrong]
