@@ -4,6 +4,7 @@ What the tests share; the fixtures in ``conftest.py`` are made of it.
     child       what a child process of a test imports: ready(), result(), become(), counters
     processes   start Python processes and forked children, always with an end
     leaks       what a process holds: descriptors, threads, children
+    measuring   what they do differently while coverage.py counts
     marker      a pickle that leaves a trace if anybody unpickles it
 """
 
@@ -16,6 +17,7 @@ from support.child import (
 )
 from support.leaks import Holdings
 from support.marker import Marker, bomb_bytes
+from support.measuring import follow_bare_threads
 from support.processes import (
     Child,
     ChildFailed,
@@ -25,6 +27,8 @@ from support.processes import (
     start_python,
     wait_until,
 )
+
+follow_bare_threads()  # before anybody imports the library
 
 __all__ = [
     "Child",
