@@ -41,7 +41,7 @@ with instrumented:
     from support import rawpeer, start_python
     from support.audit import audited
 
-#: For libFuzzer, where it is not told otherwise: much more than any message of the corpus, little enough to be quick.
+#: For libFuzzer, where it is not told otherwise; no message of the corpus is as long.
 DEFAULTS = ["-max_len=4096", "-timeout=10", "-rss_limit_mb=2048"]
 
 _LOOK_EVERY = 1000  # inputs; to count our descriptors costs as much as to read one
@@ -103,7 +103,7 @@ class Conversation:
 
 def conversations() -> Iterator[Conversation]:
     """
-    Have real clients call a server of ours by hand, and say what they said to a real server in another process.
+    Have real clients call a server by hand, and say what they said to a real server in another process.
     """
     with tempfile.TemporaryDirectory(prefix="dp-") as folder:
         with start_python(test_sockets.SERVER, folder) as child:

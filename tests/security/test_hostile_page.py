@@ -158,7 +158,7 @@ def test_random_words_at_random_moments(opened, kept, many):
 
 def hammer_newest(wire: int, seed: int) -> int:
     """
-    Write bursts of random values, at random moments, into the newest page that comes, until the end of ``wire``.
+    Write bursts of random values, at random moments, into the newest page that comes on ``wire``.
 
     Returns how many bursts.  It runs in a process of its own, which no lock of ours holds up.
     """

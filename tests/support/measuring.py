@@ -25,7 +25,9 @@ def _start_followed(function: Callable[..., object], args: tuple[Any, ...], *kwa
     return _start(_run, (function, args, *kwargs))
 
 
-def _run(function: Callable[..., object], args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
+def _run(
+    function: Callable[..., object], args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
+) -> None:
     sys.settrace(threading.gettrace())
     function(*args, **(kwargs or {}))
 
