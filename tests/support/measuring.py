@@ -1,8 +1,8 @@
 """
 What the tests do differently while coverage.py counts (tests/README.md has the command).
 
-It follows threads of ``threading``, but none that ``_thread`` starts; and a process writes down what it ran when
-it ends, which one that is killed never does.
+It follows threads of ``threading``, but none that ``_thread`` starts; and a process writes down what it ran
+when it ends, which one that is killed never does.
 """
 
 from __future__ import annotations
@@ -25,11 +25,9 @@ def _start_followed(function: Callable[..., object], args: tuple[Any, ...], *kwa
     return _start(_run, (function, args, *kwargs))
 
 
-def _run(
-    function: Callable[..., object], args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
-) -> None:
+def _run(function: Callable[..., object], args: tuple[Any, ...], *kwargs: dict[str, Any]) -> None:
     sys.settrace(threading.gettrace())
-    function(*args, **(kwargs or {}))
+    function(*args, **dict(*kwargs))
 
 
 def follow_bare_threads() -> None:

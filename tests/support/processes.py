@@ -310,11 +310,8 @@ def bare_environment() -> dict[str, str]:
     """
     What a process needs that starts with nothing of our environment: the sanitizers, if we run under them.
     """
-    return {
-        name: os.environ[name]
-        for name in ("LD_PRELOAD", "ASAN_OPTIONS", "UBSAN_OPTIONS")
-        if name in os.environ
-    }
+    names = ("LD_PRELOAD", "ASAN_OPTIONS", "UBSAN_OPTIONS")
+    return {name: os.environ[name] for name in names if name in os.environ}
 
 
 def _by_value(call: tuple[Callable[..., Any], tuple[Any, ...]]) -> bytes:
