@@ -4,30 +4,13 @@ What the fuzzers share: how often, and what is noticed meanwhile.
 
 from __future__ import annotations
 
-import sys
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import pytest
+import support.audit
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-
-_watching = threading.local()
-
-#: What code that only reads must not do; ``exec`` is also what an unpickler or an import ends in.
-FORBIDDEN = (
-    "import",
-    "exec",
-    "compile",
-    "open",
-    "pickle.",
-    "marshal.",
-    "os.",
-    "subprocess.",
-    "ctypes.dlopen",
-)
 
 
 @pytest.fixture
@@ -50,26 +33,9 @@ def fuzz(many: Callable[[int, int], int]) -> Callable[..., None]:
     return run
 
 
-def _on_audit(event: str, args: tuple[Any, ...]) -> None:
-    seen = getattr(_watching, "seen", None)
-    if seen is not None and event.startswith(FORBIDDEN):
-        seen.append((event, args))
-
-
 @pytest.fixture(scope="session")
 def audited() -> Callable[[], Any]:
     """
     Make sure that a block imports nothing, runs nothing and opens nothing: ``with audited(): ...``.
     """
-    sys.addaudithook(_on_audit)  # for good: there is no way to take one away
-
-    @contextmanager
-    def watch() -> Iterator[None]:
-        seen = _watching.seen = []
-        try:
-            yield
-        finally:
-            del _watching.seen
-        assert not seen, seen
-
-    return watch
+    return support.audit.audited

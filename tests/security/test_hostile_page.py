@@ -7,17 +7,20 @@ beyond its time, and never runs a procedure with bytes that were not posted as a
 
 from __future__ import annotations
 
+import collections
 import ctypes
+import functools
 import mmap
 import os
 import pickle
 import random
 import re
+import select
 import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 from support.rawdoor import PATIENCE
@@ -151,6 +154,83 @@ def test_random_words_at_random_moments(opened, kept, many):
             thread.join()
     assert outcomes.count("right") > 0, outcomes
     assert proxy("at last") == "at last"
+
+
+def hammer_newest(wire: int, seed: int) -> int:
+    """
+    Write bursts of random values, at random moments, into the newest page that comes on ``wire``.
+
+    Returns how many bursts.  It runs in a process of its own, which no lock of ours holds up.
+    """
+    chance, libc = random.Random(seed), ctypes.CDLL(None)
+    bursts, page, memory = 0, None, -1
+    with socket.socket(fileno=wire) as pages:
+        while True:
+            if select.select([pages], [], [], chance.random() * 0.004)[0]:
+                words, numbers, _, _ = socket.recv_fds(pages, 1, 1)
+                if not words:
+                    return bursts
+                if page is not None:
+                    page.close()
+                    os.close(memory)
+                memory, page = numbers[0], mmap.mmap(numbers[0], PAGE)
+                continue
+            if page is None:
+                continue
+            bursts += 1
+            for _ in range(chance.randrange(1, 100)):
+                at = chance.choice([*WORDS, chance.randrange(REQUEST)])
+                size = 8 if at == STATE else 4
+                page[at : at + size] = (chance.choice(values(8)) % (1 << 8 * size)).to_bytes(size, "little")
+            if chance.random() < 0.2:
+                libc.fallocate(memory, _PUNCH, ctypes.c_long(0), ctypes.c_long(PAGE))
+
+
+@pytest.mark.ids("D03", "D04", "D05", "D08")
+@pytest.mark.timeout(7200)
+def test_another_process_writes_random_values_into_each_page(door_dir, monkeypatch, spawn_python, many):
+    """Server and caller read the same words, so both are lied to: each call is answered, or fails in time."""
+    ours, theirs = socket.socketpair()
+    with ours, Server(spin=0.001) as server:
+        server.attach(str, door_dir / "a.door")
+        with theirs:
+            hammering = spawn_python(hammer_newest, theirs.fileno(), 7, pass_fds=[theirs.fileno()])
+        with Proxy(door_dir / "a.door", timeout=PATIENCE) as canary:
+            assert canary("before") == "before"  # on a page that nobody else has
+            outcomes: collections.Counter[str] = collections.Counter()
+            enough = many(6, 5_000)
+            with monkeypatch.context() as patched:
+                make = functools.partial(make_and_hand_over, _impl.shuttle.make_page, ours)
+                patched.setattr(_impl.shuttle, "make_page", make)
+                with Proxy(door_dir / "a.door", timeout=0.5) as proxy:
+                    while outcomes["right"] < enough or outcomes.total() - outcomes["right"] < enough:
+                        outcomes[lie_to(proxy, canary)] += 1
+            ours.shutdown(socket.SHUT_RDWR)
+            assert hammering.finish().value > 0
+            with Proxy(door_dir / "a.door", timeout=PATIENCE) as another:
+                assert another("at last") == canary("at last") == "at last"
+
+
+def make_and_hand_over(make: Callable[[], int], to: socket.socket) -> int:
+    """Make a page that another process has its hands on, too."""
+    number = make()
+    socket.send_fds(to, [b"p"], [number])
+    return number
+
+
+def lie_to(proxy: Proxy, canary: Proxy) -> str:
+    """Make a call through a page in bad hands; return what became of it."""
+    value, started = os.urandom(4).hex(), time.monotonic()
+    try:
+        assert proxy(value) == value
+        outcome = "right"
+    except DoorError as error:
+        outcome = type(error).__name__
+    except (pickle.UnpicklingError, EOFError) as error:  # of a reply that was punched away
+        outcome = type(error).__name__
+    assert time.monotonic() - started < PATIENCE
+    assert canary(value) == value
+    return outcome
 
 
 @pytest.mark.ids("D05")

@@ -39,6 +39,7 @@ from typing import Any, NoReturn
 import attrs
 
 from support import child as _child
+from support.measuring import LAST_WORDS, MEASURED
 from support.processes import ChildFailed, wait_until
 
 TIMEOUT = 20.0  # seconds for one scene
@@ -199,6 +200,8 @@ class Actor:
         self.closed = True
         _stages.discard(self._stage)
         self._stage.close()
+        if MEASURED:
+            _readable([self.pidfd], LAST_WORDS)
         self.kill()
         os.waitpid(self.pid, 0)
         os.close(self.pidfd)

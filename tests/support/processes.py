@@ -306,6 +306,14 @@ def _environment(report: int) -> dict[str, str]:
     }
 
 
+def bare_environment() -> dict[str, str]:
+    """
+    What a process needs that starts with nothing of our environment: the sanitizers, if we run under them.
+    """
+    names = ("LD_PRELOAD", "ASAN_OPTIONS", "UBSAN_OPTIONS")
+    return {name: os.environ[name] for name in names if name in os.environ}
+
+
 def _by_value(call: tuple[Callable[..., Any], tuple[Any, ...]]) -> bytes:
     """Pickle a call with all that its module defines: the child cannot import test modules."""
     import cloudpickle

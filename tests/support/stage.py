@@ -37,6 +37,7 @@ from typing import Any, NoReturn
 
 from support import steps
 from support.leaks import Holdings
+from support.measuring import LAST_WORDS, MEASURED
 from support.processes import Child, start_python, wait_until
 
 PATIENCE = 20.0  # seconds until something that certainly happens is taken for a hang
@@ -118,10 +119,20 @@ class Player:
 
     def close(self) -> None:
         """End it, if it has not ended."""
+        if MEASURED:
+            with contextlib.suppress(OSError):
+                self._control.shutdown(socket.SHUT_RDWR)
+            _wait_a_little(self.pidfd)
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
         os.close(self.pidfd)
         self._control.close()
+
+
+def _wait_a_little(pidfd: int) -> None:
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    poll.poll(LAST_WORDS * 1000)
 
 
 def wait_ended(pidfd: int) -> None:

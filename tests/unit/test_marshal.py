@@ -39,6 +39,7 @@ import cloudpickle
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import bare_environment
 
 from doorpool import _marshal, _passing
 from doorpool._errors import BusyError, MarshalError, ProtocolError
@@ -819,7 +820,7 @@ def run(script: Path | str, *args: object, path: tuple[Path, ...] = ()) -> list[
     search = ":".join(map(str, (ROOT, *path)))
     done = subprocess.run(
         [sys.executable, *start, *map(str, args)],
-        env={"PYTHONPATH": search},
+        env=bare_environment() | {"PYTHONPATH": search},
         capture_output=True,
         text=True,
         timeout=40,

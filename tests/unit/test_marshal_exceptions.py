@@ -25,6 +25,7 @@ from typing import Any
 
 import attrs
 import pytest
+from support import bare_environment
 
 from doorpool import _errors, _exceptions, _marshal
 from doorpool._errors import (
@@ -789,7 +790,7 @@ def from_another_process(
     script.write_text(SENDER.format(definitions=textwrap.dedent(definitions)))
     search = [str(ROOT), *([str(path)] if path else [])]
     command = [sys.executable, str(script), str(out), repr(to.python), to.main.hex()]
-    subprocess.run(command, check=True, env={"PYTHONPATH": ":".join(search)}, timeout=30)
+    subprocess.run(command, check=True, env=bare_environment() | {"PYTHONPATH": ":".join(search)}, timeout=30)
     return opened((out.read_bytes(), (), ()))
 
 
@@ -870,7 +871,8 @@ def test_uncaught_it_prints_the_remote_traceback(tmp_path: Path) -> None:
         "import sys; from doorpool import _marshal; _marshal.unpack_outcome(open(sys.argv[1], 'rb').read())"
     )
     command = [sys.executable, "-c", script, str(out)]
-    done = subprocess.run(command, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=30)
+    env = bare_environment() | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=30)
     assert done.returncode == 1
     assert "RemoteTraceback" in done.stderr
     assert "1 / 0" in done.stderr
