@@ -379,6 +379,8 @@ class Door:
                 about=(self.id, uid, "room"),
             )  # fmt: skip
             self._count_refused()
+            with contextlib.suppress(OSError):  # who has gone already
+                port.send(_wire.farewell(Refusal(Reason.BUSY, full)), _sockets.DONTWAIT)
             _opening.close_port(port)
             return
         self._guests.add_port(port, uid)
