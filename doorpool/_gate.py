@@ -796,13 +796,13 @@ class Invocation:
         try:
             # step: replying
             channel = served.channel
-            if served.share is not None:
-                kind, data, buffers, descriptors = self._within_share(kind, data, buffers, descriptors)
             page = channel.page
             everyday = page is not None and kind == _REPLY and not channel.news
             if not everyday or buffers or descriptors or not page.answer(data, 0):  # type: ignore[union-attr]
                 if self._gate.generation != _sockets.here():
                     return  # a forked child that comes this way answers nothing: the parent will
+                if served.share is not None:
+                    kind, data, buffers, descriptors = self._within_share(kind, data, buffers, descriptors)
                 self._answer_at_length(channel, kind, data, buffers, descriptors)
         except OSError:
             self._gate.drop(served)  # nobody is there, or nobody reads

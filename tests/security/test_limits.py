@@ -58,8 +58,7 @@ def open_some(path: str, count: int) -> tuple[int, list[str]]:
         try:
             here.open.append(Proxy(path, server={0}, timeout=PATIENCE))
         except BusyError as error:
-            assert not error.may_have_run
-            refusals.append(str(error))
+            refusals.append(f"{error}, may_have_run={error.may_have_run}")
     return len(here.open), refusals
 
 
@@ -114,7 +113,7 @@ def test_one_uid_opens_channels_until_it_is_refused_and_another_is_served(servin
     opened, refusals = one(open_some, path, 20)
     assert opened == 5
     assert len(refusals) == 15
-    for text in (path, "channels", f"uid {A}", "5"):
+    for text in (path, "channels", f"uid {A}", "limit is 5", "may_have_run=False"):
         assert text in refusals[0]
     assert server(usage, A)["channels"] == 5
     assert other(call_once, path, "hello") == "hello"

@@ -26,7 +26,7 @@ PATIENCE = 20.0
 STRANGER, OTHER = 54_321, 4201
 THREADS = 3  # of the stranger
 
-#: What a slow machine may add to the p99 of calls: with others at work on it, a process waits so long for a CPU.
+#: What a slow machine may add to the p99 of calls: with others at work, a process waits so long for a CPU.
 SLACK = 0.05
 
 pytestmark = pytest.mark.usefixtures("root_only")
@@ -101,8 +101,9 @@ class Attack:
             self.tally["calls"] += 1
             try:
                 self.call()
-            except OSError as error:
-                assert not isinstance(error, TimeoutError), "the server left a call without an answer"
+            except TimeoutError:
+                raise AssertionError("the server left a call without an answer") from None
+            except OSError:
                 self.tally["cut off"] += 1
                 self.hang_up()
         self.hang_up()
@@ -223,7 +224,7 @@ def stop_calling() -> None:
 
 @pytest.mark.timeout(3600)
 def test_a_stranger_calls_a_million_times_and_nobody_else_notices(actor, path, many, capsys):
-    count = many(15_000, 1_000_000)
+    count = many(12_000, 1_000_000)
     server, stranger, other = actor(0), actor(STRANGER), actor(OTHER)
     server(serve, path)
     other(begin_calling, path)
@@ -250,7 +251,6 @@ def test_a_stranger_calls_a_million_times_and_nobody_else_notices(actor, path, m
     assert len(server(logged)) - lines <= 10 + 10 * took / 5, "one line for each event, not for each offender"
     other(stop_calling)
     if count >= 1_000_000:
+        words = f"p99 of {made} calls {busy * 1e3:.2f} ms, unloaded {quiet * 1e3:.2f} ms"
         with capsys.disabled():
-            print(
-                f"\n{tally} in {took:.0f} s; p99 of {made} calls {busy * 1e3:.2f} ms, unloaded {quiet * 1e3:.2f}"
-            )
+            print(f"\n{tally} in {took:.0f} s; {words}")
