@@ -25,6 +25,7 @@ The rooms of the house, from the roof down; each leans only on those below it:
     _handle      the caller's side of it    _door       the server's: names, ports, knocks
     _gate        where server threads wait for calls
     _guests      who has come, and how many of whom there may be
+    _shares      what each stranger may have of a server, and whose turn it is
     _opening     knock and answer: who is at the other end
     _channel     the private pair on which calls go
     _names       the file system: attach, detach, stale names, long paths
@@ -75,6 +76,7 @@ from doorpool._passing import take
 from doorpool._progress import track
 from doorpool._proxy import Proxy
 from doorpool._server import Server, Statistics
+from doorpool._shares import Limits, Usage
 from doorpool._shelf import buffer, empty
 
 __all__ = [
@@ -91,6 +93,7 @@ __all__ = [
     "Endpoint",
     "Group",
     "LimitError",
+    "Limits",
     "MarshalError",
     "NotADoorError",
     "Proxy",
@@ -100,6 +103,7 @@ __all__ = [
     "RevokedError",
     "Server",
     "Statistics",
+    "Usage",
     "anyone",
     "buffer",
     "current_call",

@@ -240,6 +240,14 @@ class Channel:
         """Bound how long a ``read`` waits in the receive itself."""
         _sockets.set_patience(self.socket, socket.SO_RCVTIMEO, seconds)
 
+    @property
+    def begun(self) -> int:
+        """How many bytes the frame has, by its own account, of which a part has come; 0 if none has."""
+        assembly = self._assembly
+        if assembly is None or assembly.fields is None or assembly.refusal is not None:
+            return 0
+        return assembly.fields[5]
+
     def shutdown(self) -> None:
         """Wake whoever blocks on either end; idempotent."""
         try:

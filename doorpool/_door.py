@@ -43,7 +43,7 @@ from doorpool._credentials import Credentials, credentials_of, is_strange, peer_
 from doorpool._doorman import doormen
 from doorpool._errors import SHORTAGE, ClosedError
 from doorpool._gate import Gate, Served
-from doorpool._guests import MOST_UNREAD, guests
+from doorpool._guests import guests
 from doorpool._keeper import keeper
 from doorpool._names import Name
 from doorpool._sockets import MAX_DESCRIPTORS
@@ -248,8 +248,8 @@ class Door:
         try:
             with self._keeper.lock:
                 self._check_open()
-                if asked and not self._guests.has_room(uid):
-                    raise OSError(errno.EMFILE, "others than our own user hold all that they may")
+                if asked and (full := self._guests.why_full(uid, self.gate.limits)):
+                    raise OSError(errno.EMFILE, full)
                 cookie = _sockets.cookie_of(holder.fileno())
                 self._add_port(port)
                 self._cookies[port], _made[cookie] = cookie, self
@@ -372,11 +372,15 @@ class Door:
             uid = credentials_of(unpack_ids(peer_ucred(port)), None).uid
         except OSError:
             uid = None  # one of whom nothing is known
-        if not self._guests.has_room(uid):
+        full = self._guests.why_full(uid, self.gate.limits)
+        if full is not None:
             self._keeper.say(
-                logging.WARNING, "%s: dropped a connection of uid %s: others than our own user hold all "
-                "the descriptors that they may", self.name, uid, about=(self.id, uid, "room"),
+                logging.WARNING, "%s: dropped a connection of uid %s: %s", self.name, uid, full,
+                about=(self.id, uid, "room"),
             )  # fmt: skip
+            self._count_refused()
+            with contextlib.suppress(OSError):  # who has gone already
+                port.send(_wire.farewell(Refusal(Reason.BUSY, full)), _sockets.DONTWAIT)
             _opening.close_port(port)
             return
         self._guests.add_port(port, uid)
@@ -520,6 +524,10 @@ class Door:
         # step: answer-sent
         served = Served(channel, self, visitor.words)
         self._channels.add(served)
+        crowd, uid = self.gate.crowd, channel.peer.uid
+        if crowd is not None and is_strange(uid):
+            served.share = crowd.enter(uid)
+            served.limit = lambda: crowd.room(served, self.max_request)
         self._guests.add_channel(served)
         self._guests.keep(visitor, served)
         self.gate.add(served)
@@ -542,13 +550,25 @@ class Door:
 
     def _crowd(self, uid: int | None) -> Refusal | None:
         """Say why there is no room for one more just now."""
-        busy = self._guests.objection(uid)
-        return None if busy is None else Refusal(Reason.BUSY, f"the server has no channel to spare: {busy}")
+        crowd = self.gate.crowd
+        if crowd is not None and is_strange(uid) and (refusal := crowd.objection(uid)) is not None:
+            self._count_refused()
+            return refusal
+        busy = self._guests.objection(uid, self.gate.limits)
+        if busy is None:
+            return None
+        self._count_refused()
+        return Refusal(Reason.BUSY, f"the server has no channel to spare: {busy}")
+
+    def _count_refused(self) -> None:
+        if self.gate.crowd is not None:
+            self.gate.crowd.refused += 1
 
     def _begin_to_ask(self, visitor: _opening.Visitor, rule: _Rule) -> Refusal | None:
         """Have a doorman ask about a visitor; what comes of it is carried out by ``_end_asking``."""
         uid = visitor.credentials.uid
-        if self._pending[uid] >= (MOST_UNREAD if is_strange(uid) else _MOST_PENDING):
+        most = self.gate.limits.greetings if is_strange(uid) else _MOST_PENDING
+        if self._pending[uid] >= most:
             return Refusal(Reason.BUSY, f"its rule about who may call is being asked about uid {uid} already")
         if self._pending.total() >= 2 * _MOST_PENDING:
             return Refusal(Reason.BUSY, "its rule about who may call has too many to decide about")
@@ -646,6 +666,8 @@ class Door:
             limit = self.max_descriptors
             text = f"{came} descriptors are over max_descriptors, {limit}"
             return Refusal(Reason.TOO_MANY_DESCRIPTORS, text, limit=limit, value=came)
+        if frame.refusal is not None and frame.refusal.reason is Reason.BUSY:
+            return frame.refusal
         if frame.refusal is not None:
             text = "the server had no room for the descriptors; try again later"
             return Refusal(Reason.DESCRIPTORS_LOST, text)
@@ -654,6 +676,8 @@ class Door:
     def forget(self, served: Served) -> None:
         """Drop a channel that is about to be closed from the door's table."""
         self._guests.forget_channel(served)
+        if self.gate.crowd is not None:
+            self.gate.crowd.leave(served)
         self._channels.discard(served)
         if served.watched and served.channel.pidfd >= 0:  # in this order: nobody watches it from now on
             self._keeper.unwatch(served.channel.pidfd)

@@ -126,7 +126,9 @@ class CallTimeoutError(DoorError, TimeoutError):
 
 class BusyError(DoorError):
     """
-    The server had no channel, thread or descriptor to spare; the call did not run.
+    The server had no channel, thread or descriptor to spare, or the caller's user has his share of them
+    (``doorpool.Limits``); the call did not run.  (Of a user whose results take too many bytes it did:
+    ``may_have_run`` says so.)
 
     Or it would have waited for itself.  (Where the caller itself has run out of descriptors, that is an
     ``OSError``, ``EMFILE``, as of ``open``.)

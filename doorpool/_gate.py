@@ -55,10 +55,12 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from doorpool import _sockets, _wire
 from doorpool._channel import NOT, RECEIVE, Channel, Hangup, flat, process_is_gone
-from doorpool._credentials import Credentials
+from doorpool._credentials import Credentials, is_strange
 from doorpool._errors import ClosedError, DoorError, LimitError, ProtocolError
 from doorpool._impl import shuttle
 from doorpool._janitor import close_all
+from doorpool._keeper import keeper
+from doorpool._shares import Crowd, Limits, Share, Turns, Usage, over
 from doorpool._sockets import MAX_DESCRIPTORS
 from doorpool._wire import Frame, Kind, Knock, Reason, Refusal
 
@@ -88,7 +90,8 @@ class Served:
     """A channel as its gate sees it: see "Who may touch a channel" above."""
 
     __slots__ = (
-        "channel", "claim", "door", "doomed", "fd", "fresh", "limit", "memo", "poll", "watched", "words",
+        "bytes", "channel", "claim", "door", "doomed", "fd", "fresh", "limit", "memo", "poll", "share",
+        "turn", "watched", "words",
     )  # fmt: skip
 
     def __init__(self, channel: Channel, door: Door, words: Knock) -> None:
@@ -102,6 +105,9 @@ class Served:
         self.doomed: Refusal | None = None
         self.fresh = False  # its first call is to be lingered for
         self.watched = False  # the caller's process, by the keeper
+        self.share: Share | None = None  # a stranger's: see ``doorpool._shares``
+        self.turn = False
+        self.bytes = 0
         self.poll = select.poll()
         self.poll.register(self.fd, _GONE)
         if channel.pidfd >= 0:  # a hang-up may be hidden by whoever holds a copy of the socket
@@ -131,12 +137,19 @@ class Gate:
         lingers: a thread that has answered comes back at once to wait here again, so the
             channel may stay with it meanwhile (see ``LINGER``).
         spin: nanoseconds for which it then looks at the shared page; -1: as long as it is worth it.
+        crowd: the strangers of the server, each of whom has a share; without it all are equal here.
+        threads: how many may wait here at most, for the strangers' turns.
 
     Modelled on: door_return(3C), by which a server thread waits for the next call.
     """
 
-    def __init__(self, *, lingers: bool = False, spin: int = -1) -> None:
+    def __init__(
+        self, *, lingers: bool = False, spin: int = -1, crowd: Crowd | None = None, threads: int = 1
+    ) -> None:  # fmt: skip
         self.spin = spin
+        self.crowd = crowd
+        self.limits = Limits() if crowd is None else crowd.limits
+        self._turns = Turns(self.limits, threads)
         self._epoll = select.epoll()
         self._set = self._epoll.fileno()
         self._bell = _sockets.bell_in(self._epoll, os.EFD_SEMAPHORE)
@@ -166,6 +179,10 @@ class Gate:
             sum(it.retained for it in all_),
             sum(it.reused for it in all_),
         )
+
+    def usage(self) -> dict[int | None, Usage]:
+        """What each stranger has here of running and waiting calls."""
+        return self._turns.usage()
 
     @property
     def closed(self) -> bool:
@@ -204,7 +221,7 @@ class Gate:
                 # step: lingering
                 invocation = None
                 page = served.channel.page
-                if served.doomed is None and (page is not None or self.waiting):
+                if served.doomed is None and (page is not None or self._has_time_for(served)):
                     if page is None:
                         self._check_here()
                     invocation = self._next_call(served, RECEIVE)
@@ -218,6 +235,10 @@ class Gate:
         except (OSError, ValueError):
             self._check_here()  # forked by a signal handler, while it waited
             raise
+
+    def _has_time_for(self, served: Served) -> bool:
+        """Tell whether a thread may linger: another waits, and no stranger for the turn that it keeps."""
+        return self.waiting > 0 and not (served.turn and self._turns.any_held)
 
     def _check_here(self) -> None:
         if self.generation != _sockets.here():
@@ -270,6 +291,8 @@ class Gate:
         served = self._served.get(ready)
         if served is None or not served.claim.acquire(blocking=False):
             return None
+        if served.share is not None and not self._take_turn(served):
+            return None
         fresh, served.fresh = served.fresh, False
         invocation = self._next_call(served, RECEIVE if fresh else NOT)
         if invocation is not None:
@@ -277,6 +300,57 @@ class Gate:
         elif not served.channel.closed:
             self._park(served)
         return invocation
+
+    def _take_turn(self, served: Served) -> bool:
+        """Take a turn for a stranger's channel, or let go of it until there is one."""
+        uid = served.channel.peer.uid
+        if self._turns.take(served, uid) or self._turns.is_full(uid):
+            return True  # in the latter case to be refused
+        served.claim.release()
+        if served.doomed is not None:
+            self.end(served, served.doomed)
+            return False
+        for one in self._turns.hold(served, uid, lambda: self._served.get(served.fd) is served):
+            self._arm(one, _PARKED)
+        return False
+
+    def _count_request(self, served: Served, frame: Frame | None) -> None:
+        """Count what has come of a stranger's request; refuse one that is over his share."""
+        crowd, uid = self.crowd, served.channel.peer.uid
+        assert crowd is not None
+        if frame is None:
+            crowd.count(served, served.channel.begun)
+            return
+        if frame.refusal is None:
+            crowd.count(served, len(frame.data) + sum(map(len, frame.buffers)))
+        elif frame.refusal.reason is Reason.TOO_LARGE and frame.refusal.value <= served.door.max_request:
+            frame.refusal = crowd.why_no_request(served, frame.refusal.value)
+        if not served.turn and frame.refusal is None:
+            frame.refusal = over("calls waiting", uid, self._turns.is_full(uid), self._turns.most_held)
+        if frame.refusal is not None:
+            crowd.count(served, 0)
+        if frame.refusal is not None and frame.refusal.reason is Reason.BUSY:
+            self.refuse(served, frame.refusal)
+
+    def refuse(self, served: Served, refusal: Refusal) -> None:
+        """Take note that a stranger was refused for having too much."""
+        assert self.crowd is not None
+        self.crowd.refused += 1
+        peer, door = served.channel.peer, served.door
+        keeper().say(
+            logging.WARNING, "%s: refused a call of %s: %s", door.name, peer, refusal.text,
+            about=(door.id, peer.uid, "share"),
+        )  # fmt: skip
+
+    def _say_closed(self, served: Served, error: Exception) -> None:
+        """Log that a channel was closed for what its caller has sent; of a stranger not each time."""
+        peer, door = served.channel.peer, served.door
+        text = "%s: %s: channel closed: %s"
+        if is_strange(peer.uid):
+            about = (door.id, peer.uid, "protocol")
+            keeper().say(logging.WARNING, text, door.name, peer, error, about=about)
+        else:
+            log.warning(text, door.name, peer, error)
 
     def _next_call(self, served: Served, how: int) -> Invocation | None:
         """Read from a claimed channel; close it if it has come to its end."""
@@ -298,6 +372,8 @@ class Gate:
                 return None
             else:
                 frame = self._read_frame(served, NOT if page is not None else how)
+                if served.share is not None:
+                    self._count_request(served, frame)
                 if frame is None:
                     return None
                 invocation.take(frame)
@@ -327,7 +403,7 @@ class Gate:
         except Hangup:
             self.drop(served)
         except (ProtocolError, shuttle.PageError) as error:
-            log.warning("%s: %s: channel closed: %s", served.door.name, served.channel.peer, error)
+            self._say_closed(served, error)
             self._say_goodbye(served, Refusal(Reason.PROTOCOL, str(error)))
         except OSError:
             self._drop_with(served, frame)  # the caller was gone when it should have been answered
@@ -453,12 +529,21 @@ class Gate:
     def _park(self, served: Served) -> None:
         # step: parking
         events = self._events_for(served)
+        if served.turn:
+            self._give_turn_back(served)
         served.claim.release()
         if served.doomed is not None:
             self.end(served, served.doomed)
         elif self._served.get(served.fd) is served:
             self._arm(served, events)
             # step: parked
+
+    def _give_turn_back(self, served: Served) -> None:
+        """Let go of a stranger's turn, and arm the channel that gets it."""
+        assert self.crowd is not None
+        self.crowd.count(served, served.channel.begun)
+        for one in self._turns.give_back(served, served.channel.peer.uid):
+            self._arm(one, _PARKED)
 
     def _events_for(self, served: Served) -> int:
         """Park a page; return what the set shall report: at once, if there is a request already."""
@@ -522,6 +607,8 @@ class Gate:
             del self._served[served.fd]
             with contextlib.suppress(OSError, ValueError):
                 self._epoll.unregister(served.fd)
+        if served.share is not None:
+            self._give_turn_back(served)
         served.door.forget(served)
         if served.channel.page is not None:
             served.channel.page.shut()  # behind the goodbye, for whoever looks at the page
@@ -747,6 +834,8 @@ class Invocation:
             if not everyday or buffers or descriptors or not page.answer(data, 0):  # type: ignore[union-attr]
                 if self._gate.generation != _sockets.here():
                     return  # a forked child that comes this way answers nothing: the parent will
+                if served.share is not None:
+                    kind, data, buffers, descriptors = self._within_share(kind, data, buffers, descriptors)
                 self._answer_at_length(channel, kind, data, buffers, descriptors)
         except OSError:
             self._gate.drop(served)  # nobody is there, or nobody reads
@@ -761,6 +850,19 @@ class Invocation:
         finally:
             if self.descriptors:
                 close_all(self.descriptors, served.channel.peer.uid)
+
+    def _within_share(
+        self, kind: int, data: bytes | bytearray | memoryview, buffers: Sequence[memoryview],
+        descriptors: Sequence[int],
+    ) -> tuple[int, bytes | bytearray | memoryview, Sequence[memoryview], Sequence[int]]:  # fmt: skip
+        """Count a stranger's result in, or put a refusal in its place."""
+        crowd = self._gate.crowd
+        assert crowd is not None
+        refusal = crowd.begin_reply(self.line, len(data) + sum(map(len, buffers)))
+        if refusal is None:
+            return kind, data, buffers, descriptors
+        self._gate.refuse(self.line, refusal)
+        return Kind.FAILURE, refusal.encode(), (), ()
 
     @staticmethod
     def _answer_at_length(

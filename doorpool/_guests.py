@@ -11,7 +11,9 @@ end.  A hang-up alone proves nothing: whoever shuts his end down can keep it, an
 
 Our own user and root are trusted, and bounded only all together.  Strangers, that is all others
 and those of whom the kernel does not say who they are, get a few answers each, and all together
-three quarters of what there is: of the answers in flight, and of this process's descriptors.
+three quarters of what there is: of the answers in flight, and of this process's descriptors, of
+which no uid gets more than half of that (``doorpool._shares`` has the limits).  All this is counted for the
+process and not for a server, because the kernel counts so; each server has its own limits for it.
 
 All methods are for holders of the keeper's lock, but those that say otherwise.
 """
@@ -21,6 +23,7 @@ from __future__ import annotations
 import contextlib
 import resource
 import socket
+from collections import Counter
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
@@ -30,6 +33,7 @@ from doorpool import _opening, _sockets
 from doorpool._credentials import is_strange
 from doorpool._keeper import Keeper, Timer, keeper
 from doorpool._opening import Visitor
+from doorpool._shares import Limits, Usage
 
 if TYPE_CHECKING:
     from doorpool._door import Door
@@ -47,7 +51,7 @@ _SECOND_LOOK = 0.05
 #: before: many a client is gone by then.
 _FIRST_LOOK = 0.002
 
-MOST_UNREAD = 16  #: Answers that a strange uid may leave unread.
+MOST_UNREAD = Limits().greetings  #: Answers that a strange uid may leave unread, if nothing else is said.
 MOST_UNREAD_OF_ALL = 4_096  #: All together, where not a quarter of ``RLIMIT_NOFILE`` is less.
 
 
@@ -75,13 +79,14 @@ class Guests:
         self.generation = _sockets.generation
         self._keeper = keeper
         self._guests: dict[Served, _Guest] = {}
-        self._strange_ports: set[socket.socket] = set()
+        self._strange_ports: dict[socket.socket, int | None] = {}
         self._strange_channels: set[Served] = set()
         self._fresh: list[_Guest] = []  # trusted, and not watched yet
 
-    def objection(self, uid: int | None) -> str | None:
+    def objection(self, uid: int | None, limits: Limits) -> str | None:
         """Say why a user may not come in just now; None if he may."""
-        if not self._strange_ports and not self._strange_channels and len(self._guests) < MOST_UNREAD:
+        few = min(MOST_UNREAD, limits.greetings)
+        if not self._strange_ports and not self._strange_channels and len(self._guests) < few:
             return None  # nearly always: nobody is here who would have to be counted
         limit = min(_most_descriptors() // 4, MOST_UNREAD_OF_ALL)
         if not is_strange(uid):
@@ -91,9 +96,9 @@ class Guests:
         his = [guest for guest in self._guests.values() if guest.uid == uid]
         strange = [guest for guest in self._guests.values() if is_strange(guest.uid)]
         return (
-            self._too_many(his, MOST_UNREAD, f"uid {uid}")
+            self._too_many(his, limits.greetings, f"uid {uid}")
             or self._too_many(strange, limit * 3 // 4, "callers of other users")
-            or (None if self.has_room(uid) else "callers of other users hold all that they may have open")
+            or self.why_full(uid, limits)
         )
 
     def _too_many(self, guests: list[_Guest], limit: int, whose: str) -> str | None:
@@ -105,22 +110,42 @@ class Guests:
         """Let those go that have read their answers; return how many stay."""
         return sum(not self._has_left(guest) for guest in guests)
 
-    def has_room(self, uid: int | None) -> bool:
-        """Tell whether one more port or channel of this user fits in."""
+    def why_full(self, uid: int | None, limits: Limits) -> str | None:
+        """Say why no further port or channel of this user fits in; None if one does."""
         if not is_strange(uid):
-            return True
+            return None
+        most = _most_descriptors() * 3 // 4
         held = len(self._strange_ports) + 2 * len(self._strange_channels)
-        most = _most_descriptors() * 3 // 4 - held
-        if len(self._guests) >= most:
+        if held + len(self._guests) >= most:
             self.look_round()
-        return len(self._guests) < most
+            if held + len(self._guests) >= most:
+                return f"callers of other users hold all {most} descriptors that they may have open together"
+        his_most = limits.descriptors or most // 2
+        if held < his_most:
+            return None
+        his = self._held_by(uid)
+        return (
+            f"uid {uid} has {his} descriptors, and a user's limit is {his_most}" if his >= his_most else None
+        )
+
+    def _held_by(self, uid: int | None) -> int:
+        ports = sum(it == uid for it in self._strange_ports.values())
+        return ports + 2 * sum(it.channel.peer.uid == uid for it in list(self._strange_channels))
+
+    def usage(self) -> dict[int | None, Usage]:
+        """What each stranger has of descriptors and of answers that are unread, or not seen to be read."""
+        held = Counter(self._strange_ports.values())
+        for served in list(self._strange_channels):
+            held[served.channel.peer.uid] += 2
+        unread = Counter(guest.uid for guest in self._guests.values() if is_strange(guest.uid))
+        return {uid: Usage(descriptors=held[uid], greetings=unread[uid]) for uid in {*held, *unread}}
 
     # -- ports and channels ----------------------------------------------------------------
 
     def add_port(self, port: socket.socket, uid: int | None) -> None:
         """Count a connection in."""
         if is_strange(uid):
-            self._strange_ports.add(port)
+            self._strange_ports[port] = uid
 
     def add_channel(self, served: Served) -> None:
         """Count a channel in."""
@@ -129,7 +154,7 @@ class Guests:
 
     def forget_port(self, port: socket.socket) -> None:
         """Count a connection out; idempotent."""
-        self._strange_ports.discard(port)
+        self._strange_ports.pop(port, None)
 
     def forget_channel(self, served: Served) -> None:
         """

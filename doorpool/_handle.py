@@ -409,6 +409,9 @@ class Handle:
             raise self._translated(error) from None
         if not data:
             raise BrokenDoorError(f"{self.name}: the server is gone", filename=self.path)
+        refusal = _wire.decode_farewell(data)
+        if refusal is not None:
+            raise BusyError(f"{self.name}: {refusal.text}")
         greeting = _wire.decode_greeting(data)
         if greeting is None:
             raise NotADoorError(f"{self.name} is a socket, but no door", filename=self.path)

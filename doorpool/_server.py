@@ -36,7 +36,7 @@ import sys
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar, overload
 
 import attrs
@@ -44,9 +44,11 @@ import attrs
 from doorpool import _endpoint, _sockets
 from doorpool._endpoint import Endpoint, check_mode, checked_threads
 from doorpool._errors import ClosedError, Path
+from doorpool._guests import guests
 from doorpool._handle import check_seconds, check_spin
 from doorpool._keeper import keeper
 from doorpool._names import absolute_path
+from doorpool._shares import Limits, Usage, sum_up
 from doorpool._threads import Pool, Pools
 from doorpool._wire import Reason, Refusal
 from doorpool.door import Invocation
@@ -82,6 +84,9 @@ class Statistics:
         segment_bytes: their size together.
         segments_retained: of these, how many callers hold, who have something built on them.
         segments_reused: how often one was used again, on the channels that are open.
+        refused: calls and openings of other users that were refused because they had too much.
+        limits: what each user other than our own and root may have.
+        users: what each of those who are here has now, by uid; None: those whom the kernel does not name.
     """
 
     threads: int
@@ -96,6 +101,9 @@ class Statistics:
     segment_bytes: int
     segments_retained: int
     segments_reused: int
+    refused: int
+    limits: Limits
+    users: Mapping[int | None, Usage]
 
 
 @attrs.define
@@ -122,6 +130,7 @@ class Server:
         name: begins the names of its threads.
         spin: seconds for which a thread that has answered looks whether the next call is there,
             before it sleeps; by default up to 0.0002, as long as that is worth it; 0: never.
+        limits: what each user other than our own and root may have of it at one time.
 
     Raises:
         TypeError, ValueError: an option is out of its range.
@@ -132,7 +141,7 @@ class Server:
     def __init__(
         self, *, max_threads: int = 64, idle_timeout: float | None = 10.0,
         close_timeout: float | None = 5.0, thread_setup: Callable[[], object] | None = None,
-        name: str | None = None, spin: float | None = None,
+        name: str | None = None, spin: float | None = None, limits: Limits | None = None,
     ) -> None:  # fmt: skip
         self._started = False
         self._generation = _sockets.generation
@@ -144,7 +153,7 @@ class Server:
         self._pools = Pools(
             self.name, _endpoint.serve, max_threads=max_threads,
             idle_timeout=check_seconds(idle_timeout, "idle_timeout"), thread_setup=thread_setup,
-            spin=check_spin(spin),
+            spin=check_spin(spin), limits=_checked_limits(limits),
         )  # fmt: skip
         self._lock = threading.RLock()
         self._endpoints: dict[Endpoint, None] = {}
@@ -177,7 +186,16 @@ class Server:
     def statistics(self) -> Statistics:
         """Return how the server is doing."""
         doors = sum(not it.closed for it in (*self._endpoints, *self._adopted))
-        return Statistics(doors=doors, **attrs.asdict(self._pools.load))
+        with keeper().lock:
+            users = sum_up([self._pools.usage(), guests().usage()])
+        crowd = self._pools.crowd
+        return Statistics(
+            doors=doors,
+            **attrs.asdict(self._pools.load),
+            refused=crowd.refused,
+            limits=crowd.limits,
+            users=users,
+        )
 
     # -- endpoints ---------------------------------------------------------------------------
 
@@ -526,6 +544,12 @@ class Server:
         elif not self._closing and self._generation == _sockets.here():
             warnings.warn(f"unclosed {self!r}", ResourceWarning, source=self, stacklevel=2)
             self.close(0)
+
+
+def _checked_limits(limits: Limits | None) -> Limits | None:
+    if limits is not None and not isinstance(limits, Limits):
+        raise TypeError(f"limits is a doorpool.Limits, not {limits!r}")
+    return limits
 
 
 def _checked_close_timeout(timeout: float | None) -> float | None:

@@ -49,6 +49,7 @@ import attrs
 
 from doorpool import _sockets
 from doorpool._errors import BusyError, ClosedError
+from doorpool._shares import Crowd, Limits, Usage, sum_up
 from doorpool.door import Gate, Invocation
 
 log = logging.getLogger("doorpool")
@@ -110,15 +111,16 @@ class Pool:
         idle_timeout: seconds after which a thread that nobody needs retires; None: never.
         thread_setup: runs first in each thread; one in which it fails serves nobody.
         spin: of its gate.
+        crowd: likewise.
     """
 
     def __init__(
         self, name: str, serve: Callable[[Invocation], bool], *, max_threads: int = 64,
         idle_timeout: float | None = 10.0, thread_setup: Callable[[], object] | None = None,
-        spin: int = -1,
+        spin: int = -1, crowd: Crowd | None = None,
     ) -> None:  # fmt: skip
         self.name = name
-        self.gate = Gate(lingers=True, spin=spin)
+        self.gate = Gate(lingers=True, spin=spin, crowd=crowd, threads=max_threads)
         self.max_threads = max_threads
         self.served = 0
         self.errors = 0
@@ -473,10 +475,13 @@ class Pools:
     def __init__(
         self, name: str, serve: Callable[[Invocation], bool], *, max_threads: int,
         idle_timeout: float | None, thread_setup: Callable[[], object] | None, spin: int = -1,
+        limits: Limits | None = None,
     ) -> None:  # fmt: skip
+        self.crowd = Crowd(limits or Limits())
         self._make = functools.partial(
-            Pool, serve=serve, idle_timeout=idle_timeout, thread_setup=thread_setup, spin=spin
-        )
+            Pool, serve=serve, idle_timeout=idle_timeout, thread_setup=thread_setup, spin=spin,
+            crowd=self.crowd,
+        )  # fmt: skip
         self.name = name
         self.shared = self._make(name, max_threads=max_threads)
         self._all = [self.shared]
@@ -490,6 +495,12 @@ class Pools:
         """What all of them do now, and have done."""
         with self._lock:
             return sum((pool.load for pool in self._all), self._past)
+
+    def usage(self) -> dict[int | None, Usage]:
+        """What each stranger has of them now."""
+        with self._lock:
+            turns = [pool.gate.usage() for pool in self._all]
+        return sum_up([self.crowd.usage(), *turns])
 
     def private(self, name: str, threads: int) -> Pool:
         """

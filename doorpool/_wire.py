@@ -402,6 +402,20 @@ def farewell(refusal: Refusal) -> bytes:
     return _FAREWELL.pack(FAREWELL_MAGIC, VERSION) + refusal.encode()
 
 
+def decode_farewell(data: bytes) -> Refusal | None:
+    """
+    Read a goodbye that stands in place of a greeting: there was no room for a connection.
+
+    None if it is anything else.
+
+    Raises:
+        ProtocolError: it is a goodbye, and spoilt.
+    """
+    if data[: _FAREWELL.size] != _FAREWELL.pack(FAREWELL_MAGIC, VERSION):
+        return None
+    return _decode_refusing(data[_FAREWELL.size :])
+
+
 # -- frames --------------------------------------------------------------------------
 
 

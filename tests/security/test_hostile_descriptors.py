@@ -538,7 +538,8 @@ def connect_often(path: str, count: int) -> int:
 
 def _greeting_on(sock: socket.socket) -> bytes:
     try:
-        return byhand.receive(sock).data
+        data = byhand.receive(sock).data  # or a goodbye, which says why not
+        return data if data[:4] == byhand.greeting_bytes()[:4] else b""
     except ConnectionError:
         return b""
 

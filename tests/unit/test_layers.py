@@ -31,6 +31,7 @@ LAYERS = [
     {"_segments"},
     {"_shelf"},
     {"_channel"},
+    {"_shares"},
     {"_opening"},
     {"_names"},
     {"_guests"},

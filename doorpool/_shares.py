@@ -1,0 +1,313 @@
+"""
+What each user may have of a server at one time, and whose turn it is.
+
+Whoever may open a door can hold its channels, fill its memory and keep its threads busy.  So each *stranger*
+(a user who is neither our own nor root) has a share of each, by uid; all users whom the kernel does not name
+have one together.  Our own user and root have no share: they could stop the server in simpler ways, and a
+call of theirs passes none of this.
+
+Where it is counted
+    channels, bytes     for each server (``Crowd``), whose they are
+    threads             for each pool of threads (``Turns``): a pool is what callers wait for
+    descriptors, knocks for the process (``_guests``), for so the kernel counts them; each server has its own
+                        limit for the number
+
+Turns
+    A server thread reads the channel of a stranger, runs its call and waits for its next one only while the
+    channel has a *turn*, and a uid has no more turns at a time than its share.  A channel that is ready
+    when all are taken is *held*: nobody reads it, and it is not armed, so that the kernel reports it no
+    more.  Who gives a turn back passes it on to the channel that has been held longest, of the uid whose
+    turn it is in the round, and has it armed; the set then reports it to whichever thread waits.  So no
+    thread need be told, none waits for a stranger, and nothing is lost when one retires.
+
+     1. thread A finds no turn for a channel, and lets go of it;
+     2. thread B gives the last turn of this uid back, and finds nobody held;
+     3. A holds the channel: who holds one looks for a turn once more, under the lock that B had.
+
+Two uids that press get turns by turns.  One that has few channels gets a turn at once: the others' are used
+up.
+"""
+
+from __future__ import annotations
+
+import operator
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+import attrs
+
+from doorpool._wire import Reason, Refusal
+
+if TYPE_CHECKING:
+    from doorpool._gate import Served
+
+
+def _whole(_: object, attribute: attrs.Attribute[Any], value: int | None) -> None:
+    if value is None and attribute.default is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{attribute.name} is a whole number, not {value!r}")
+    if value < 1:
+        raise ValueError(f"{attribute.name} is at least 1, not {value}")
+
+
+@attrs.frozen(kw_only=True)
+class Limits:
+    """
+    What each user other than our own and root may have of a server at one time.
+
+    Whoever would go over one is refused with a ``BusyError`` that names the door, the limit, how much there
+    is and the uid; but for ``running``, over which calls wait for their turn.
+
+    Args:
+        channels: open channels.  A ``Proxy`` has one for each call that it makes at a time.
+        running: calls in the threads of a pool; by default a quarter of its ``max_threads``.  (All strangers
+            together: three quarters.)  Between users who wait, turns go round.
+        queued: calls that have come and wait for a turn.
+        bytes: of requests of more than a packet, from their first byte until they are answered, and of
+        results
+            until the caller has read them, but for what the kernel buffers (some 200 KiB a channel).  A
+            single one is let pass if there is nothing else: ``max_request`` and ``max_reply`` are for that.
+            Requests that begin at the same moment may go over it together.
+        descriptors: of the server's process, for connections and channels; by default half of what strangers
+            may have together, which is three quarters of ``RLIMIT_NOFILE``.
+        greetings: knocks that are being answered: those that ``callers`` is asked about, and likewise answers
+            that have not been read.
+
+    Raises:
+        TypeError, ValueError: a limit is no whole number, or below 1.
+    """
+
+    channels: int = attrs.field(default=256, validator=_whole)
+    running: int | None = attrs.field(default=None, validator=_whole)
+    queued: int = attrs.field(default=256, validator=_whole)
+    bytes: int = attrs.field(default=2**28, validator=_whole)
+    descriptors: int | None = attrs.field(default=None, validator=_whole)
+    greetings: int = attrs.field(default=16, validator=_whole)
+
+
+@attrs.frozen
+class Usage:
+    """
+    What a stranger has of a server now; the fields are those of ``Limits``.
+
+    ``descriptors`` and ``greetings`` are of the whole process.
+    """
+
+    channels: int = 0
+    running: int = 0
+    queued: int = 0
+    bytes: int = 0
+    descriptors: int = 0
+    greetings: int = 0
+
+
+def sum_up(usages: Iterable[dict[int | None, Usage]]) -> dict[int | None, Usage]:
+    """Add up, for each uid, what it has in several places."""
+    total: dict[int | None, Usage] = {}
+    for usage in usages:
+        for uid, one in usage.items():
+            before = attrs.astuple(total.get(uid, Usage()))
+            total[uid] = Usage(*map(operator.add, before, attrs.astuple(one)))
+    return total
+
+
+def over(what: str, uid: int | None, value: int, limit: int, *, may_have_run: bool = False) -> Refusal:
+    """Say to a user that he has too much of something."""
+    whose = "callers of unknown uid have" if uid is None else f"uid {uid} has"
+    text = f"{whose} {value} {what}, and a user's limit is {limit}"
+    return Refusal(Reason.BUSY, text, may_have_run, limit, value)
+
+
+@attrs.define(eq=False)
+class Share:
+    """What one uid has of a server."""
+
+    uid: int | None
+    channels: int = 0
+    bytes: int = 0
+
+
+class Crowd:
+    """The strangers of one server."""
+
+    def __init__(self, limits: Limits) -> None:
+        self.limits = limits
+        self.refused = 0
+        self._lock = threading.RLock()  # a finalizer may answer a call in the midst of it
+        self._shares: dict[int | None, Share] = {}
+
+    def objection(self, uid: int | None) -> Refusal | None:
+        """Say why a stranger may open no further channel; None if he may."""
+        share = self._shares.get(uid)
+        if share is None or share.channels < self.limits.channels:
+            return None
+        return over("channels open", uid, share.channels, self.limits.channels)
+
+    def enter(self, uid: int | None) -> Share:
+        """Count a channel in."""
+        with self._lock:
+            share = self._shares.setdefault(uid, Share(uid))
+            share.channels += 1
+            return share
+
+    def leave(self, served: Served) -> None:
+        """Count a channel out; idempotent."""
+        share, served.share = served.share, None
+        if share is None:
+            return
+        with self._lock:
+            share.channels -= 1
+            share.bytes -= served.bytes
+            served.bytes = 0
+            if not share.channels:
+                self._shares.pop(share.uid, None)
+
+    def room(self, served: Served, limit: int) -> int:
+        """Say how large a request may be that begins, if ``limit`` is the door's."""
+        share = served.share
+        others = 0 if share is None else share.bytes - served.bytes
+        return min(limit, max(0, self.limits.bytes - others)) if others else limit
+
+    def count(self, served: Served, size: int) -> None:
+        """Say how many bytes of a channel are in flight now."""
+        if size == served.bytes or (share := served.share) is None:
+            return
+        with self._lock:
+            share.bytes += size - served.bytes
+            served.bytes = size
+
+    def why_no_request(self, served: Served, size: int) -> Refusal:
+        """Say why a request had no room that the door would have taken."""
+        assert served.share is not None
+        return self._too_much(served.share, "a request", size, served.share.bytes - served.bytes)
+
+    def begin_reply(self, served: Served, size: int) -> Refusal | None:
+        """Count a result in place of its request, or say why it is not sent."""
+        share = served.share
+        if share is None or not (size or served.bytes):
+            return None
+        with self._lock:
+            others = share.bytes - served.bytes
+            if others and others + size > self.limits.bytes:
+                return self._too_much(share, "a result", size, others, may_have_run=True)
+            share.bytes, served.bytes = others + size, size
+        return None
+
+    def _too_much(
+        self, share: Share, what: str, size: int, others: int, *, may_have_run: bool = False
+    ) -> Refusal:  # fmt: skip
+        what = f"bytes in flight with {what} of {size}"
+        return over(what, share.uid, others + size, self.limits.bytes, may_have_run=may_have_run)
+
+    def usage(self) -> dict[int | None, Usage]:
+        """What each stranger has of channels and bytes."""
+        with self._lock:
+            return {uid: Usage(channels=it.channels, bytes=it.bytes) for uid, it in self._shares.items()}
+
+
+class Turns:
+    """
+    The turns of strangers at one pool of threads.
+
+    Args:
+        limits: of each uid.
+        threads: how many the pool may have.
+    """
+
+    def __init__(self, limits: Limits, threads: int) -> None:
+        self._most_of_all = max(1, threads * 3 // 4)
+        usual = max(min(2, self._most_of_all), threads // 4)
+        self._most = min(limits.running or usual, self._most_of_all)
+        self._most_held = limits.queued
+        self._lock = threading.RLock()  # a finalizer may answer a call in the midst of it
+        self._running: Counter[int | None] = Counter()
+        self._taken = 0
+        self._held: dict[int | None, dict[Served, None]] = {}  # in the order of the round
+        self.any_held = False
+
+    def take(self, served: Served, uid: int | None) -> bool:
+        """Take a turn for a channel that is claimed, unless it has one; tell whether there was one."""
+        with self._lock:
+            if served.turn:
+                return True
+            mine = self._held.get(uid)
+            if (mine is not None and served not in mine) or not self._has_one(uid):
+                return False
+            self._forget(served, uid)
+            self._give(served, uid)
+            return True
+
+    def is_full(self, uid: int | None) -> int:
+        """Tell how many channels of a uid are held, if it is as many as may be; else 0."""
+        held = len(self._held.get(uid, ()))
+        return held if held >= self._most_held else 0
+
+    @property
+    def most_held(self) -> int:
+        """How many may be."""
+        return self._most_held
+
+    def hold(self, served: Served, uid: int | None, is_open: Callable[[], bool]) -> list[Served]:
+        """Hold a channel that nobody claims; return those that have got a turn and are to be armed."""
+        with self._lock:
+            if is_open() and not served.turn:
+                self._held.setdefault(uid, {})[served] = None
+                self.any_held = True
+            return self._pass_on()
+
+    def give_back(self, served: Served, uid: int | None) -> list[Served]:
+        """Give a turn back, if the channel has one or is held; return those to be armed that got it."""
+        with self._lock:
+            self._forget(served, uid)
+            if served.turn:
+                served.turn = False
+                self._taken -= 1
+                self._running[uid] -= 1
+                if not self._running[uid]:
+                    del self._running[uid]
+            return self._pass_on() if self.any_held else []
+
+    def _has_one(self, uid: int | None) -> bool:
+        return self._taken < self._most_of_all and self._running[uid] < self._most
+
+    def _give(self, served: Served, uid: int | None) -> None:
+        served.turn = True
+        self._taken += 1
+        self._running[uid] += 1
+
+    def _forget(self, served: Served, uid: int | None) -> None:
+        mine = self._held.get(uid)
+        if mine is not None:
+            mine.pop(served, None)
+            if not mine:
+                del self._held[uid]
+                self.any_held = bool(self._held)
+
+    def _pass_on(self) -> list[Served]:
+        """Give the free turns to who is held, one for each uid in the round."""
+        got: list[Served] = []
+        while self._taken < self._most_of_all:
+            uids = [uid for uid in self._held if self._has_one(uid)]
+            if not uids:
+                break
+            mine = self._held.pop(uids[0])
+            served = next(iter(mine))
+            del mine[served]
+            if mine:
+                self._held[uids[0]] = mine  # at the end of the round
+            self._give(served, uids[0])
+            got.append(served)
+        self.any_held = bool(self._held)
+        return got
+
+    def usage(self) -> dict[int | None, Usage]:
+        """What each stranger has of turns."""
+        with self._lock:
+            held = {uid: len(mine) for uid, mine in self._held.items()}
+            return {
+                uid: Usage(running=self._running[uid], queued=held.get(uid, 0))
+                for uid in {*self._running, *held}
+            }  # fmt: skip

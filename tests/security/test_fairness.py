@@ -1,0 +1,132 @@
+"""
+Fair between uids: how many channels one of them has, and how hard it presses, is its own affair.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import Any
+
+import pytest
+from support import wait_until
+from support.actors import here
+
+from doorpool import Proxy, Server, current_call
+
+PATIENCE = 20.0
+A, B = 6701, 6702
+
+pytestmark = pytest.mark.usefixtures("root_only")
+
+
+def serve(path: str, seconds: float, **options: Any) -> None:
+    """Serve what does not compute, but takes its time; count whose calls it was that were answered."""
+    here.calls = dict.fromkeys((A, B), 0)
+    here.counting = threading.Lock()
+
+    def pause() -> None:
+        time.sleep(seconds)
+        with here.counting:
+            here.calls[current_call().caller.uid] += 1
+
+    here.server = Server(**options)
+    here.server.attach(pause, path, codec="data", mode=0o666)
+    here.server.attach(lambda: None, f"{path}.null", codec="data", mode=0o666)
+    here.server.start()
+
+
+def counts() -> dict[int, int]:
+    with here.counting:
+        return dict(here.calls)
+
+
+def press(path: str, channels: int) -> None:
+    """Call without a pause on so many channels, until ``stop``."""
+    here.stopping, here.proxy, here.errors = False, Proxy(path, server={0}), []
+
+    def work() -> None:
+        try:
+            while not here.stopping:
+                here.proxy()
+        except Exception as error:
+            here.errors.append(error)
+
+    here.threads = [threading.Thread(target=work, daemon=True) for _ in range(channels)]
+    for thread in here.threads:
+        thread.start()
+
+
+def stop() -> list[str]:
+    here.stopping = True
+    for thread in here.threads:
+        thread.join(PATIENCE)
+    assert not any(thread.is_alive() for thread in here.threads)
+    return [repr(error) for error in here.errors]
+
+
+def queued(uid: int) -> int:
+    found = here.server.statistics().users.get(uid)
+    return 0 if found is None else found.queued
+
+
+def test_two_uids_that_press_get_the_same_number_of_calls(actor, path, many):
+    """Though one of them has eight times as many channels."""
+    server, one, other = actor(0), actor(A), actor(B)
+    server(serve, path, 0.004, max_threads=4)
+    one(press, path, 48)
+    other(press, path, 6)
+    wait_until(lambda: server(queued, A) > 30 and server(queued, B) > 0, timeout=PATIENCE)
+    wanted = many(150, 3000)
+    first = server(counts)
+    wait_until(lambda: server(counts)[A] >= first[A] + wanted, timeout=wanted * 0.2)
+    last = server(counts)
+    assert not one(stop)
+    assert not other(stop)
+    his, hers = (last[uid] - first[uid] for uid in (A, B))
+    assert 1 / 1.2 < his / hers < 1.2, (his, hers)
+
+
+def time_calls(path: str, count: int) -> list[float]:
+    """Make calls one after the other; return how long each took, in order of length."""
+    times = []
+    with Proxy(path, server={0}, timeout=PATIENCE) as proxy:
+        for _ in range(count):
+            begun = time.perf_counter()
+            proxy()
+            times.append(time.perf_counter() - begun)
+    return sorted(times)
+
+
+def hold(path: str, **options: Any) -> None:
+    """Serve what does not end before ``let_go``, and what ends at once."""
+    here.gate, here.calls = threading.Event(), 0
+
+    def wait() -> None:
+        here.gate.wait(3 * PATIENCE)
+        here.calls += 1
+
+    here.server = Server(**options)
+    here.server.attach(wait, path, codec="data", mode=0o666)
+    here.server.attach(lambda: None, f"{path}.null", codec="data", mode=0o666)
+    here.server.start()
+
+
+def let_go() -> None:
+    here.gate.set()
+
+
+def answered() -> int:
+    return int(here.calls)
+
+
+@pytest.mark.parametrize("threads", [4, 64])
+def test_no_call_of_a_uid_waits_for_the_threads_that_another_holds(actor, path, many, threads):
+    server, one, other = actor(0), actor(A), actor(B)
+    server(hold, path, max_threads=threads)
+    one(press, path, 40)
+    wait_until(lambda: server(queued, A) >= 40 - threads // 2, timeout=PATIENCE)
+    assert len(other(time_calls, f"{path}.null", many(300, 20_000))) == many(300, 20_000)
+    assert server(answered) == 0, "none of the other's has ended meanwhile"
+    server(let_go)
+    assert not one(stop)

@@ -1,0 +1,339 @@
+"""
+What each strange uid may have at one time: one that is at a limit is told so, and another is served.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import attrs
+import pytest
+from support import byhand, wait_until
+from support.actors import here, logged
+
+import doorpool
+from doorpool import BusyError, Limits, Proxy, Server
+
+PATIENCE = 20.0
+A, B = 6701, 6702
+DATA = 2
+
+pytestmark = pytest.mark.usefixtures("root_only")
+
+
+def serve(path: str, threads: int = 64, **limits: int) -> None:
+    """Serve an echo, and what waits until it is told to go on."""
+    here.gate = threading.Event()
+
+    def wait(value: int) -> int:
+        here.gate.wait(PATIENCE)
+        return value
+
+    here.server = Server(max_threads=threads, limits=Limits(**limits))
+    options: dict[str, Any] = {"codec": "data", "mode": 0o666}
+    here.server.attach(lambda value: value, path, name="echo", **options)
+    here.server.attach(wait, f"{path}.wait", name="wait", **options)
+    here.server.attach(lambda size: b"x" * size, f"{path}.much", name="much", **options)
+    here.server.start()
+
+
+def usage(uid: int) -> dict[str, int]:
+    found = here.server.statistics().users.get(uid)
+    return {} if found is None else attrs.asdict(found)
+
+
+def refused() -> int:
+    return int(here.server.statistics().refused)
+
+
+def let_go() -> None:
+    here.gate.set()
+
+
+def open_some(path: str, count: int) -> tuple[int, list[str]]:
+    """Open a door so often; return how often that went well, and what was said otherwise."""
+    here.open, refusals = [], []
+    for _ in range(count):
+        try:
+            here.open.append(Proxy(path, server={0}, timeout=PATIENCE))
+        except BusyError as error:
+            refusals.append(f"{error}, may_have_run={error.may_have_run}")
+    return len(here.open), refusals
+
+
+def close_some(count: int) -> None:
+    for _ in range(count):
+        here.open.pop().close()
+
+
+def call_once(path: str, value: Any) -> Any:
+    with Proxy(path, server={0}, timeout=PATIENCE) as proxy:
+        return proxy(value)
+
+
+def begin_calls(path: str, count: int) -> None:
+    """Begin calls, each in a thread and on a channel of its own."""
+    here.proxy, here.results, here.errors = Proxy(path, server={0}, timeout=PATIENCE), [], []
+
+    def work(number: int) -> None:
+        try:
+            here.results.append(here.proxy(number))
+        except Exception as error:
+            here.errors.append(error)
+
+    here.threads = [threading.Thread(target=work, args=(number,), daemon=True) for number in range(count)]
+    for thread in here.threads:
+        thread.start()
+
+
+def ended() -> tuple[int, list[str]]:
+    """How many of them have a result, and what the others were told."""
+    return len(here.results), [f"{type(error).__name__}: {error}" for error in here.errors]
+
+
+def settle(server: Any, uid: int, **expected: int) -> None:
+    """Wait until a user has so much of something."""
+    wait_until(lambda: expected.items() <= server(usage, uid).items(), timeout=PATIENCE)
+
+
+@pytest.fixture
+def serving(actor, path):
+    def start(**limits: int) -> Any:
+        server = actor(0)
+        server(serve, path, **limits)
+        return server
+
+    return start
+
+
+@pytest.mark.ids("F07")
+def test_one_uid_opens_channels_until_it_is_refused_and_another_is_served(serving, actor, path):
+    server, one, other = serving(channels=5), actor(A), actor(B)
+    opened, refusals = one(open_some, path, 20)
+    assert opened == 5
+    assert len(refusals) == 15
+    for text in (path, "channels", f"uid {A}", "limit is 5", "may_have_run=False"):
+        assert text in refusals[0]
+    assert server(usage, A)["channels"] == 5
+    assert other(call_once, path, "hello") == "hello"
+    mates = actor(A)
+    assert mates(open_some, path, 1)[0] == 0, "the limit is the uid's, whichever process it is"
+    one(close_some, 2)
+    settle(server, A, channels=3)
+    assert mates(open_some, path, 5)[0] == 2
+    assert server(refused) >= 19
+    lines = [line for line in server(logged) if "channels open" in line]
+    assert len(lines) == 1, "an offender is named once, not for each event"
+    assert f"uid={A}" in lines[0] or f"uid {A}" in lines[0]
+
+
+@pytest.mark.ids("F07")
+def test_one_uid_connects_until_it_has_its_descriptors_and_another_is_served(serving, actor, path):
+    server, one, other = serving(descriptors=20), actor(A), actor(B)
+    assert one(connect, path, 100) == 20
+    assert server(usage, A)["descriptors"] == 20
+    refusals = actor(A)(open_some, path, 1)[1]
+    for text in (path, "descriptors", f"uid {A}", "20"):
+        assert text in refusals[0]
+    assert other(call_once, path, "hello") == "hello"
+    assert len([line for line in server(logged) if "dropped a connection" in line]) == 1
+    one(disconnect)
+    wait_until(lambda: server(usage, A) == {}, timeout=PATIENCE)
+    assert one(call_once, path, "again") == "again"
+
+
+def connect(path: str, count: int) -> int:
+    here.kept = [byhand.reach(path) for _ in range(count)]
+    greeting = byhand.greeting_bytes()[:4]
+    return sum(byhand.receive(sock).data[:4] == greeting for sock in here.kept)
+
+
+def disconnect() -> None:
+    while here.kept:
+        here.kept.pop().close()
+
+
+def knock_often(path: str, count: int) -> None:
+    """Knock, and leave the answers unread."""
+    here.kept = []
+    for _ in range(count):
+        door = byhand.reach(path)
+        here.kept += [door, byhand.knock(door)]
+
+
+def test_one_uid_leaves_answers_unread_up_to_its_limit_and_another_is_served(serving, actor, path):
+    server, one, other = serving(greetings=4), actor(A), actor(B)
+    one(knock_often, path, 10)
+    settle(server, A, greetings=4)
+    opened, refusals = actor(A)(open_some, path, 1)
+    assert opened == 0
+    for text in (path, f"4 answers to uid {A}"):
+        assert text in refusals[0]
+    assert other(call_once, path, "hello") == "hello"
+    one(disconnect)
+    wait_until(lambda: server(usage, A) == {}, timeout=PATIENCE)
+    assert one(call_once, path, "again") == "again"
+
+
+def test_calls_over_the_share_of_running_ones_wait_and_another_uid_is_served(serving, actor, path):
+    server, one, other = serving(threads=8, running=2), actor(A), actor(B)
+    one(begin_calls, f"{path}.wait", 7)
+    settle(server, A, running=2, queued=5)
+    assert other(call_once, path, "hello") == "hello"
+    assert actor(0)(call_once, path, "hello") == "hello"
+    assert server(usage, B) == {} or server(usage, B)["running"] <= 1
+    server(let_go)
+    wait_until(lambda: one(ended) == (7, []), timeout=PATIENCE)
+    wait_until(lambda: server(usage, A).get("running", 0) == 0, timeout=PATIENCE)
+
+
+def test_strangers_together_leave_threads_to_our_own(serving, actor, path):
+    server = serving(threads=4)
+    strangers = [actor(A + number) for number in range(3)]
+    for stranger in strangers:
+        stranger(begin_calls, f"{path}.wait", 4)
+    wait_until(lambda: server(running_and_queued) == (3, 9), timeout=PATIENCE)
+    assert actor(0)(call_once, path, "hello") == "hello"
+    server(let_go)
+    for stranger in strangers:
+        wait_until(lambda stranger=stranger: stranger(ended) == (4, []), timeout=PATIENCE)
+
+
+def running_and_queued() -> tuple[int, int]:
+    users = here.server.statistics().users.values()
+    return sum(it.running for it in users), sum(it.queued for it in users)
+
+
+def test_calls_over_the_queue_are_refused_and_did_not_run(serving, actor, path):
+    server, one, other = serving(threads=8, running=2, queued=3), actor(A), actor(B)
+    one(begin_calls, f"{path}.wait", 5)
+    settle(server, A, running=2, queued=3)
+    mate = actor(A)
+    with pytest.raises(BusyError) as caught:
+        mate(call_once, f"{path}.wait", 9)
+    assert not caught.value.may_have_run
+    for text in (f"{path}.wait", "3 calls waiting", f"uid {A}", "limit is 3"):
+        assert text in str(caught.value)
+    assert other(call_once, path, "hello") == "hello"
+    server(let_go)
+    wait_until(lambda: one(ended) == (5, []), timeout=PATIENCE)
+    assert mate(call_once, path, "again") == "again"
+
+
+def test_callers_who_die_while_they_wait_leave_nothing_and_stop_nobody(serving, actor, path):
+    server, dying, heirs = serving(threads=8, running=2), actor(A), actor(A)
+    dying(begin_calls, f"{path}.wait", 6)
+    settle(server, A, running=2, queued=4)
+    heirs(begin_calls, f"{path}.wait", 3)
+    settle(server, A, queued=7)
+    dying.kill()
+    settle(server, A, running=2, queued=3)
+    server(let_go)
+    wait_until(lambda: heirs(ended) == (3, []), timeout=PATIENCE)
+    settle(server, A, running=0, queued=0)
+
+
+def send_half(path: str, size: int) -> None:
+    """Send the head of a request of some size, and a little of its body."""
+    door = byhand.reach(path)
+    byhand.receive(door).close()
+    channel, answer = byhand.dial(door)
+    assert channel is not None, answer
+    whole = byhand.frame_bytes("Q", 1, b"x" * size)
+    byhand.send(channel, whole[:4000])
+    here.kept = [*getattr(here, "kept", []), door, channel]
+
+
+MIB = 1 << 20
+
+
+def test_requests_in_flight_over_the_share_are_refused_and_another_uid_sends(serving, actor, path):
+    server, one, other = serving(bytes=3 * MIB), actor(A), actor(B)
+    one(send_half, path, 2 * MIB)
+    settle(server, A, bytes=2 * MIB)
+    mate = actor(A)
+    with pytest.raises(BusyError) as caught:
+        mate(call_with, path, 2 * MIB)
+    assert not caught.value.may_have_run
+    for text in (path, "bytes in flight", f"uid {A}", str(3 * MIB)):
+        assert text in str(caught.value)
+    assert mate(call_with, path, 1000) == 1000
+    assert other(call_with, path, 2 * MIB) == 2 * MIB
+    assert [line for line in server(logged) if "bytes in flight" in line]
+    one(disconnect)
+    wait_until(lambda: server(usage, A).get("bytes", 0) == 0, timeout=PATIENCE)
+    assert mate(call_with, path, 2 * MIB) == 2 * MIB
+
+
+def call_with(path: str, size: int) -> int:
+    """Call with something long; return how long it is that comes back."""
+    return len(call_once(path, b"y" * size))
+
+
+def ask_and_not_read(path: str, size: int) -> None:
+    """Ask for a long result, and read none of it."""
+    door = byhand.reach(path)
+    byhand.receive(door).close()
+    channel, answer = byhand.dial(door)
+    assert channel is not None, answer
+    byhand.send(channel, byhand.frame_bytes("Q", 1, here.request(size)))
+    here.kept = [*getattr(here, "kept", []), door, channel]
+
+
+def learn_request() -> None:
+    from doorpool import _data
+
+    here.request = lambda size: _data.pack_arguments((size,), {})[0]
+
+
+def test_results_that_are_not_read_count_and_another_uid_gets_his(serving, actor, path):
+    server, one, other = serving(bytes=3 * MIB), actor(A), actor(B)
+    one(learn_request)
+    one(ask_and_not_read, f"{path}.much", 2 * MIB)
+    wait_until(lambda: server(usage, A)["bytes"] >= 2 * MIB, timeout=PATIENCE)
+    mate = actor(A)
+    with pytest.raises(BusyError) as caught:
+        mate(call_once, f"{path}.much", 2 * MIB)
+    assert caught.value.may_have_run
+    for text in (f"{path}.much", "bytes in flight", f"uid {A}", str(3 * MIB)):
+        assert text in str(caught.value)
+    assert other(call_for, f"{path}.much", 2 * MIB) == 2 * MIB
+    one(disconnect)
+    wait_until(lambda: server(usage, A).get("bytes", 0) == 0, timeout=PATIENCE)
+    assert mate(call_for, f"{path}.much", 2 * MIB) == 2 * MIB
+
+
+def call_for(path: str, size: int) -> int:
+    return len(call_once(path, size))
+
+
+def test_our_own_user_and_root_have_no_share(actor, place):
+    """They are trusted, and pass none of what counts the others."""
+    path = str(place / "own.door")
+    server, own, root = actor(B), actor(B), actor(0)
+    server(serve, path, channels=1, running=1, descriptors=1, greetings=1, queued=1)
+    for one in (own, root):
+        assert one(open_as, path, B, 8) == 8
+    assert server(usage, B) == {}
+    assert server(usage, 0) == {}
+
+
+def open_as(path: str, uid: int, count: int) -> int:
+    here.open = [Proxy(path, server={uid}, timeout=PATIENCE) for _ in range(count)]
+    return len([proxy(1) for proxy in here.open])
+
+
+@pytest.mark.parametrize("name", [field.name for field in attrs.fields(Limits)])
+@pytest.mark.parametrize(
+    ("value", "error"), [(0, ValueError), (-1, ValueError), (True, TypeError), (1.5, TypeError)]
+)
+def test_a_limit_is_a_whole_number(name, value, error):
+    with pytest.raises(error, match=name):
+        Limits(**{name: value})
+
+
+def test_limits_are_limits():
+    with pytest.raises(TypeError, match="limits"):
+        Server(limits={"channels": 1})  # type: ignore[arg-type]
+    assert doorpool.Server().statistics().limits == Limits()
