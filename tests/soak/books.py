@@ -225,7 +225,6 @@ class Ledger:
         """Read the last notes of a process that has ended, and forget it."""
         notes = self._read_notes(process)
         self._notes.pop(process).close()
-        os.unlink(self._folder / f"notes {process}")
         return notes
 
     def fail(self, text: str) -> None:

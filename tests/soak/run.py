@@ -37,7 +37,7 @@ _LIFE = 20.0  # seconds until a client that may be killed is, on average
 _ALONE = 20  # one client in so many has a process for itself
 _TOGETHER = 10  # clients of another process
 
-PLANTS = ("", "lost", "doubled", "descriptors", "memory", "threads")
+PLANTS = ("lost", "doubled", "descriptors", "memory", "threads")
 
 
 @attrs.frozen
@@ -50,14 +50,14 @@ class Options:
         clients: how many.
         seed: of all that is done at random.
         pause: seconds between two things that a client does, on average.
-        plant: a fault for the steady server, to see that it is found.
+        plants: faults for the steady server, to see that they are found.
     """
 
     minutes: float
     clients: int
     seed: int
     pause: float
-    plant: str
+    plants: tuple[str, ...]
 
 
 @attrs.define
@@ -111,7 +111,7 @@ class Soak:
         (self._folder / "lent").write_bytes(b"what is in the file\n" * 50)
         steady = Forked(
             "the steady server",
-            partial(_serve, self._folder, self._complaints, self._options.plant),
+            partial(_serve, self._folder, self._complaints, self._options.plants),
         )
         rng = random.Random(self._random.getrandbits(32))
         restless = Forked(
@@ -275,9 +275,9 @@ class Soak:
 
 
 def _serve(
-    folder: Path, complain: Callable[[str], None], plant: str, ready: Callable[[], None], orders: int
+    folder: Path, complain: Callable[[str], None], plants: tuple[str, ...], ready: Callable[[], None], orders: int
 ) -> None:
-    service.serve(folder, service.STEADY, complain, plant, False, ready, orders)
+    service.serve(folder, service.STEADY, complain, plants, False, ready, orders)
 
 
 def _sizes(clients: int) -> Iterator[int]:
@@ -346,10 +346,10 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--clients", type=int, default=200, help="how many clients")
     parser.add_argument("--seed", type=int, default=None, help="what is done at random; printed")
     parser.add_argument("--pause", type=float, default=0.05, help="of a client, in seconds, on average")
-    parser.add_argument("--plant", choices=PLANTS, default="", help="a fault that is to be found")
+    parser.add_argument("--plant", choices=PLANTS, nargs="*", default=(), help="faults to be found")
     given = parser.parse_args(arguments)
     seed = random.randrange(1 << 32) if given.seed is None else given.seed
-    options = Options(given.minutes, given.clients, seed, given.pause, given.plant)
+    options = Options(given.minutes, given.clients, seed, given.pause, tuple(given.plant))
     say(f"{options.clients} clients for {options.minutes:g} minutes, --seed {seed}")
     folder = Path(tempfile.mkdtemp(prefix="dp-soak-"))
     try:

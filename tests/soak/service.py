@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import gc
 import io
+import itertools
 import os
 import random
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,8 @@ CLOSING = 20.0  # seconds until the last caller is gone, and until nothing is he
 _GRACEFULLY, _AT_ONCE = b"g", b"a"
 _LIFE = 1.5  # seconds for which a server lives, on average
 _LENT = b"what is in the file\n" * 50
+
+_LEAK = 100_000  # bytes a call, if that is asked for
 
 Complain = Callable[[str], None]
 
@@ -187,7 +190,7 @@ def serve(
     folder: Path,
     which: str,
     complain: Complain,
-    plant: str,
+    plants: Collection[str],
     replace: bool,
     ready: Callable[[], None],
     orders: int,
@@ -195,7 +198,7 @@ def serve(
     """Serve until there is an order to close, and look at what is left then."""
     complain_of_everything(complain)
     journal = Journal(folder / "journal")
-    planted = _Planted(plant, journal)
+    planted = _Planted(plants, journal)
     before = use_once()
     services = [Ours(planted, folder, complain), Service(planted, folder, complain)]  # type: ignore[arg-type]
     server = Server(name=which, idle_timeout=2.0)
@@ -230,28 +233,27 @@ def _wait_for_the_last(server: Server, services: list[Service], complain: Compla
 
 
 class _Planted:
-    """A journal, and a fault that was asked for, to show that it is found."""
+    """A journal that has the faults that were asked for, to show that they are found."""
 
-    def __init__(self, plant: str, journal: Journal) -> None:
-        self._plant = plant
+    def __init__(self, plants: Collection[str], journal: Journal) -> None:
+        self._plants = plants
         self._journal = journal
-        self._calls = 0
+        self._calls = itertools.count(1)
         self._kept: list[Any] = []
 
     def write(self, number: int) -> None:
-        self._calls += 1
-        rare = self._calls % 50 == 0
-        if self._plant == "lost" and rare:
+        call = next(self._calls)
+        if "lost" in self._plants and call % 50 == 0:
             return
         self._journal.write(number)
-        if self._plant == "doubled" and rare:
+        if "doubled" in self._plants and call % 50 == 1:
             self._journal.write(number)
-        elif self._plant == "descriptors" and rare:
+        if "descriptors" in self._plants and call % 50 == 2:
             self._kept.append(os.dup(0))
-        elif self._plant == "memory":
-            self._kept.append(bytearray(os.urandom(16)) * 4096)
-        elif self._plant == "threads" and rare:
+        if "threads" in self._plants and call % 50 == 3:
             threading.Thread(target=threading.Event().wait, daemon=True).start()
+        if "memory" in self._plants:
+            self._kept.append(bytearray(b"x" * _LEAK))
 
 
 # -- the restless one
@@ -273,7 +275,7 @@ def restart(
     def start(replace: bool = False) -> Forked:
         return Forked(
             "a restless server",
-            lambda ready, orders: serve(folder, RESTLESS, complain, "", replace, ready, orders),
+            lambda ready, orders: serve(folder, RESTLESS, complain, (), replace, ready, orders),
         )
 
     server = start()
