@@ -21,7 +21,6 @@ than a minute.  What is settled must not be heard of again:
 from __future__ import annotations
 
 import collections
-import contextlib
 import ctypes
 import os
 import struct
@@ -29,14 +28,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import attrs
-from support.journal import DID_NOT_RUN, MAY_HAVE_RUN, RESULT, Journal
+from support.journal import DID_NOT_RUN, MAY_HAVE_RUN, RESULT
 
-#: The call whose times are compared: of a small text, by a proxy that is open, to the steady server.
-TIMED = "steady call"
+#: What is timed at the steady server, and what it is called there: a call of a small text by a proxy that is
+#: open, and opening, calling and closing one.
+TIMED = {"call": "steady call", "open, call, close": "steady open, call, close"}
 
 #: What a client does; the place in this tuple is part of the numbers.
 OPERATIONS = (
-    TIMED,
+    *TIMED.values(),
     "call",
     "open, call, close",
     "several at once",
@@ -61,10 +61,14 @@ _PLACES = {name: place for place, name in enumerate(OPERATIONS)}
 
 _HOW = (RESULT, DID_NOT_RUN, MAY_HAVE_RUN)
 
+#: What is called so: a door that did not open within five seconds; nothing ran.
+LATE = "late opening"
+
 #: Errors that are counted by name.
 _ERRORS = (
     "",
     "another",
+    LATE,
     "BrokenDoorError",
     "RevokedError",
     "CallTimeoutError",
@@ -113,7 +117,14 @@ def nth_of(number: int) -> int:
 
 @attrs.frozen
 class Note:
-    """How a call ended: what its caller was told, the name of the error if it was one, and the time it took."""
+    """
+    How a call ended.
+
+    Attributes:
+        how: what its caller was told.
+        error: the name of its class, if it was one; ``expected``: one that may happen there.
+        seconds: how long it took.
+    """
 
     number: int
     how: str
@@ -313,12 +324,5 @@ class Ledger:
             self._unseen.append(number)
 
     def unsettled(self) -> int:
-        """How many calls are not settled: those whose callers were killed, or that may have run and did not."""
+        """How many calls are not settled: their callers were killed, or they may have run and did not."""
         return sum(len(account.open) for account in self._accounts.values())
-
-
-@contextlib.contextmanager
-def journal_of(folder: Path) -> Iterator[Journal]:
-    """Open the journal for a procedure."""
-    with Journal(folder / "journal") as journal:
-        yield journal

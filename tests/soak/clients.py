@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import attrs
-from soak.books import TIMED, Notes, number_of
+from soak.books import LATE, TIMED, Notes, number_of
 from soak.processes import complain_of_everything, told
 from soak.service import OVER, PATIENCE, RESTLESS, STEADY, use_once
 from support.journal import DID_NOT_RUN, MAY_HAVE_RUN, RESULT, Board
@@ -44,6 +44,7 @@ GONE: tuple[type[BaseException], ...] = (BrokenDoorError, RevokedError, FileNotF
 _SHARING = 3  # every third client uses the proxies of its process
 _RESTLESSNESS = 0.25  # how much goes to the restless server
 _KEPT = 4  # arrays
+_BACK_OFF = 5.0  # seconds at most
 _SIZES = (0, 100, 20_000, 70_000, 300_000, 1 << 20)
 _ARRAYS = (8, 8, 4, 4, 2, 1)  # weights of the sizes
 
@@ -72,7 +73,7 @@ class Proxies:
     def get(self, path: Path) -> Proxy:
         with self._lock:
             if path not in self._open:
-                self._open[path] = Proxy(path, timeout=PATIENCE)
+                self._open[path] = Proxy(path, timeout=PATIENCE, open_timeout=PATIENCE)
             return self._open[path]
 
     def close(self) -> None:
@@ -81,6 +82,11 @@ class Proxies:
             proxies, self._open = list(self._open.values()), {}
         for proxy in proxies:
             proxy.close()
+
+
+def is_late_opening(error: BaseException) -> bool:
+    """Whether a door did not open in its five seconds, as happens on a machine that is short of CPUs."""
+    return isinstance(error, CallTimeoutError) and "does not answer; nothing was called" in str(error)
 
 
 # -- one client
@@ -120,9 +126,12 @@ class Client:
         """Do one thing after the other until the board says that it is over."""
         while not board[OVER]:
             self._choose()
+            began = time.monotonic()
             with contextlib.suppress(Over), self._stage():
                 self._operations[self._operation](self)
-            time.sleep(min(self._random.expovariate(1 / pause), 5 * pause))
+            # Who was kept waiting waits too: otherwise a machine with other work has ever more to do.
+            took = time.monotonic() - began
+            time.sleep(max(min(self._random.expovariate(1 / pause), 5 * pause), min(2 * took, _BACK_OFF)))
         self._drop(0)
         if self._own:
             self._proxies.close()
@@ -132,8 +141,8 @@ class Client:
         self._target = STEADY
         if self._random.random() < _RESTLESSNESS:
             self._target = RESTLESS
-        elif self._operation == "call":
-            self._operation = TIMED
+        elif self._operation in TIMED:
+            self._operation = TIMED[self._operation]
         self._allowed = ()
 
     # -- calls, and how they end
@@ -148,7 +157,9 @@ class Client:
     def _get(self, which: str) -> Proxy:
         return self._proxies.get(self._path(which))
 
-    def _call(self, function: Any, *args: Any, answer: type[Exception] | None = None) -> Any:
+    def _call(
+        self, function: Any, *args: Any, answer: type[Exception] | None = None, began: float | None = None
+    ) -> Any:
         """
         Call with a number in front, and note how it ends.
 
@@ -156,11 +167,12 @@ class Client:
             function: what to call.
             args: what comes after the number.
             answer: an error that the procedure is to raise; it is returned.
+            began: since when it counts, by ``time.monotonic``; now by default.
 
         Raises:
             Over: it failed.
         """
-        number, began = self._number(), time.monotonic()
+        number, began = self._number(), time.monotonic() if began is None else began
         try:
             result = function(number, *args)
         except Exception as error:
@@ -173,13 +185,16 @@ class Client:
     def _failed(self, number: int, error: BaseException, seconds: float) -> None:
         expected = self._expected(error)
         how = MAY_HAVE_RUN if getattr(error, "may_have_run", not expected) else DID_NOT_RUN
-        self._notes.enter(number, how, type(error).__name__, expected, seconds)
+        name = LATE if is_late_opening(error) else type(error).__name__
+        self._notes.enter(number, how, name, expected, seconds)
         if not expected:
             self._wrong(f"number {number:#x}, which took {seconds:.3f} s: {told(error)}")
         raise Over from error
 
     def _expected(self, error: BaseException) -> bool:
-        """Whether an error may happen there: none at the steady server, those of a server that is gone else."""
+        """Whether an error may happen there: at the restless server, those of one that is gone."""
+        if is_late_opening(error):
+            return True  # these are counted, and there must be few
         return isinstance(error, self._allowed) or (self._target == RESTLESS and isinstance(error, GONE))
 
     @contextlib.contextmanager
@@ -192,6 +207,8 @@ class Client:
         except Exception as error:
             if not self._expected(error):
                 self._wrong(told(error))
+            elif is_late_opening(error):
+                self._notes.enter(self._number(), DID_NOT_RUN, LATE, True, 0.0)
             raise Over from error
 
     def _wrong(self, text: str) -> None:
@@ -211,8 +228,9 @@ class Client:
         self._check(self._call(self._get("call"), text) == text, "another answer")
 
     def _open_and_close(self) -> None:
-        with Proxy(self._path("call"), timeout=PATIENCE) as proxy:
-            self._check(self._call(proxy, "new") == "new", "another answer")
+        began = time.monotonic()
+        with Proxy(self._path("call"), timeout=PATIENCE, open_timeout=PATIENCE) as proxy:
+            self._check(self._call(proxy, "new", began=began) == "new", "another answer")
 
     def _close_all(self) -> None:
         """Close what is held, unless others use it too, and drop what is kept."""
@@ -352,8 +370,9 @@ _ALL, _OURS = ("pickle", "data"), ("pickle",)
 #: What a client does: how, how often, and with which codec.
 _WORK: dict[str, tuple[Callable[[Client], None], float, tuple[str, ...]]] = {
     "call": (Client._plain, 40, _ALL),
-    TIMED: (Client._plain, 0, _ALL),
+    TIMED["call"]: (Client._plain, 0, _ALL),
     "open, call, close": (Client._open_and_close, 4, _ALL),
+    TIMED["open, call, close"]: (Client._open_and_close, 0, _ALL),
     "several at once": (Client._several, 3, _ALL),
     "array": (Client._array, 12, _OURS),
     "long bytes": (Client._long, 3, _ALL),
@@ -378,7 +397,13 @@ _WORK: dict[str, tuple[Callable[[Client], None], float, tuple[str, ...]]] = {
 
 
 def call(
-    seats: list[Seat], folder: Path, board: Board, notes: Notes, complain: Callable[[str], None], pause: float
+    seats: list[Seat],
+    folder: Path,
+    board: Board,
+    notes: Notes,
+    complain: Callable[[str], None],
+    pause: float,
+    ready: Callable[[], object],
 ) -> None:
     """
     Be so many clients until it is over, and look at what is left then.
@@ -397,6 +422,7 @@ def call(
         threading.Thread(target=client.work, args=(board, pause), name=seat.name, daemon=True)
         for client, seat in zip(clients, seats, strict=True)
     ]
+    ready()
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -179,7 +179,7 @@ class Complaints:
 
 
 def complain_of_everything(complain: Callable[[str], None]) -> None:
-    """Complain of threads that die, errors in destructors, what is left open, and what is logged as an error."""
+    """Complain of threads that die, errors in destructors, what is left open, and errors that are logged."""
 
     def on_thread(args: threading.ExceptHookArgs) -> None:
         complain(f"a thread has died: {_told(args.exc_value)}")

@@ -1,8 +1,8 @@
 """
 A soak: so many clients of two users against two servers, for as long as one likes.
 
-This process has neither server nor proxy.  It starts the others, kills some of the clients, keeps the books, and
-measures.  Each process that it starts ends with it, however it ends.
+This process has neither server nor proxy.  It starts the others, kills some of the clients, keeps the books,
+and measures.  Each process that it starts ends with it, however it ends.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any
 
 import attrs
 from soak import clients, service
-from soak.books import TIMED, Ledger, Note, Notes, operation_of
+from soak.books import LATE, TIMED, Ledger, Note, Notes, operation_of
 from soak.processes import Complaints, Ended, Forked, kill_all
 from soak.service import ENDINGS, OVER, PATIENCE
 from soak.watch import Times, Watch, resident
@@ -36,6 +36,10 @@ _TURN = 0.05  # seconds
 _LIFE = 20.0  # seconds until a client that may be killed is, on average
 _ALONE = 20  # one client in so many has a process for itself
 _TOGETHER = 10  # clients of another process
+
+_MOST_LATE = 0.005  # of all calls; none where the machine has not much else to do
+
+_TIMES = {TIMED["call"]: "call", TIMED["open, call, close"]: "opening"}
 
 PLANTS = ("lost", "doubled", "descriptors", "memory", "threads")
 
@@ -95,13 +99,18 @@ class Soak:
             steady, restless = self._start_servers()
             for place, size in enumerate(_sizes(self._options.clients)):
                 self._processes.append(self._start_clients(place, size, mortal=place % 2 == 1))
+            for process in self._processes:
+                process.forked.wait_ready(PATIENCE)
             begin = time.monotonic()
-            watch = Watch(begin, begin + self._options.minutes * 60)
+            watch = Watch(begin, begin + self._options.minutes * 60, self._options.clients)
             with _Reference() as reference:
                 self._watch_over(watch, reference, steady, begin + self._options.minutes * 60)
             seconds = time.monotonic() - begin
             self._end(steady, restless)
         watch.judge(self._ledger.fail)
+        late, calls = self._ledger.errors[LATE, True], self._ledger.calls.total()
+        if late > calls * _MOST_LATE:
+            self._ledger.fail(f"{late} doors did not open within five seconds, of {calls} calls")
         return self._summary(watch, seconds)
 
     def _stop(self) -> None:
@@ -137,7 +146,7 @@ class Soak:
         forked = Forked(
             f"process {place} of clients, uid {uid}",
             lambda ready, orders: clients.call(
-                seats, self._folder, self._board, notes, self._complaints, self._options.pause
+                seats, self._folder, self._board, notes, self._complaints, self._options.pause, ready
             ),
             uid=uid,
         )
@@ -153,7 +162,7 @@ class Soak:
             quarter = watch.quarter(now)
             seconds = reference.measure()
             if quarter is not None:
-                watch.reference[quarter].add(seconds)
+                watch.times["reference"][quarter].add(seconds)
             if now >= next_look:
                 self._look(watch, steady)
                 next_look = now + min(2.0, minute / 10)
@@ -175,10 +184,13 @@ class Soak:
     def _take(self, notes: list[Note], watch: Watch) -> None:
         quarter = watch.quarter(time.monotonic())
         for note in notes:
-            if operation_of(note.number) == TIMED and not note.error:
+            what = _TIMES.get(operation_of(note.number))
+            if what is None or note.error:
+                continue
+            if what == "call":
                 self._minute.add(note.seconds)
-                if quarter is not None:
-                    watch.calls[quarter].add(note.seconds)
+            if quarter is not None:
+                watch.times[what][quarter].add(note.seconds)
 
     def _look(self, watch: Watch, steady: Forked) -> None:
         self._server = watch.sample("server", [steady.pid])
@@ -275,7 +287,11 @@ class Soak:
 
 
 def _serve(
-    folder: Path, complain: Callable[[str], None], plants: tuple[str, ...], ready: Callable[[], None], orders: int
+    folder: Path,
+    complain: Callable[[str], None],
+    plants: tuple[str, ...],
+    ready: Callable[[], object],
+    orders: int,
 ) -> None:
     service.serve(folder, service.STEADY, complain, plants, False, ready, orders)
 
@@ -321,7 +337,7 @@ def _echo(sock: socket.socket) -> None:
 
 @contextmanager
 def _stopping(stop: Callable[[], None]) -> Iterator[None]:
-    """Have the first Ctrl-C or SIGTERM stop the soak in an orderly way; a second one ends the process at once."""
+    """Have the first Ctrl-C or SIGTERM stop the soak in an orderly way; a second one ends it at once."""
 
     def handle(number: int, _: Any) -> None:
         signal.signal(number, signal.default_int_handler)

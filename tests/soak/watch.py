@@ -2,9 +2,9 @@
 What is measured during a soak, and whether it stayed flat.
 
 Memory, descriptors and threads are read from /proc, of the processes that stay: the steady server, and the
-clients that are not killed.  Times are those of one kind of call; beside them runs a reference, a byte there and
-back through a pair of sockets between two processes that know nothing of the library, because a machine may
-become slower by what others do on it.
+clients that are not killed.  Times are those of a small call, and of opening, calling and closing; beside
+them runs a reference, a byte there and back through a pair of sockets between two processes that know nothing
+of the library, because a machine may become slower by what others do on it.
 
 The first eighth of the time is for warming up.  Of the rest the last quarter is compared with the first.
 """
@@ -30,15 +30,20 @@ _LEAST = 1e-6  # seconds
 
 _MEGABYTE = 1024  # in kB, as /proc counts
 
-#: How much more the last quarter may show than the first: a factor, and an amount for each process on top.
-#: The allocator's arenas grow for a while, with the most that 64 threads have needed at once.
+#: How much more the last quarter may show than the first: a factor, and an amount for each process, or for
+#: each client.  The allocator's arenas grow for a while, with the most that 64 threads have needed at once,
+#: and how many proxies are open at a moment is chance.
 BOUNDS = {
-    "memory": (1.20, 16 * _MEGABYTE),
-    "segments": (1.50, 16 * _MEGABYTE),
-    "descriptors": (1.25, 20),
-    "threads": (1.25, 10),
+    "memory": (1.20, 16 * _MEGABYTE, 0),
+    "segments": (1.50, 16 * _MEGABYTE, 0),
+    "descriptors": (1.25, 20, 8),
+    "threads": (1.25, 10, 1),
 }
-_SLOWER, _SLACK = 3.0, {50: 0.005, 99: 0.1}  # of calls: a factor, and seconds for the percentiles
+
+#: Of times: a factor, and seconds for the percentiles; and how many it takes for these to mean something.
+_SLOWER, _SLACK = 3.0, {"call": {50: 0.005, 99: 0.1}, "opening": {50: 0.1, 99: 1.0}}
+_ENOUGH = {"call": 1000, "opening": 200}
+_SAMPLES = 3
 
 
 class Times:
@@ -108,15 +113,19 @@ class Watch:
 
     Args:
         begin, end: when the soak begins and ends, as ``time.monotonic`` says.
+        clients: how many there are.
+
+    Attributes:
+        times: of "call", "opening" and "reference", for each quarter.
     """
 
-    def __init__(self, begin: float, end: float) -> None:
+    def __init__(self, begin: float, end: float, clients: int) -> None:
+        self._clients = clients
         self._begin = begin + (end - begin) * WARM_UP
         self._length = max(end - self._begin, 1e-3) / 4
         self._samples: dict[str, list[list[Sample]]] = collections.defaultdict(lambda: [[], [], [], []])
         self._sizes: dict[str, int] = {}
-        self.calls = [Times() for _ in range(4)]
-        self.reference = [Times() for _ in range(4)]
+        self.times = {name: [Times() for _ in range(4)] for name in ("call", "opening", "reference")}
 
     def quarter(self, now: float) -> int | None:
         """Which quarter this is, from 0; None while it is warming up."""
@@ -138,8 +147,8 @@ class Watch:
             group: {name: [_median(quarter, name) for quarter in quarters] for name in BOUNDS}
             for group, quarters in self._samples.items()
         }
-        for name, quarters in (("call", self.calls), ("reference", self.reference)):
-            found[name] = {
+        for name, quarters in self.times.items():
+            found[f"{name}, ms"] = {
                 f"p{percent}": [_milliseconds(times.percentile(percent)) for times in quarters]
                 for percent in (50, 99)
             }
@@ -148,21 +157,27 @@ class Watch:
     def judge(self, complain: Callable[[str], None]) -> None:
         """Say what has grown."""
         for group, quarters in self._samples.items():
-            for name, (factor, more) in BOUNDS.items():
+            if min(len(quarters[0]), len(quarters[3])) < _SAMPLES:
+                continue
+            for name, (factor, a_process, a_client) in BOUNDS.items():
                 first, last = _median(quarters[0], name), _median(quarters[3], name)
-                most = first * factor + more * self._sizes[group]
+                most = first * factor + a_process * self._sizes[group] + a_client * self._clients
                 if not last <= most:
                     complain(f"{name} of the {group}: {first} in the first quarter, {last} in the last")
-        for percent, slack in _SLACK.items():
-            self._judge_times(percent, slack, complain)
+        for what, slacks in _SLACK.items():
+            for percent, slack in slacks.items():
+                self._judge_times(what, percent, slack, complain)
 
-    def _judge_times(self, percent: int, slack: float, complain: Callable[[str], None]) -> None:
-        first, *_, last = (times.percentile(percent) for times in self.calls)
-        before, *_, after = (times.percentile(percent) for times in self.reference)
-        if not last <= first * _SLOWER * max(1.0, after / before) + slack:
+    def _judge_times(self, what: str, percent: int, slack: float, complain: Callable[[str], None]) -> None:
+        first, *_, last = self.times[what]
+        if min(len(first), len(last)) < _ENOUGH[what]:
+            return
+        before, *_, after = (times.percentile(percent) for times in self.times["reference"])
+        was, now = first.percentile(percent), last.percentile(percent)
+        if not now <= was * _SLOWER * max(1.0, after / before) + slack:
             complain(
-                f"time of a call, {percent}th percentile: {first * 1e3:.2f} ms in the first quarter, "
-                f"{last * 1e3:.2f} in the last; of the reference, {before * 1e3:.2f} and {after * 1e3:.2f}"
+                f"{what}, {percent}th percentile: {was * 1e3:.2f} ms in the first quarter, {now * 1e3:.2f} "
+                f"in the last; of the reference, {before * 1e3:.2f} and {after * 1e3:.2f}"
             )
 
 
