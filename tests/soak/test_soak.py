@@ -23,6 +23,8 @@ from support.processes import ROOT
 
 pytest.importorskip("numpy")
 
+from soak.watch import Sample, Watch
+
 SEED = 11
 
 
@@ -30,7 +32,7 @@ SEED = 11
 def soak():
     """Start soaks: in a session of their own each, and with folders that are gone at the end."""
     folder = tempfile.mkdtemp(prefix="dp-")
-    os.chmod(folder, 0o711)  # for the other user
+    os.chmod(folder, 0o1777)  # for the other user's files, too
     started = []
 
     def start(*arguments):
@@ -70,27 +72,79 @@ def end(process: subprocess.Popen[str]) -> tuple[str, dict[str, Any]]:
     return printed, json.loads(printed[printed.index("\n{") :])
 
 
-def test_a_few_seconds_of_it_hold(soak):
-    process = soak("--minutes", 0.06, "--clients", 10)
+def test_a_few_hundred_calls_of_it_hold(soak):
+    process = soak("--minutes", 0.5, "--calls", 400, "--clients", 10)
     printed, summary = end(process)
     assert process.returncode == 0, printed
     assert summary["held"] is True
     assert summary["seed"] == SEED
-    assert summary["told"]["a result"] > 50
+    assert summary["told"]["a result"] > 100
     assert len(summary["calls by operation"]) > 10
 
 
 def test_faults_that_were_planted_are_found(soak):
-    plants = "lost", "doubled", "descriptors", "memory", "threads"
-    process = soak("--minutes", 0.06, "--clients", 10, "--plant", *plants)
+    plants = "lost", "doubled", "descriptors", "threads"
+    process = soak("--minutes", 0.5, "--calls", 300, "--clients", 10, "--plant", *plants)
     printed, summary = end(process)
     wrong = "\n".join(summary["wrong"])
     assert (process.returncode, summary["held"]) == (1, False), printed
-    assert re.search(r"client \d+ \(\w+\): '[^']+', call \d+ .* ran (once more|, time 2)", wrong), printed
+    assert re.search(r"client \d+ \(\w+\): '[^']+', call \d+ .* ran(, time 2| once more)", wrong), printed
     assert re.search(r"client \d+ .* was answered, and did not run: it is lost", wrong), printed
     assert "the server has left behind: descriptor left open" in wrong, printed
     assert "the server has left behind: thread left running" in wrong, printed
-    assert "memory of the server" in wrong, printed
+
+
+@pytest.fixture
+def watch():
+    """What was watched of a soak of 400 seconds, from 0, with ten clients: nothing has changed."""
+    watch = Watch(-400.0, 400.0, 10)
+    for quarter in range(4):
+        watch._samples["server"][quarter] = [Sample(30_000, 1_000, 100, 20)] * 5
+        watch._sizes["server"] = 1
+        for name, seconds in (("call", 0.001), ("opening", 0.01), ("reference", 0.0001)):
+            for _ in range(1000):
+                watch.times[name][quarter].add(seconds)
+    return watch
+
+
+def judged(watch):
+    wrong = []
+    watch.judge(wrong.append)
+    return wrong
+
+
+def test_what_stays_as_it_was_is_flat(watch):
+    assert judged(watch) == []
+
+
+@pytest.mark.parametrize(
+    ("grown", "what"),
+    [
+        (Sample(60_000, 1_000, 100, 20), "memory"),
+        (Sample(30_000, 30_000, 100, 20), "segments"),
+        (Sample(30_000, 1_000, 300, 20), "descriptors"),
+        (Sample(30_000, 1_000, 100, 50), "threads"),
+    ],
+)
+def test_what_has_grown_is_found(watch, grown, what):
+    watch._samples["server"][3] = [grown] * 5
+    (wrong,) = judged(watch)
+    assert wrong.startswith(f"{what} of the server: ")
+
+
+@pytest.mark.parametrize(("what", "seconds"), [("call", 0.2), ("opening", 2.0)])
+def test_what_has_become_slower_is_found(watch, what, seconds):
+    for _ in range(50):
+        watch.times[what][3].add(seconds)
+    (wrong,) = judged(watch)
+    assert wrong.startswith(f"{what}, 99th percentile: ")
+
+
+def test_a_machine_that_has_become_slower_is_excused(watch):
+    for name in ("call", "reference"):
+        for _ in range(2000):
+            watch.times[name][3].add(0.05)
+    assert judged(watch) == []
 
 
 def test_no_process_of_it_outlives_it(soak):
