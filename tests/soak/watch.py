@@ -52,8 +52,8 @@ class Times:
     def __init__(self) -> None:
         self._buckets: collections.Counter[int] = collections.Counter()
 
-    def add(self, seconds: float) -> None:
-        self._buckets[int(math.log(max(seconds, _LEAST) / _LEAST) / _STEP)] += 1
+    def add(self, seconds: float, count: int = 1) -> None:
+        self._buckets[int(math.log(max(seconds, _LEAST) / _LEAST) / _STEP)] += count
 
     def __len__(self) -> int:
         return self._buckets.total()
