@@ -51,6 +51,9 @@ from doorpool._wire import Attribute, Codec, Frame, Reason, Refusal
 
 log = logging.getLogger("doorpool")
 
+#: Connections that are accepted at one time, if so many have been waiting for a while.
+_AT_ONCE = 16
+
 #: Idle channels that make room for one opening: it takes four descriptors, each gives two back.
 _ROOM = 2
 
@@ -93,6 +96,28 @@ def crossing_bar(name: str, codec: Codec, to: Credentials, *, through: Codec) ->
         f"the door {name!r} speaks pickle, which is spoken only within one uid; ours is {os.geteuid()}, "
         f'and it would go to uid {to.uid}: make it with codec="data"'
     )
+
+
+class _Pace:
+    """
+    How many connections to accept at one time: one, and ever more while there are more.
+
+    The keeper comes round to each listener once, with everything else that is ready.  On a busy machine that
+    took it 30 ms, so that with one connection each time 200 clients waited for two seconds, in a queue that
+    never ended.
+    """
+
+    __slots__ = ("_last", "_size")
+
+    def __init__(self) -> None:
+        self._last = -1
+        self._size = 1
+
+    def at(self, turn: int) -> int:
+        """Return how many to accept in this turn of the keeper, which finds somebody waiting."""
+        self._size = min(2 * self._size, _AT_ONCE) if turn == self._last + 1 else 1
+        self._last = turn
+        return self._size
 
 
 class Door:
@@ -288,7 +313,8 @@ class Door:
         try:
             with self._keeper.lock:
                 self._check_open()
-                self._keeper.watch(name.listener.fileno(), lambda: self._accept_one(name))
+                pace = _Pace()
+                self._keeper.watch(name.listener.fileno(), lambda: self._accept_some(name, pace))
                 self._keeper.prefer(name.listener.fileno())
                 if name.path in self._names:  # replaced by ourselves
                     self._stop_listening(self._names.pop(name.path))
@@ -345,11 +371,16 @@ class Door:
 
     # -- the keeper's callbacks, under its lock ----------------------------------------------
 
-    def _accept_one(self, name: Name) -> None:
-        if self._keeper.short:
-            self._keeper.pause(name.listener.fileno())
-        elif (port := self._accept(name)) is not None and port in self._ports:
-            self._hear(port)  # who comes by a name knocks at once: one wake-up does for both
+    def _accept_some(self, name: Name, pace: _Pace) -> None:
+        for _ in range(pace.at(self._keeper.turn)):
+            if self._keeper.short:
+                self._keeper.pause(name.listener.fileno())
+                return
+            port = self._accept(name)
+            if port is None:
+                return
+            if port in self._ports:
+                self._hear(port)  # who comes by a name knocks at once: one wake-up does for both
 
     def _accept(self, name: Name) -> socket.socket | None:
         """Accept one connection and return its port, taken in or not; None if there is none."""

@@ -77,11 +77,13 @@ class Keeper:
 
     Attributes:
         lock: guards what is watched, and the doors' own tables of it.
+        turn: how often the thread has gone round to all that was ready.
     """
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
         self.generation = _sockets.generation
+        self.turn = 0
         self._epoll = select.epoll()
         self._bell = _sockets.bell_in(self._epoll)
         self._callbacks: dict[int, Callback] = {}
@@ -237,6 +239,7 @@ class Keeper:
 
     def _go_round(self) -> None:
         events = self._epoll.poll(self._until_next_timer())
+        self.turn += 1
         if len(events) > 1:
             events.sort(key=lambda event: event[0] not in self._first)
         for descriptor, _ in events:

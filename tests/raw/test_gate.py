@@ -4,9 +4,11 @@ Gates: where threads wait, how they are woken and sent away; several doors, seve
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import select
+import socket
 import threading
 import time
 
@@ -301,6 +303,20 @@ def test_the_keeper_turns_first_to_those_for_whom_somebody_waits():
             keeper().unwatch(bell)
             os.close(bell)
     assert bells[2] not in keeper()._first
+
+
+def test_many_who_wait_at_a_name_are_let_in_by_a_few_turns_of_the_keeper(serve, door_dir):
+    """One at a time, they would have to wait for as many times all else that the keeper has to do."""
+    door = serve().door
+    path = door.listen(door_dir / "a.door")
+    with contextlib.ExitStack() as stack:
+        with keeper().lock:
+            turn = keeper().turn
+            for _ in range(100):
+                stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)).connect(path)
+        wait_until(lambda: len(door._ports) == 100, timeout=PATIENCE)
+        assert keeper().turn - turn < 50
+    wait_until(lambda: not door._ports, timeout=PATIENCE)
 
 
 def test_channels_come_and_go_and_nothing_is_left(serve):
