@@ -463,6 +463,13 @@ SCENARIOS: dict[str, Callable[[int], Any]] = {
     "back": _back,
     "given up": _given_up,
 }
+#: What each scenario does in the same way, to open a door; the short selection has it in the first one alone.
+OPENING = (
+    "accept4", "connect", "socket", "socketpair", "setsockopt", "getsockopt", "getsockname", "stat", "open",
+    "fstatfs", "mmap", "madvise", "memfd_create", "ftruncate", "fcntl", "close", "sched_getaffinity", "recv",
+    "shutdown",
+)  # fmt: skip
+
 #: Played by the server alone.
 LIFE = "life"
 
@@ -722,11 +729,13 @@ def _held_against(case: Case, wrong: list[str]) -> list[str]:
 
 
 def cases(scenario: str, side: str, numbers: dict[str, int], *, short: bool) -> Iterator[Case]:
-    """The cases of a scenario: all, or of each call one, another in each scenario."""
+    """The cases of a scenario: all, or of most calls one, another in each scenario."""
     for call in ERRORS:
         if not (count := numbers.get(call, 0)):
             continue
         errors = ERRORS[call].split()
+        if short and call in OPENING and scenario not in ("small", LIFE):
+            continue
         if short:
             dice = zlib.crc32(f"{scenario}/{side}/{call}".encode())
             yield Case(scenario, side, call, errors[dice // 97 % len(errors)], 1 + dice % count)
