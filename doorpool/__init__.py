@@ -28,7 +28,9 @@ The rooms of the house, from the roof down; each leans only on those below it:
     _opening     knock and answer: who is at the other end
     _channel     the private pair on which calls go
     _names       the file system: attach, detach, stale names, long paths
-    _segments    big buffers in shared memory: empty, buffer
+    _shelf       big buffers in shared memory: empty, buffer
+    _segments    what they lie in, and who owns it      _manifest    where in a message they are
+    _memory      memfds and mappings
     _keeper      the one thread that accepts and answers knocks
     _doorman     asking a user's function who may come in
     _janitor     closing what others have sent, which may take as long as they like
@@ -71,8 +73,8 @@ from doorpool._info import DoorInfo
 from doorpool._passing import take
 from doorpool._progress import track
 from doorpool._proxy import Proxy
-from doorpool._segments import buffer, empty
 from doorpool._server import Server, Statistics
+from doorpool._shelf import buffer, empty
 
 __all__ = [
     "AccessError",

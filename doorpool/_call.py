@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
-from doorpool import _segments
+from doorpool import _shelf
 
 if TYPE_CHECKING:
     from doorpool._credentials import Credentials
@@ -96,10 +96,10 @@ def current_call() -> Call:
     return call
 
 
-def _find_shelf() -> _segments.Shelf | None:
+def _find_shelf() -> _shelf.Shelf | None:
     """Return the segments of the channel whose call this code is answering, if it is."""
     invocation = current.get(None)
     return None if invocation is None else invocation.line.channel.shelf
 
 
-_segments.set_finder(_find_shelf)
+_shelf.set_finder(_find_shelf)

@@ -40,7 +40,7 @@ from doorpool._credentials import Credentials, own_ucred, sends_effective_ids_by
 from doorpool._errors import ProtocolError
 from doorpool._impl import shuttle
 from doorpool._janitor import close_all, close_socket
-from doorpool._segments import Shelf
+from doorpool._shelf import Shelf
 from doorpool._sockets import (
     ANCILLARY_ROOM,
     MAX_DESCRIPTORS,

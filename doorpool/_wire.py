@@ -41,7 +41,7 @@ of a frame, and behind none that is not whole.
      0  1  kind: Q request, R reply, F failure, P ping, A answer to it, G goodbye
      1  1  version
      2  2  descriptors that came with the first message
-     4  4  buffers; the highest bit: the first of them is a manifest (``_segments``)
+     4  4  buffers; the highest bit: the first of them is a manifest (``_manifest``)
      8  8  call number: counts up from 1 on each channel; a reply bears its request's
     16  8  length of all that follows
     24  8  request: nanoseconds left for the call, 0 for no deadline; else 0

@@ -14,7 +14,7 @@ import pytest
 from support import wait_until
 
 import doorpool
-from doorpool import Proxy, Server, _impl, _segments
+from doorpool import Proxy, Server, _impl, _segments, _shelf
 
 numpy = pytest.importorskip("numpy")
 
@@ -152,7 +152,7 @@ def test_an_array_that_is_kept_never_changes_at_either_end(serve, connect):
 def test_memory_is_used_again_and_given_back(serve, connect):
     server = serve(identity)
     proxy = connect()
-    before = _segments.totals()
+    before = _shelf.totals()
     for _ in range(20):
         assert proxy(numpy.ones(LARGE)).sum() == LARGE
     said = server.statistics()
@@ -162,7 +162,7 @@ def test_memory_is_used_again_and_given_back(serve, connect):
     proxy.close()
     wait_until(lambda: server.statistics().segments == 0)
     gc.collect()
-    wait_until(lambda: _segments.totals().held_bytes <= before.held_bytes)
+    wait_until(lambda: _shelf.totals().held_bytes <= before.held_bytes)
 
 
 def test_statistics_show_what_the_caller_retains(serve, connect):
@@ -178,13 +178,13 @@ def test_statistics_show_what_the_caller_retains(serve, connect):
 
 def test_memory_of_doorpool_crosses_without_a_copy(serve, connect, monkeypatch):
     copied = []
-    copy_in = _segments._Own.put
+    copy_in = _segments.Own.put
 
     def put(self, offset, view):
         copied.append(view.nbytes)
         copy_in(self, offset, view)
 
-    monkeypatch.setattr(_segments._Own, "put", put)
+    monkeypatch.setattr(_segments.Own, "put", put)
 
     def doubled(array):
         result = doorpool.empty(array.shape)

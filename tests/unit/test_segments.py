@@ -25,10 +25,9 @@ import support
 from support.processes import run_as_uid
 from support.shortage import only
 
-import doorpool._keeper as _keeper
-import doorpool._segments as _segments
+from doorpool import _keeper, _manifest, _memory, _segments, _shelf
 from doorpool._errors import ProtocolError
-from doorpool._segments import Shelf, buffer, empty, totals
+from doorpool._shelf import Shelf, buffer, empty, totals
 
 KIB, MIB = 1 << 10, 1 << 20
 
@@ -102,18 +101,18 @@ def pair():
 @pytest.fixture(autouse=True)
 def nothing_stays(leak_guard, monkeypatch):
     """No segment outlives its test, mapped or open; and buffers go by segment from 64 KiB on."""
-    monkeypatch.setattr(_segments, "THRESHOLD", 64 * KIB)
+    monkeypatch.setattr(_shelf, "THRESHOLD", 64 * KIB)
     yield
     support.wait_until(lambda: gc.collect() >= 0 and not memfd_maps() and not memfd_numbers(), "segments")
     assert totals().held == totals().received == 0
-    assert not _segments._exports
-    assert not _segments._loans
+    assert not _segments.exports
+    assert not _segments.loans
 
 
 @pytest.fixture
 def slow_sweeper(monkeypatch):
     """Nothing is given back behind the test's back."""
-    monkeypatch.setattr(_segments._sweeper, "arm", lambda: None)
+    monkeypatch.setattr(_shelf._sweeper, "arm", lambda: None)
 
 
 def block(size, seed=1):
@@ -134,11 +133,11 @@ def in_segment(view):
 
 
 def test_a_small_buffer_stays_inline(pair):
-    assert pair.one.load([memoryview(bytes(_segments.THRESHOLD - 1))]) is None
+    assert pair.one.load([memoryview(bytes(_shelf.THRESHOLD - 1))]) is None
 
 
 def test_a_buffer_from_the_threshold_on_goes_by_segment_and_arrives_writable(pair):
-    data = block(_segments.THRESHOLD)
+    data = block(_shelf.THRESHOLD)
     (arrived,) = pair.send(data)
     assert in_segment(arrived)
     assert arrived == data
@@ -197,7 +196,7 @@ def test_no_more_descriptors_than_there_is_room_for(pair, slow_sweeper):
 
 
 def test_a_message_brings_at_most_so_many_new_segments(pair, monkeypatch):
-    monkeypatch.setattr(_segments, "MOST_NEW", 4)
+    monkeypatch.setattr(_shelf, "MOST_NEW", 4)
     arrived = pair.send(*[bytes(MIB)] * 6)
     assert [in_segment(view) for view in arrived] == [True] * 4 + [False] * 2
 
@@ -321,7 +320,7 @@ def test_news_of_a_message_that_is_not_sent_are_told_by_the_next(pair, slow_swee
 def test_what_is_recalled_is_still_the_receivers(pair, slow_sweeper):
     pair.send(bytes(MIB))
     pair.other.recall(pair.other.load([]))
-    manifest = _segments._Manifest(1, [(0, 1, 0, MIB)]).encode()
+    manifest = _manifest.Manifest(1, [(0, 1, 0, MIB)]).encode()
     with pytest.raises(ProtocolError):
         pair.other.unload(manifest, [], [])
 
@@ -330,14 +329,14 @@ def test_what_is_recalled_is_still_the_receivers(pair, slow_sweeper):
 
 
 def test_beyond_the_limit_of_the_channel_buffers_go_inline(pair, monkeypatch, slow_sweeper):
-    monkeypatch.setattr(_segments, "BYTES_OF_CHANNEL", 5 * MIB)
+    monkeypatch.setattr(_shelf, "BYTES_OF_CHANNEL", 5 * MIB)
     kept = [pair.send(block(2 * MIB, seed))[0] for seed in range(4)]
     assert [in_segment(view) for view in kept] == [True, True, False, False]
     assert kept == [block(2 * MIB, seed) for seed in range(4)]
 
 
 def test_a_free_segment_makes_room_for_one_of_another_size(pair, monkeypatch, slow_sweeper):
-    monkeypatch.setattr(_segments, "BYTES_OF_CHANNEL", 5 * MIB)
+    monkeypatch.setattr(_shelf, "BYTES_OF_CHANNEL", 5 * MIB)
     pair.send(bytes(MIB))
     pair.tell()
     (kept,) = pair.send(block(5 * MIB))
@@ -348,7 +347,7 @@ def test_a_free_segment_makes_room_for_one_of_another_size(pair, monkeypatch, sl
 
 
 def test_a_buffer_over_the_limit_alone_costs_no_free_segment(pair, monkeypatch, slow_sweeper):
-    monkeypatch.setattr(_segments, "BYTES_OF_CHANNEL", 2 * MIB)
+    monkeypatch.setattr(_shelf, "BYTES_OF_CHANNEL", 2 * MIB)
     pair.send(bytes(MIB))
     pair.tell()
     assert not in_segment(pair.send(bytes(3 * MIB))[0])
@@ -356,7 +355,7 @@ def test_a_buffer_over_the_limit_alone_costs_no_free_segment(pair, monkeypatch, 
 
 
 def test_there_are_at_most_so_many_segments_on_a_channel(pair, monkeypatch, slow_sweeper):
-    monkeypatch.setattr(_segments, "MOST_SEGMENTS", 3)
+    monkeypatch.setattr(_shelf, "MOST_SEGMENTS", 3)
     kept = [pair.send(bytes(MIB))[0] for _ in range(5)]
     assert [in_segment(view) for view in kept] == [True] * 3 + [False] * 2
     del kept
@@ -365,7 +364,7 @@ def test_there_are_at_most_so_many_segments_on_a_channel(pair, monkeypatch, slow
 
 
 def test_beyond_the_limit_of_the_process_the_free_ones_of_other_channels_go(monkeypatch, slow_sweeper):
-    monkeypatch.setattr(_segments, "BYTES_OF_PROCESS", 5 * MIB)
+    monkeypatch.setattr(_shelf, "BYTES_OF_PROCESS", 5 * MIB)
     first, second = Pair(), Pair()
     first.send(bytes(3 * MIB))
     first.tell()
@@ -380,7 +379,7 @@ def test_beyond_the_limit_of_the_process_the_free_ones_of_other_channels_go(monk
 
 
 def test_the_descriptors_of_the_process_bound_its_segments(pair, monkeypatch, slow_sweeper):
-    monkeypatch.setattr(_segments, "_descriptors_for_segments", lambda: 2)
+    monkeypatch.setattr(_segments, "most_descriptors", lambda: 2)
     kept = [pair.send(block(MIB, seed))[0] for seed in range(3)]
     assert [in_segment(view) for view in kept] == [True, True, False]
     assert len(kept[0]) == MIB
@@ -388,7 +387,7 @@ def test_the_descriptors_of_the_process_bound_its_segments(pair, monkeypatch, sl
 
 def test_a_receiver_with_many_segments_keeps_no_descriptors_of_more(pair, monkeypatch, slow_sweeper):
     cargo = pair.one.load([memoryview(block(MIB, seed)) for seed in range(4)])
-    monkeypatch.setattr(_segments, "_descriptors_for_segments", lambda: 2)
+    monkeypatch.setattr(_segments, "most_descriptors", lambda: 2)
     before = len(memfd_numbers())
     kept = pair.send(*[bytes(MIB)] * 4, cargo=cargo)
     assert len(memfd_numbers()) == before + 2
@@ -396,7 +395,7 @@ def test_a_receiver_with_many_segments_keeps_no_descriptors_of_more(pair, monkey
 
 
 def test_a_peer_may_not_map_more_into_us_than_the_limit(pair, monkeypatch, slow_sweeper):
-    monkeypatch.setattr(_segments, "BYTES_FROM_PEER", 3 * MIB)
+    monkeypatch.setattr(_shelf, "BYTES_FROM_PEER", 3 * MIB)
     pair.send(bytes(2 * MIB))
     with pytest.raises(ProtocolError, match=f"{4 * MIB} bytes"):
         pair.send(bytes(2 * MIB))
@@ -404,7 +403,7 @@ def test_a_peer_may_not_map_more_into_us_than_the_limit(pair, monkeypatch, slow_
 
 
 def test_a_peer_may_not_map_more_segments_into_us_than_the_limit(pair, monkeypatch, slow_sweeper):
-    monkeypatch.setattr(_segments, "MOST_FROM_PEER", 2)
+    monkeypatch.setattr(_shelf, "MOST_FROM_PEER", 2)
     with pytest.raises(ProtocolError, match="3 segments"):
         pair.send(*[bytes(MIB)] * 3)
     assert pair.other.counts.received == 0
@@ -425,7 +424,7 @@ def fail_with(number):
 @pytest.mark.parametrize("number", [errno.EMFILE, errno.ENOMEM, errno.ENOSPC, errno.EFBIG])
 def test_short_of_something_a_buffer_goes_inline_and_nothing_leaks(pair, monkeypatch, name, number):
     with monkeypatch.context() as patch:
-        patch.setattr(_segments.os, name, fail_with(number))
+        patch.setattr(_memory.os, name, fail_with(number))
         sent = [block(MIB, 1), block(70 * KIB, 2)]
         assert pair.one.load([memoryview(each) for each in sent]) is None
         assert totals().held == 0
@@ -455,9 +454,9 @@ def send_with_small_files():
 def test_a_segment_is_sealed_and_not_for_heirs(pair, slow_sweeper):
     (number,) = pair.one.load([memoryview(bytes(MIB))]).descriptors
     seals = fcntl.fcntl(number, fcntl.F_GET_SEALS)
-    assert seals & _segments._F_SEALS == _segments._F_SEALS
+    assert seals & _memory.SEALS == _memory.SEALS
     assert not os.get_inheritable(number)
-    if _segments._memfd_flags & _segments._MFD_NOEXEC_SEAL:
+    if _memory._memfd_flags & _memory._MFD_NOEXEC_SEAL:
         assert seals & 0x20  # F_SEAL_EXEC
         assert not os.fstat(number).st_mode & 0o111
 
@@ -468,12 +467,12 @@ def test_a_kernel_that_knows_no_seal_against_execution_is_asked_once(pair, monke
 
     def old(name, flags):
         asked.append(flags)
-        if flags & _segments._MFD_NOEXEC_SEAL:
+        if flags & _memory._MFD_NOEXEC_SEAL:
             raise OSError(errno.EINVAL, "before Linux 6.3")
         return create(name, flags)
 
-    monkeypatch.setattr(_segments, "_memfd_flags", _segments._memfd_flags | _segments._MFD_NOEXEC_SEAL)
-    monkeypatch.setattr(_segments.os, "memfd_create", old)
+    monkeypatch.setattr(_memory, "_memfd_flags", _memory._memfd_flags | _memory._MFD_NOEXEC_SEAL)
+    monkeypatch.setattr(_memory.os, "memfd_create", old)
     pair.send(bytes(MIB), bytes(MIB))
     assert pair.one.counts.held == 2
     assert len(asked) == 3
@@ -490,7 +489,7 @@ def test_a_segment_that_can_be_no_more_filled_stays_free(pair, monkeypatch, slow
     pair.send(bytes(MIB))
     pair.tell()
     with monkeypatch.context() as patch:
-        patch.setattr(_segments, "_map", fail_with(errno.ENOMEM))
+        patch.setattr(_memory, "map_pages", fail_with(errno.ENOMEM))
         (arrived,) = pair.send(block(MIB))
         assert arrived == block(MIB)
         assert not in_segment(arrived)
@@ -500,7 +499,7 @@ def test_a_segment_that_can_be_no_more_filled_stays_free(pair, monkeypatch, slow
 
 def test_a_receiver_that_cannot_map_a_segment_reads_it(pair, monkeypatch, slow_sweeper):
     with monkeypatch.context() as patch:
-        patch.setattr(_segments, "_map", fail_with(errno.ENOMEM))
+        patch.setattr(_memory, "map_pages", fail_with(errno.ENOMEM))
         arrived = pair.send(block(2 * MIB, 1), block(70 * KIB, 2), block(80 * KIB, 3))
         assert arrived == [block(2 * MIB, 1), block(70 * KIB, 2), block(80 * KIB, 3)]
         assert not any(in_segment(view) for view in arrived)
@@ -513,7 +512,7 @@ def test_a_receiver_that_cannot_map_a_segment_reads_it(pair, monkeypatch, slow_s
 def test_an_error_while_loading_loses_no_segment(pair, monkeypatch, slow_sweeper):
     pair.send(bytes(MIB), bytes(2 * MIB))
     pair.tell()
-    real = _segments._copy
+    real = _memory.copy_view
 
     def interrupted(target, view):
         if len(view) == 2 * MIB:
@@ -521,7 +520,7 @@ def test_an_error_while_loading_loses_no_segment(pair, monkeypatch, slow_sweeper
         real(target, view)
 
     with monkeypatch.context() as patch:
-        patch.setattr(_segments, "_copy", interrupted)
+        patch.setattr(_memory, "copy_view", interrupted)
         with pytest.raises(KeyboardInterrupt):
             pair.one.load([memoryview(bytes(MIB)), memoryview(bytes(2 * MIB))])
     assert pair.one.counts.retained == 0
@@ -535,8 +534,8 @@ def test_an_error_while_loading_loses_no_segment(pair, monkeypatch, slow_sweeper
 
 @pytest.fixture
 def quick_sweeper(monkeypatch):
-    monkeypatch.setattr(_segments, "IDLE", 0.05)
-    monkeypatch.setattr(_segments, "_sweeper", _segments._Sweeper())
+    monkeypatch.setattr(_shelf, "IDLE", 0.05)
+    monkeypatch.setattr(_shelf, "_sweeper", _shelf._Sweeper())
 
 
 def test_a_free_segment_is_given_back_at_both_ends_when_it_is_idle(pair, quick_sweeper):
@@ -567,17 +566,17 @@ def test_what_is_kept_is_not_given_back(pair, quick_sweeper):
 
 def test_the_timer_rests_when_nothing_is_left_to_give_back(pair, quick_sweeper):
     looks = []
-    look = _segments._sweeper._look
-    _segments._sweeper._look = lambda: (looks.append(1), look())
+    look = _shelf._sweeper._look
+    _shelf._sweeper._look = lambda: (looks.append(1), look())
     pair.send(bytes(MIB))
     pair.tell()
-    assert _segments._sweeper._armed
-    support.wait_until(lambda: not _segments._sweeper._armed)
+    assert _shelf._sweeper._armed
+    support.wait_until(lambda: not _shelf._sweeper._armed)
     assert pair.one.counts.held == 0
     assert len(looks) <= 2
     (said,) = pair.send(bytes(MIB))
     pair.send(bytes(100), back=True)
-    assert not _segments._sweeper._armed
+    assert not _shelf._sweeper._armed
     del said
 
 
@@ -590,8 +589,8 @@ def test_the_timer_comes_again_while_there_is_something(pair, quick_sweeper):
 
 
 def test_a_segment_in_use_again_and_again_is_not_given_back(pair, monkeypatch):
-    monkeypatch.setattr(_segments, "IDLE", 0.3)
-    monkeypatch.setattr(_segments, "_sweeper", _segments._Sweeper())
+    monkeypatch.setattr(_shelf, "IDLE", 0.3)
+    monkeypatch.setattr(_shelf, "_sweeper", _shelf._Sweeper())
     end = time.monotonic() + 1.0
     while time.monotonic() < end:
         pair.send(bytes(MIB))
@@ -605,7 +604,7 @@ def test_without_a_thread_to_be_had_the_keeper_gives_back(pair, monkeypatch, qui
     def none_left(*args):
         raise RuntimeError("can't start new thread")
 
-    monkeypatch.setattr(_segments, "start_new_thread", none_left)
+    monkeypatch.setattr(_shelf, "start_new_thread", none_left)
     pair.send(bytes(MIB))
     pair.tell()
     support.wait_until(lambda: pair.one.counts.held == 0)
@@ -616,7 +615,7 @@ def test_without_a_keeper_to_be_had_messages_go_on(pair, monkeypatch, quick_swee
         raise RuntimeError("can't start new thread")
 
     with monkeypatch.context() as patch:
-        patch.setattr(_segments, "keeper", none_left)
+        patch.setattr(_shelf, "keeper", none_left)
         pair.send(bytes(MIB))
         pair.tell()
         pair.send(bytes(MIB))
@@ -626,7 +625,7 @@ def test_without_a_keeper_to_be_had_messages_go_on(pair, monkeypatch, quick_swee
 
 
 def test_giving_back_while_sending_never_touches_what_was_sent(pair, monkeypatch):
-    monkeypatch.setattr(_segments, "IDLE", 0.0)
+    monkeypatch.setattr(_shelf, "IDLE", 0.0)
     stop = threading.Event()
 
     def sweep():
@@ -704,13 +703,13 @@ def test_memory_returns_to_its_base(pair, quick_sweeper, many):
         pair.tell()
     for view, begin in kept:
         assert (np.frombuffer(view, "u1") == data[begin : begin + len(view)]).all()
-    assert totals().held_bytes <= _segments.BYTES_OF_CHANNEL
+    assert totals().held_bytes <= _shelf.BYTES_OF_CHANNEL
     del view
     kept.clear()
     pair.tell()
     support.wait_until(lambda: pair.one.counts.held == 0)
     pair.tell(back=False)
-    assert totals() == _segments.Totals(reused=totals().reused)
+    assert totals() == _shelf.Totals(reused=totals().reused)
     assert not memfd_maps()
     assert not memfd_numbers()
 
@@ -722,8 +721,8 @@ def test_a_loan_crosses_without_a_copy(pair, monkeypatch, slow_sweeper):
     def no_copy(*args):
         raise AssertionError("copied")
 
-    monkeypatch.setattr(_segments, "_copy_bytes", no_copy)
-    monkeypatch.setattr(_segments, "_write", no_copy)
+    monkeypatch.setattr(_memory, "copy_bytes", no_copy)
+    monkeypatch.setattr(_memory, "write", no_copy)
     array = empty((100, 1_000), "f8")
     array[:] = 3.0
     (arrived,) = pair.send(array)
@@ -734,7 +733,7 @@ def test_a_loan_crosses_without_a_copy(pair, monkeypatch, slow_sweeper):
 @pytest.mark.parametrize("dontunmap", [True, False])
 def test_after_passing_each_side_has_its_own(pair, monkeypatch, slow_sweeper, dontunmap):
     if not dontunmap:
-        monkeypatch.setattr(_segments, "_move", lambda address, size: None)
+        monkeypatch.setattr(_memory, "move", lambda address, size: None)
     mine = buffer(4 * MIB)
     data = block(4 * MIB)
     mine[:] = data
@@ -802,8 +801,8 @@ def test_the_finder_says_which_shelf_lends(pair, slow_sweeper, monkeypatch):
     pair.send(bytes(MIB))
     pair.tell()
     pair.other.load([])  # the last that this thread used
-    monkeypatch.setattr(_segments, "_find", None)
-    _segments.set_finder(lambda: pair.one)
+    monkeypatch.setattr(_shelf, "_find", None)
+    _shelf.set_finder(lambda: pair.one)
     lent = buffer(MIB)
     assert pair.one.counts.loaned == 1
     assert len(lent) == MIB
@@ -845,7 +844,7 @@ def test_a_loan_of_another_channel_is_copied(pair, slow_sweeper):
 def test_memory_that_touches_a_loan_from_outside_is_copied(pair, slow_sweeper):
     mine = buffer(64 * KIB)
     address = np.frombuffer(mine, "u1").ctypes.data
-    (loan,) = _segments._loans.values()
+    (loan,) = _segments.loans.values()
     assert loan.covers(address, address + 64 * KIB)
     assert not loan.covers(address - 1, address + 1)
     assert not loan.covers(address, address + loan.mapping.size + 1)
@@ -909,7 +908,7 @@ def test_a_loan_that_can_get_no_veil_is_copied(pair, monkeypatch, slow_sweeper):
     mine = buffer(MIB)
     mine[:] = block(MIB)
     with monkeypatch.context() as patch:
-        patch.setattr(_segments, "_map", fail_with(errno.ENOMEM))
+        patch.setattr(_memory, "map_pages", fail_with(errno.ENOMEM))
         cargo = pair.one.load([mine])
     (theirs,) = pair.send(mine, cargo=cargo)
     mine[:] = bytes(MIB)
@@ -945,14 +944,14 @@ def test_two_threads_that_pass_one_loan_both_pass_what_it_was(slow_sweeper):
 
 
 def test_over_the_limit_a_loan_is_ordinary_memory(monkeypatch):
-    monkeypatch.setattr(_segments, "BYTES_OF_PROCESS", 3 * MIB)
+    monkeypatch.setattr(_shelf, "BYTES_OF_PROCESS", 3 * MIB)
     first, second, third = buffer(2 * MIB), buffer(2 * MIB), empty(MIB)
     assert [in_segment(each) for each in (first, second, third)] == [True, False, False]
     assert [len(first), len(second), len(third)] == [2 * MIB, 2 * MIB, MIB]
 
 
 def test_a_loan_over_the_limit_alone_costs_no_free_segment(pair, monkeypatch, slow_sweeper):
-    monkeypatch.setattr(_segments, "BYTES_OF_PROCESS", 3 * MIB)
+    monkeypatch.setattr(_shelf, "BYTES_OF_PROCESS", 3 * MIB)
     pair.send(bytes(MIB))
     pair.tell()
     assert not in_segment(buffer(4 * MIB))
@@ -960,7 +959,7 @@ def test_a_loan_over_the_limit_alone_costs_no_free_segment(pair, monkeypatch, sl
 
 
 def test_small_memory_is_ordinary_memory():
-    assert not in_segment(buffer(_segments.THRESHOLD - 1))
+    assert not in_segment(buffer(_shelf.THRESHOLD - 1))
     assert not in_segment(empty(100))
     assert totals().held == 0
     assert len(buffer(0)) == 0
@@ -986,7 +985,7 @@ def test_empty_is_like_that_of_numpy(shape, dtype, order):
     assert (ours.shape, ours.dtype, ours.strides) == (theirs.shape, theirs.dtype, theirs.strides)
     assert ours.flags.writeable
     assert ours.flags.aligned
-    assert in_segment(ours) if ours.nbytes >= _segments.THRESHOLD else not memfd_maps()
+    assert in_segment(ours) if ours.nbytes >= _shelf.THRESHOLD else not memfd_maps()
 
 
 @pytest.mark.parametrize(
@@ -1069,7 +1068,7 @@ def test_what_a_child_has_does_not_change_whatever_the_parent_does(
     pair, slow_sweeper, monkeypatch, kept_descriptor
 ):
     if not kept_descriptor:
-        monkeypatch.setattr(_segments._Foreign, "map", map_and_shut)
+        monkeypatch.setattr(_segments.Foreign, "map", map_and_shut)
     arrived = pair.send(block(MIB, 1))
     child = Forked(lambda: bytes(arrived[0]) == block(MIB, 1), lambda: bytes(arrived[0]) == block(MIB, 1))
     assert child.go()
@@ -1086,7 +1085,7 @@ def test_what_a_child_has_does_not_change_whatever_the_parent_does(
 
 
 def map_and_shut(segment):
-    mapping = _segments._Segment.map(segment)
+    mapping = _segments.Segment.map(segment)
     segment.shut()
     return mapping
 
@@ -1173,7 +1172,7 @@ def test_a_shelf_is_of_no_use_in_a_child(pair, slow_sweeper):
     def use():
         assert pair.one.load([memoryview(bytes(MIB))]) is None
         with pytest.raises(ProtocolError):
-            pair.other.unload(_segments._Manifest().encode(), [], [])
+            pair.other.unload(_manifest.Manifest().encode(), [], [])
         assert totals().held == totals().received == 0
         assert not memfd_numbers()
         lent = buffer(MIB)
@@ -1198,7 +1197,7 @@ def test_a_child_unmaps_nothing_but_its_own(pair, slow_sweeper):
     (address,) = [segment.mapping.address for segment in pair.one._free.values()]
 
     def drop():
-        mapped = _segments._libc.mmap(
+        mapped = _memory._libc.mmap(
             address,
             MIB,
             mmap.PROT_READ | mmap.PROT_WRITE,
@@ -1254,7 +1253,7 @@ def test_nothing_is_given_to_anybody_while_a_fork_is_on_its_way(pair, slow_sweep
     }
     done = []
     thread = threading.Thread(target=lambda: done.append(actions[what]()))
-    with _segments._fork_gate:
+    with _segments.fork_gate:
         thread.start()
         thread.join(0.1)
         assert thread.is_alive()
@@ -1307,7 +1306,7 @@ def test_forks_while_others_receive_and_pass(slow_sweeper, many):
 # -- what a peer may not do -----------------------------------------------------------------------
 
 
-def memfd(size=MIB, seals=_segments._F_SEALS, flags=os.MFD_ALLOW_SEALING):
+def memfd(size=MIB, seals=_memory.SEALS, flags=os.MFD_ALLOW_SEALING):
     number = os.memfd_create("doorpool", flags | os.MFD_CLOEXEC)
     os.ftruncate(number, size)
     fcntl.fcntl(number, fcntl.F_ADD_SEALS, seals)
@@ -1317,7 +1316,7 @@ def memfd(size=MIB, seals=_segments._F_SEALS, flags=os.MFD_ALLOW_SEALING):
 def of_huge_pages():
     number = os.memfd_create("doorpool", os.MFD_ALLOW_SEALING | os.MFD_HUGETLB | os.MFD_CLOEXEC)
     os.ftruncate(number, 2 * MIB)
-    fcntl.fcntl(number, fcntl.F_ADD_SEALS, _segments._F_SEALS)
+    fcntl.fcntl(number, fcntl.F_ADD_SEALS, _memory.SEALS)
     return number
 
 
@@ -1346,8 +1345,8 @@ BAD_DESCRIPTORS = {
     "may shrink": lambda: memfd(seals=fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL),
     "may grow": lambda: memfd(seals=fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL),
     "may be sealed": lambda: memfd(seals=fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW),
-    "may not be written": lambda: memfd(seals=_segments._F_SEALS | fcntl.F_SEAL_WRITE),
-    "may not be written later": lambda: memfd(seals=_segments._F_SEALS | 0x10),
+    "may not be written": lambda: memfd(seals=_memory.SEALS | fcntl.F_SEAL_WRITE),
+    "may not be written later": lambda: memfd(seals=_memory.SEALS | 0x10),
     "too small": lambda: memfd(MIB - 1),
     "too large": lambda: memfd(MIB + 1),
     "for reading": reopened_for_reading,
@@ -1365,7 +1364,7 @@ BAD_DESCRIPTORS = {
 @pytest.mark.parametrize("what", BAD_DESCRIPTORS)
 def test_what_is_no_proper_memfd_is_refused_and_closed(pair, what):
     good, bad = memfd(), BAD_DESCRIPTORS[what]()
-    manifest = _segments._Manifest(1, [(0, 2, 0, MIB)], [(1, MIB), (2, MIB)]).encode()
+    manifest = _manifest.Manifest(1, [(0, 2, 0, MIB)], [(1, MIB), (2, MIB)]).encode()
     with pytest.raises(ProtocolError):
         pair.other.unload(manifest, [], numbers := [good, bad])
     assert numbers == []
@@ -1391,7 +1390,7 @@ def good_manifest(pair):
 @pytest.fixture
 def small_segments(monkeypatch):
     """Each buffer has a segment of its own."""
-    monkeypatch.setattr(_segments, "LARGE", _segments.THRESHOLD)
+    monkeypatch.setattr(_shelf, "LARGE", _shelf.THRESHOLD)
 
 
 def try_manifest(pair, manifest, cargo):
@@ -1409,7 +1408,7 @@ def try_manifest(pair, manifest, cargo):
 
 def test_a_good_manifest_has_something_of_everything(pair, slow_sweeper, small_segments):
     cargo, sent = good_manifest(pair)
-    said = _segments._decode(cargo.manifest)
+    said = _manifest.decode(cargo.manifest)
     assert (len(said.places), len(said.new)) == (3, 2)
     assert (len(said.retired), len(said.released), len(said.dropped)) == (1, 1, 1)
     assert pair.send(*sent, cargo=cargo) == sent
@@ -1450,37 +1449,37 @@ def test_no_flipped_bit_of_a_manifest_leads_out_of_the_segments(slow_sweeper, sm
         arrived = view = cargo = None
         assert not memfd_maps()
     support.wait_until(lambda: not memfd_numbers())  # closed by a janitor
-    assert min(accepted) >= 8 * _segments._HEADER.size
+    assert min(accepted) >= 8 * _manifest._HEADER.size
     assert len(accepted) < bits / many(12, 4)
 
 
 MANIFESTS = {
     "nothing": b"",
-    "zeros": bytes(_segments._HEADER.size),
-    "another version": _segments._HEADER.pack(2, 0, 0, 0, 0, 0, 0),
+    "zeros": bytes(_manifest._HEADER.size),
+    "another version": _manifest._HEADER.pack(2, 0, 0, 0, 0, 0, 0),
     "padding": b"\1\0\1\0" + bytes(20),
-    "counts without end": _segments._HEADER.pack(1, 2**32 - 1, 2**32 - 1, 65535, 65535, 2**32 - 1, 2**32 - 1),
-    "more buffers than there are": _segments._Manifest(3).encode(),
-    "fewer buffers": _segments._Manifest(0).encode(),
-    "an unknown segment": _segments._Manifest(2, [(0, 9, 0, 10)]).encode(),
-    "one that is ours": _segments._Manifest(2, [(0, 2, 0, 10)]).encode(),
-    "behind its end": _segments._Manifest(2, [(0, 1, 2 * MIB - 5, 6)]).encode(),
-    "wrapping around": _segments._Manifest(2, [(0, 1, 2**64 - 5, 10)]).encode(),
-    "longer than it": _segments._Manifest(2, [(0, 1, 0, 2**64 - 1)]).encode(),
-    "no bytes": _segments._Manifest(2, [(0, 1, 0, 0)]).encode(),
-    "places out of order": _segments._Manifest(3, [(1, 1, 0, 9), (0, 1, 0, 9)]).encode(),
-    "one place twice": _segments._Manifest(3, [(1, 1, 0, 9), (1, 1, 0, 9)]).encode(),
-    "a place behind the last": _segments._Manifest(2, [(2, 1, 0, 9)]).encode(),
-    "a new one without a descriptor": _segments._Manifest(1, [], [(7, MIB)]).encode(),
-    "retired and unknown": _segments._Manifest(1, retired=[9]).encode(),
-    "retired and ours": _segments._Manifest(1, retired=[2]).encode(),
-    "retired twice": _segments._Manifest(1, retired=[1, 1]).encode(),
-    "retired and used": _segments._Manifest(2, [(0, 1, 0, 9)], retired=[1]).encode(),
-    "released and unknown": _segments._Manifest(1, released=[9]).encode(),
-    "released and not passed": _segments._Manifest(1, released=[2]).encode(),
-    "released twice": _segments._Manifest(1, released=[1, 1]).encode(),
-    "released and dropped": _segments._Manifest(1, released=[1], dropped=[1]).encode(),
-    "dropped and unknown": _segments._Manifest(1, dropped=[9]).encode(),
+    "counts without end": _manifest._HEADER.pack(1, 2**32 - 1, 2**32 - 1, 65535, 65535, 2**32 - 1, 2**32 - 1),
+    "more buffers than there are": _manifest.Manifest(3).encode(),
+    "fewer buffers": _manifest.Manifest(0).encode(),
+    "an unknown segment": _manifest.Manifest(2, [(0, 9, 0, 10)]).encode(),
+    "one that is ours": _manifest.Manifest(2, [(0, 2, 0, 10)]).encode(),
+    "behind its end": _manifest.Manifest(2, [(0, 1, 2 * MIB - 5, 6)]).encode(),
+    "wrapping around": _manifest.Manifest(2, [(0, 1, 2**64 - 5, 10)]).encode(),
+    "longer than it": _manifest.Manifest(2, [(0, 1, 0, 2**64 - 1)]).encode(),
+    "no bytes": _manifest.Manifest(2, [(0, 1, 0, 0)]).encode(),
+    "places out of order": _manifest.Manifest(3, [(1, 1, 0, 9), (0, 1, 0, 9)]).encode(),
+    "one place twice": _manifest.Manifest(3, [(1, 1, 0, 9), (1, 1, 0, 9)]).encode(),
+    "a place behind the last": _manifest.Manifest(2, [(2, 1, 0, 9)]).encode(),
+    "a new one without a descriptor": _manifest.Manifest(1, [], [(7, MIB)]).encode(),
+    "retired and unknown": _manifest.Manifest(1, retired=[9]).encode(),
+    "retired and ours": _manifest.Manifest(1, retired=[2]).encode(),
+    "retired twice": _manifest.Manifest(1, retired=[1, 1]).encode(),
+    "retired and used": _manifest.Manifest(2, [(0, 1, 0, 9)], retired=[1]).encode(),
+    "released and unknown": _manifest.Manifest(1, released=[9]).encode(),
+    "released and not passed": _manifest.Manifest(1, released=[2]).encode(),
+    "released twice": _manifest.Manifest(1, released=[1, 1]).encode(),
+    "released and dropped": _manifest.Manifest(1, released=[1], dropped=[1]).encode(),
+    "dropped and unknown": _manifest.Manifest(1, dropped=[9]).encode(),
 }
 
 
@@ -1519,14 +1518,14 @@ def test_an_untrue_new_segment_is_refused_and_closed(pair, slow_sweeper, what):
     numbers = [memfd() for _ in NEW[what]]
     before = len(memfd_numbers())
     with pytest.raises(ProtocolError):
-        pair.other.unload(_segments._Manifest(0, [], NEW[what]).encode(), [], numbers)
+        pair.other.unload(_manifest.Manifest(0, [], NEW[what]).encode(), [], numbers)
     support.wait_until(lambda: len(memfd_numbers()) == before - len(NEW[what]))
 
 
 def test_only_the_last_descriptors_are_taken(pair):
     users = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
     numbers = [users, memfd()]
-    pair.other.unload(_segments._Manifest(0, [], [(1, MIB)]).encode(), [], numbers)
+    pair.other.unload(_manifest.Manifest(0, [], [(1, MIB)]).encode(), [], numbers)
     assert numbers == [users]
     os.close(users)
 
@@ -1549,7 +1548,7 @@ def test_noise_is_refused(pair, slow_sweeper, seed, many):
     for _ in range(many(300, 20_000)):
         counts = [int(each) for each in random.integers(0, 3, 6)]
         body = random.bytes(counts[1] * 24 + counts[2] * 12 + 4 * sum(counts[3:]))
-        manifest = _segments._HEADER.pack(1, *counts) + body
+        manifest = _manifest._HEADER.pack(1, *counts) + body
         try:
             pair.other.unload(manifest, [bytearray(1)] * counts[0], [])
         except ProtocolError:
@@ -1651,7 +1650,7 @@ def test_a_death_in_a_garbage_collection_under_any_lock_is_told(pair, slow_sweep
     knot.itself, (knot.view,) = knot, pair.send(bytes(MIB))
     del knot
     assert not pair.other.has_news
-    with _segments._fork_gate, _keeper.keeper().lock:
+    with _segments.fork_gate, _keeper.keeper().lock:
         gc.collect()
     assert pair.other.has_news
 
@@ -1668,7 +1667,7 @@ def serve_and_ask(rounds):
     import random
     import socket
 
-    _segments.THRESHOLD = 1 << 16
+    _shelf.THRESHOLD = 1 << 16
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
 
     def send(sock, shelf, *buffers):

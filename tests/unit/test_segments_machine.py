@@ -23,7 +23,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-import doorpool._segments as _segments
+from doorpool import _segments, _shelf
 
 ENDS = st.sampled_from([0, 1])
 
@@ -73,18 +73,18 @@ class Segments(RuleBasedStateMachine):
     def __init__(self):
         super().__init__()
         self.real = {
-            name: getattr(_segments, name)
+            name: getattr(_shelf, name)
             for name in ("THRESHOLD", "LARGE", "BYTES_OF_CHANNEL", "MOST_SEGMENTS", "MOST_NEW")
         }
-        _segments.THRESHOLD, _segments.LARGE = 4_096, 16_384
-        _segments.BYTES_OF_CHANNEL, _segments.MOST_SEGMENTS, _segments.MOST_NEW = 1 << 20, 8, 5
-        self.arm, _segments._sweeper.arm = _segments._sweeper.arm, lambda *_: None
+        _shelf.THRESHOLD, _shelf.LARGE = 4_096, 16_384
+        _shelf.BYTES_OF_CHANNEL, _shelf.MOST_SEGMENTS, _shelf.MOST_NEW = 1 << 20, 8, 5
+        self.arm, _shelf._sweeper.arm = _shelf._sweeper.arm, lambda *_: None
         self.held = []
         self.counter = 0
         self.open()
 
     def open(self):
-        self.shelves = [_segments.Shelf(), _segments.Shelf()]
+        self.shelves = [_shelf.Shelf(), _shelf.Shelf()]
 
     # -- what the two ends do
 
@@ -105,8 +105,8 @@ class Segments(RuleBasedStateMachine):
     @rule(target=arrays, end=ENDS, size=SIZES)
     def borrow(self, end, size):
         """Memory of doorpool.buffer, from the end's own shelf."""
-        _segments.set_finder(lambda: self.shelves[end])
-        view = _segments.buffer(size)
+        _shelf.set_finder(lambda: self.shelves[end])
+        view = _shelf.buffer(size)
         content = self.fresh(size)
         view[:] = content.tobytes()
         return self.hold(end, view, content)
@@ -163,7 +163,7 @@ class Segments(RuleBasedStateMachine):
 
     def loan_under(self, view):
         begin = np.frombuffer(view, "u1").ctypes.data
-        for loan in list(_segments._loans.values()):
+        for loan in list(_segments.loans.values()):
             if loan.covers(begin, begin + 1):
                 return loan
         return None
@@ -212,8 +212,8 @@ class Segments(RuleBasedStateMachine):
     def both_ends_agree_on_what_there_is(self):
         for one, other in (self.shelves, self.shelves[::-1]):
             counts = one.counts
-            assert counts.held_bytes <= _segments.BYTES_OF_CHANNEL
-            assert counts.held <= _segments.MOST_SEGMENTS
+            assert counts.held_bytes <= _shelf.BYTES_OF_CHANNEL
+            assert counts.held <= _shelf.MOST_SEGMENTS
             for number, segment in one._out.items():
                 theirs = other._foreign.get(number)
                 if theirs is None:  # a child has it
@@ -231,13 +231,13 @@ class Segments(RuleBasedStateMachine):
         for shelf in self.shelves:
             shelf.close()
         for name, value in self.real.items():
-            setattr(_segments, name, value)
-        _segments._sweeper.arm = self.arm
-        _segments.set_finder(None)
+            setattr(_shelf, name, value)
+        _shelf._sweeper.arm = self.arm
+        _shelf.set_finder(None)
         gc.collect()
-        assert not _segments._exports
-        assert not _segments._loans
-        assert _segments.totals().held == _segments.totals().received == 0
+        assert not _segments.exports
+        assert not _segments.loans
+        assert _shelf.totals().held == _shelf.totals().received == 0
 
 
 @pytest.mark.timeout(600)  # in the long form
