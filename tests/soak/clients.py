@@ -31,6 +31,7 @@ from support.storm import fresh, left_since, piece
 
 from doorpool import (
     BrokenDoorError,
+    BusyError,
     CallTimeoutError,
     Descriptor,
     Endpoint,
@@ -82,11 +83,6 @@ class Proxies:
             proxies, self._open = list(self._open.values()), {}
         for proxy in proxies:
             proxy.close()
-
-
-def is_late_opening(error: BaseException) -> bool:
-    """Whether a door did not open in its five seconds, as happens on a machine that is short of CPUs."""
-    return isinstance(error, CallTimeoutError) and "does not answer; nothing was called" in str(error)
 
 
 # -- one client
@@ -185,7 +181,7 @@ class Client:
     def _failed(self, number: int, error: BaseException, seconds: float) -> None:
         expected = self._expected(error)
         how = MAY_HAVE_RUN if getattr(error, "may_have_run", not expected) else DID_NOT_RUN
-        name = LATE if is_late_opening(error) else type(error).__name__
+        name = self._crowding(error) or type(error).__name__
         self._notes.enter(number, how, name, expected, seconds)
         if not expected:
             self._wrong(f"number {number:#x}, which took {seconds:.3f} s: {told(error)}")
@@ -193,9 +189,17 @@ class Client:
 
     def _expected(self, error: BaseException) -> bool:
         """Whether an error may happen there: at the restless server, those of one that is gone."""
-        if is_late_opening(error):
+        if self._crowding(error):
             return True  # these are counted, and there must be few
         return isinstance(error, self._allowed) or (self._target == RESTLESS and isinstance(error, GONE))
+
+    def _crowding(self, error: BaseException) -> str:
+        """Return as what a door is counted that did not open in time, or was busy: too many have come."""
+        if isinstance(error, BusyError) and not error.may_have_run and self._seat.codec == "data":
+            return "BusyError"  # of a user who has no more than a share
+        if isinstance(error, self._allowed) or not isinstance(error, CallTimeoutError):
+            return ""
+        return LATE if "does not answer; nothing was called" in str(error) else ""
 
     @contextlib.contextmanager
     def _stage(self) -> Iterator[None]:
@@ -207,8 +211,8 @@ class Client:
         except Exception as error:
             if not self._expected(error):
                 self._wrong(told(error))
-            elif is_late_opening(error):
-                self._notes.enter(self._number(), DID_NOT_RUN, LATE, True, 0.0)
+            elif name := self._crowding(error):
+                self._notes.enter(self._number(), DID_NOT_RUN, name, True, 0.0)
             raise Over from error
 
     def _wrong(self, text: str) -> None:
