@@ -31,8 +31,9 @@ def start(script: Path, cwd: str) -> tuple[subprocess.Popen[str], threading.Thre
 
 
 def show(side, lines):
-    for line in lines:
-        print(f"{side} | {line}", end="", flush=True)
+    with lines:
+        for line in lines:
+            print(f"{side} | {line}", end="", flush=True)
 
 
 def stop(server: subprocess.Popen[str], cwd: str) -> None:

@@ -27,7 +27,7 @@ from hypothesis import strategies as st
 from support.mutations import spoilt
 
 from doorpool import Descriptor, Proxy, RemoteError, _data
-from doorpool._errors import DoorError, MarshalError, ProtocolError
+from doorpool._errors import BusyError, DoorError, MarshalError, ProtocolError
 
 pytestmark = pytest.mark.ids("H01", "H03")
 
@@ -356,6 +356,7 @@ OUTCOMES = [
     b"E" + msgspec.msgpack.encode(["SystemExit", None, "trace"]),
     b"A" + msgspec.msgpack.encode("does not fit"),
     b"R" + msgspec.msgpack.encode("no data"),
+    b"B" + msgspec.msgpack.encode("no descriptor left"),
 ]
 
 
@@ -380,7 +381,8 @@ def check_outcome(data, audited):
     """
     came = outcome(data, audited)
     if isinstance(came, DoorError):
-        assert type(came) in (MarshalError, ProtocolError, RemoteError)
+        assert type(came) in (MarshalError, ProtocolError, RemoteError, BusyError)
+        assert data[:1] == b"B" or type(came) is not BusyError
         assert came.may_have_run == (type(came) is not MarshalError or data[:1] != b"A")
     elif isinstance(came, Exception):
         assert data[:1] == b"E"
@@ -394,7 +396,7 @@ def test_outcomes(fuzz, audited):
     def check(data):
         check_outcome(data, audited)
 
-    made_up = st.tuples(st.sampled_from([b"V", b"E", b"A", b"R"]), st.binary(max_size=40)).map(b"".join)
+    made_up = st.tuples(st.sampled_from([b"V", b"E", b"A", b"R", b"B"]), st.binary(max_size=40)).map(b"".join)
     fuzz(check, spoilt(*OUTCOMES) | made_up | st.binary(max_size=40), short=300, long=500_000)
 
 
