@@ -67,10 +67,9 @@ class Limits:
             together: three quarters.)  Between users who wait, turns go round.
         queued: calls that have come and wait for a turn.
         bytes: of requests of more than a packet, from their first byte until they are answered, and of
-        results
-            until the caller has read them, but for what the kernel buffers (some 200 KiB a channel).  A
-            single one is let pass if there is nothing else: ``max_request`` and ``max_reply`` are for that.
-            Requests that begin at the same moment may go over it together.
+            results until the caller has read them, but for what the kernel buffers (some 200 KiB a
+            channel).  A single one is let pass if there is nothing else: ``max_request`` and
+            ``max_reply`` are for that.  Requests that begin at the same moment may go over it together.
         descriptors: of the server's process, for connections and channels; by default half of what strangers
             may have together, which is three quarters of ``RLIMIT_NOFILE``.
         greetings: knocks that are being answered: those that ``callers`` is asked about, and likewise answers

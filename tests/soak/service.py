@@ -28,7 +28,7 @@ from support.journal import Board, Journal
 from support.leaks import Holdings
 from support.storm import fresh, left_since, mappings, piece
 
-from doorpool import Endpoint, Proxy, Server, current_call, take, track
+from doorpool import Endpoint, Limits, Proxy, Server, current_call, take, track
 
 STEADY, RESTLESS = "steady", "restless"
 
@@ -207,7 +207,9 @@ def serve(
     planted = _Planted(plants, journal)
     before = use_once()
     services = [Ours(planted, folder, complain), Service(planted, folder, complain)]  # type: ignore[arg-type]
-    server = Server(name=which, idle_timeout=2.0)
+    # A hundred of its clients are of one uid, which would be at the limits for strangers now and then.
+    limits = Limits(channels=2_000, descriptors=8_000, greetings=128)
+    server = Server(name=which, idle_timeout=2.0, limits=limits)
     for service, mode in zip(services, (0o600, 0o666), strict=True):
         for name, target in (("call", service.echo), ("all", service)):
             path = folder / f"{which}.{name}.{service.codec}"
