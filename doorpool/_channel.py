@@ -154,7 +154,8 @@ class Channel:
         self._reset = False  # the kernel has said that something of ours was never read
         self.patience: float | None = None
         self.send_patience: float | None = None
-        self._poll: select.poll | None = None  # made when somebody waits: with a page few do
+        self._poll = select.poll()
+        self._poll.register(sock, select.POLLIN)
         self.page: shuttle.Page | None = None
         self.shelf: Shelf | None = None
         self.news: Sized = ()
@@ -388,7 +389,7 @@ class Channel:
             Hangup: the other end is closed.
             ProtocolError: what came is no frame, or not from whom it must be.
         """
-        if how == POLL and not self._rest and not self._has_come(self.patience):
+        if how == POLL and not self._rest and not self._poll.poll(self.patience and self.patience * 1000):
             return None
         try:
             if self._begun:
@@ -423,13 +424,6 @@ class Channel:
         # Here and not above, where the error's traceback holds what is being filled.
         return go_on(limit, now, deadline)
 
-    def _has_come(self, seconds: float | None) -> bool:
-        """Wait until there is something to read; tell whether there is."""
-        if self._poll is None:
-            self._poll = select.poll()
-            self._poll.register(self.socket, select.POLLIN)
-        return bool(self._poll.poll(None if seconds is None else seconds * 1000))
-
     def _look_again(
         self, limit: int, now: Callable[[], int] | None, deadline: float | None
     ) -> Frame | None:  # fmt: skip
@@ -441,7 +435,7 @@ class Channel:
         """Wait for the rest of a frame of which something is here, or that was not there after all."""
         until = self._until(deadline)
         while (left := until - time.monotonic()) > 0:
-            self._has_come(None if left == math.inf else left)
+            self._poll.poll(None if left == math.inf else left * 1000)
             frame = self.read(limit, NOT, now, deadline)
             if frame is not None:
                 return frame

@@ -49,6 +49,7 @@ from doorpool._door import crossing_bar, door_made_with
 from doorpool._endpoint import Endpoint
 from doorpool._errors import BrokenDoorError, CallTimeoutError, ClosedError, MarshalError, NotADoorError
 from doorpool._handle import Handle, deadline_after
+from doorpool._info import describe
 from doorpool._objects import CALL
 from doorpool._passing import Departure, Recipe
 from doorpool._proxy import SPOKEN, DataLine, Line, Proxy, proxy_of
@@ -99,7 +100,8 @@ class _ArrivedLine(Line):
 
     def _settle(self, home: Endpoint | None) -> None:
         """Note whether it is a door of this process, and whose threads will answer it then."""
-        self._server, self._is_local = self.handle.server, home is not None
+        handle = self.handle
+        self.info = describe(handle.greeting, None, handle.server, local=home is not None)
         self._pool = home._pool if home is not None else None
 
     def call(self, args: tuple[Any, ...], kwargs: dict[str, Any], deadline: float | None) -> Any:
@@ -138,7 +140,9 @@ class _ArrivedLine(Line):
             # The answer was this process's own, so the greeting is, too.
             self._settle(self._find_home())
         else:
-            self._server = self.handle.server
+            self.info = describe(
+                self.handle.greeting, None, self.handle.server, local="local" in self.info.attributes
+            )
         self._proven = True
 
 

@@ -33,10 +33,6 @@ Lingering
     set as well: what is ready there ends the look, so nobody waits for a thread that lingers.
     Then it *parks* the page, which has the caller ring, and arms the channel.  A request that
     came in between, for which nobody will ring, has the set report at once (``EPOLLOUT``).
-
-    Whoever has just opened a channel mostly has a call in hand.  So a fresh one with a page is
-    reported at once, and the thread that comes looks at it before it parks it: he is awake by the
-    time when the client has found out whom he may believe, and nobody has to ring for him.
 """
 
 from __future__ import annotations
@@ -90,8 +86,8 @@ class Served:
     """A channel as its gate sees it: see "Who may touch a channel" above."""
 
     __slots__ = (
-        "bytes", "channel", "claim", "door", "doomed", "fd", "fresh", "limit", "memo", "poll", "share",
-        "turn", "watched", "words",
+        "bytes", "channel", "claim", "door", "doomed", "fd", "limit", "memo", "poll", "share", "turn",
+        "watched", "words",
     )  # fmt: skip
 
     def __init__(self, channel: Channel, door: Door, words: Knock) -> None:
@@ -103,7 +99,6 @@ class Served:
         self.limit = lambda: door.max_request
         self.claim = threading.Lock()
         self.doomed: Refusal | None = None
-        self.fresh = False  # its first call is to be lingered for
         self.watched = False  # the caller's process, by the keeper
         self.share: Share | None = None  # a stranger's: see ``doorpool._shares``
         self.turn = False
@@ -293,8 +288,7 @@ class Gate:
             return None
         if served.share is not None and not self._take_turn(served):
             return None
-        fresh, served.fresh = served.fresh, False
-        invocation = self._next_call(served, RECEIVE if fresh else NOT)
+        invocation = self._next_call(served, NOT)
         if invocation is not None:
             self.waited += invocation.waited
         elif not served.channel.closed:
@@ -515,8 +509,7 @@ class Gate:
         except OSError as error:
             self.end(served, Refusal(Reason.IDLE, f"the server cannot wait at it ({error.strerror})"))
         else:
-            served.fresh = self._lingers and self.spin != 0 and served.channel.page is not None
-            self._arm(served, _AT_ONCE if served.fresh else self._events_for(served), fresh=True)
+            self._arm(served, self._events_for(served), fresh=True)
 
     def release(self, served: Served) -> None:
         """Let go of a channel whose call has been answered."""

@@ -128,8 +128,6 @@ def check_seconds(value: float | None, name: str) -> float | None:
     """
     if value is None:
         return None
-    if type(value) is float and 0 < value <= FOREVER:
-        return value
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} is a number of seconds or None, not {value!r}")
     if value != value or value <= 0:  # NaN, of whatever size and type
@@ -166,30 +164,22 @@ def _limits_in(greeting: Greeting) -> _wire.Limits:
     return _wire.Limits(greeting.max_request, greeting.max_descriptors, greeting.attributes)
 
 
-def _look_for(sock: socket.socket, until: int) -> bool:
-    """Look whether something has come, until a time by ``time.monotonic_ns()``, yielding after each look."""
-    poll = select.poll()
-    poll.register(sock, select.POLLIN)
-    while time.monotonic_ns() < until:
-        if poll.poll(0):
-            return True
-        os.sched_yield()
-    return False
-
-
 def _wait_a_moment(ours: socket.socket, deadline: float | None, spin: int) -> None:
     """
     Wait for the answer to a knock, for no longer than it takes somebody who is there.
 
     Args:
-        spin: nanoseconds for which to look before sleeping.
+        spin: nanoseconds for which to look before sleeping, each look followed by a yield.
     """
-    if _look_for(ours, time.monotonic_ns() + spin):
-        return
+    poll = select.poll()
+    poll.register(ours, select.POLLIN)
+    until = time.monotonic_ns() + spin
+    while time.monotonic_ns() < until:
+        if poll.poll(0):
+            return
+        os.sched_yield()
     left = _MOMENT if deadline is None else min(_MOMENT, deadline - time.monotonic())
     if left > 0:
-        poll = select.poll()
-        poll.register(ours, select.POLLIN)
         poll.poll(left * 1000)
 
 
@@ -266,7 +256,7 @@ class Handle:
         self._server = None if server is None else Judge(server, "server")
         self._trust = trust
         words = words or Knock(sys.version_info[:2])
-        self._words = Knock(words.python, words.main, page=shuttle.PAGE_BYTES, segments=True)
+        self._words = attrs.evolve(words, page=shuttle.PAGE_BYTES, segments=True)
         self._spin = check_spin(spin)
         #: Who has passed us the descriptor, if a stranger has: to close it may take what he likes.
         self.stranger: int | None = NOBODY
@@ -403,10 +393,9 @@ class Handle:
 
     def _peek(self, deadline: float | None) -> Greeting:
         """Look at the greeting, which stays in the queue for every other holder."""
-        try:
+        data = b""
+        with self._translated("the server hung up before it said anything"):
             data = self._peek_message(deadline)
-        except OSError as error:
-            raise self._translated(error) from None
         if not data:
             raise BrokenDoorError(f"{self.name}: the server is gone", filename=self.path)
         refusal = _wire.decode_farewell(data)
@@ -418,7 +407,7 @@ class Handle:
         return greeting
 
     def _peek_message(self, deadline: float | None) -> bytes:
-        flags = _sockets.MSG_PEEK | _sockets.MSG_DONTWAIT
+        flags = socket.MSG_PEEK | _sockets.MSG_DONTWAIT
         waited = False
         for attempt in (1, 2):
             while True:
@@ -446,14 +435,18 @@ class Handle:
                 filename=self.path,
             )
 
-    def _translated(self, error: OSError) -> OSError:
-        """Return what an error of a look at the greeting means; our own mean what they say."""
-        if isinstance(error, DoorError):
-            return error
-        if isinstance(error, ConnectionError):
-            text = f"{self.name}: the server hung up before it said anything"
-            return BrokenDoorError(text, filename=self.path)
-        return NotADoorError(f"{self.name} is no door: {error.strerror}", filename=self.path)
+    @contextlib.contextmanager
+    def _translated(self, text: str) -> Iterator[None]:
+        try:
+            yield
+        except ConnectionError as error:
+            if isinstance(error, DoorError):
+                raise
+            raise BrokenDoorError(f"{self.name}: {text}", filename=self.path) from None
+        except OSError as error:
+            if isinstance(error, DoorError):
+                raise
+            raise NotADoorError(f"{self.name} is no door: {error.strerror}", filename=self.path) from None
 
     def _await(self, sock: socket.socket, events: int, deadline: float | None, text: str) -> None:
         """Wait for a socket of an opening, for at most ``LOOK_UP``; raise when time is over."""
@@ -509,26 +502,15 @@ class Handle:
             ours = self._knock(door, deadline)
             try:
                 if not self._met:
-                    self._await_both(door, ours, deadline)
+                    # The greeting comes before: one wake-up for both.
+                    spin = _ANSWER_SPIN if self._spin < 0 else min(_ANSWER_SPIN, self._spin)
+                    _wait_a_moment(ours, deadline, spin)
+                    self._meet(deadline)  # before anything of the answer is looked at
                 return self._hear(door, ours, deadline)
             finally:
                 close_socket(ours)  # there may be an answer in it that we could not take
         finally:
             knocks.put(None)
-
-    def _await_both(self, door: socket.socket, ours: socket.socket, deadline: float | None) -> None:
-        """
-        Wait for the greeting and, a moment, for the answer; the greeting is looked at before it.
-
-        While we look, it is read as soon as it is here, when the server is about to write the
-        answer.  Who sleeps waits for the answer, before which it comes: one wake-up for both.
-        """
-        spin = _ANSWER_SPIN if self._spin < 0 else min(_ANSWER_SPIN, self._spin)
-        until = time.monotonic_ns() + spin
-        if _look_for(door, until):
-            self._meet(deadline)
-        _wait_a_moment(ours, deadline, until - time.monotonic_ns())
-        self._meet(deadline)
 
     def _await_turn(
         self, knocks: queue.SimpleQueue[None], door: socket.socket, deadline: float | None
@@ -600,7 +582,7 @@ class Handle:
     def _greeting_bytes(door: socket.socket) -> bytes:
         for _ in range(2):
             with contextlib.suppress(OSError):
-                return door.recv(_wire.GREETING_SIZE, _sockets.MSG_PEEK | _sockets.MSG_DONTWAIT)
+                return door.recv(_wire.GREETING_SIZE, socket.MSG_PEEK | _sockets.MSG_DONTWAIT)
         return b""
 
     def _settle(self, opened: _opening.Opened | Refusal) -> Channel:
@@ -645,7 +627,7 @@ class Handle:
         except OSError as error:
             if isinstance(error, DoorError):
                 raise
-            self._words = Knock(self._words.python, self._words.main, segments=True)
+            self._words = attrs.evolve(self._words, page=0)
             raise EOFError(f"no memory for the shared page: {error.strerror}") from None
 
     def _believe(self, codec: Codec | None, server: Credentials, pidfd: int) -> None:

@@ -186,7 +186,7 @@ class Name:
 
         Modelled on: fdetach(3C)
         """
-        with _Explaining(self.path):
+        with _explaining(self.path):
             if not self._is_there():  # then there is nothing to wait for
                 return False
             with self._place.locked():
@@ -251,7 +251,7 @@ def publish(
     told = absolute_path(path)
     mode = _checked_mode(mode)
     gid = -1 if group is None else _group_number(group)
-    with _Explaining(told), contextlib.ExitStack() as undo:
+    with _explaining(told), contextlib.ExitStack() as undo:
         place = _Place(told)
         undo.callback(place.close)
         place.check_for_server()
@@ -878,7 +878,7 @@ def reach(path: Path, *, deadline: float | None = None) -> Reached:
     Modelled on: open(2) of a door
     """
     told = absolute_path(path)
-    with _Explaining(told):
+    with _explaining(told):
         node, status = _find(told)
         own_number(node)
         try:
@@ -1133,33 +1133,25 @@ _ADVICE = {
 }
 
 
-class _Explaining:
+@contextlib.contextmanager
+def _explaining(path: str) -> Iterator[None]:
     """
     Have every ``OSError`` name the path and say what to do.
 
     Those that name an absolute path are our own and say it already: the kernel is only ever
-    asked about names in open directories.  (A class, for each opening comes here, and a generator
-    takes three times as long.)
+    asked about names in open directories.
     """
-
-    __slots__ = ("_path",)
-
-    def __init__(self, path: str) -> None:
-        self._path = path
-
-    def __enter__(self) -> None:
-        return
-
-    def __exit__(self, _kind: object, error: BaseException | None, _traceback: object) -> None:
-        if not isinstance(error, OSError):
-            return
-        if isinstance(error, DoorError):
-            error.filename = self._path
-            return
-        told = str(error.filename or "")
-        if not told.startswith("/") or told.startswith("/proc/self/fd/"):
-            why = _ADVICE.get(error.errno or 0) or error.strerror or str(error)
-            raise OSError(error.errno, why, self._path) from error
+    try:
+        yield
+    except DoorError as error:
+        if isinstance(error, OSError):
+            error.filename = path
+        raise
+    except OSError as error:
+        if str(error.filename or "").startswith("/") and not str(error.filename).startswith("/proc/self/fd/"):
+            raise
+        why = _ADVICE.get(error.errno or 0) or error.strerror or str(error)
+        raise OSError(error.errno, why, path) from error
 
 
 # -- renameat2(2) --------------------------------------------------------------------

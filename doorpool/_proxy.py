@@ -125,11 +125,6 @@ class Line:
         self.__class__ = _LINES[speaks_data, self.is_object]
 
     @property
-    def info(self) -> DoorInfo:
-        """What the door and the kernel said when it was opened."""
-        return describe(self.handle.greeting, self.handle.path, self._server, local=self._is_local)
-
-    @property
     def identity(self) -> tuple[bytes, int | None]:
         """The door's id, and the user whose word it is."""
         return self.id, self._believed[0]
@@ -150,7 +145,7 @@ class Line:
 
     def __del__(self, _ending: Callable[[], bool] = sys.is_finalizing) -> None:
         # Not before the last view is gone; not when the interpreter ends (as in Channel).
-        if not _ending() and not self.closed and hasattr(self, "handle"):
+        if not _ending() and not self.closed and hasattr(self, "info"):
             if self.warns:
                 warnings.warn(f"unclosed {self!r}", ResourceWarning, source=self, stacklevel=2)
             self.close()
@@ -182,9 +177,9 @@ class Line:
         return endpoint_with_id(self.handle.greeting.id) if self.handle.is_local else None
 
     def _take(self, handle: Handle) -> None:
+        self.info = describe(handle.greeting, handle.path, handle.server, local=handle.is_local)
         self.dialect = Dialect(handle.greeting.python, handle.greeting.main)
-        self._server, self._is_local = handle.server, handle.is_local
-        home = endpoint_with_id(handle.greeting.id) if self._is_local else None
+        home = endpoint_with_id(handle.greeting.id) if handle.is_local else None
         self._pool = home._pool if home is not None else None  # of this very process, if the door is
         self._table: Table | None = None
         self.is_object = bool(handle.greeting.attributes & Attribute.OBJECT)
@@ -707,10 +702,8 @@ class Proxy:
         return self if itself else value
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> Any:
-        try:
+        with contextlib.closing(self):
             return self._leave(error) if self._line.enters else None
-        finally:
-            self._line.close()
 
     def _leave(self, error: BaseException | None) -> bool:
         """Leave the object that was entered; return whether it has dealt with the error."""

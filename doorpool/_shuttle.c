@@ -468,7 +468,7 @@ look_for(struct shuttle *s, look_t look, bool elsewhere, int64_t time, int set)
     int looks = elsewhere && alone ? FIRST_LOOKS : 1;
     enum outcome seen = NOTHING;
 
-    if (!elsewhere && s->spin < 0 && time > YIELD_MOST && s->number > 0) /* before, nobody knows */
+    if (!elsewhere && s->spin < 0 && time > YIELD_MOST)
         until = s->clock + YIELD_MOST;
     for (unsigned rounds = 0;; rounds++) {
         for (int i = 0; i < looks && seen == NOTHING; i++) {

@@ -7,7 +7,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import select
 import socket
 import threading
 import time
@@ -16,10 +15,10 @@ import pytest
 from support import rawpeer, wait_until
 from support.rawdoor import PATIENCE, Background, Canary
 
-from doorpool import _guests, _impl
+from doorpool import _guests
 from doorpool._errors import AccessError, BrokenDoorError, BusyError, ClosedError, RevokedError
 from doorpool._keeper import keeper
-from doorpool.door import Codec, Door, Gate, Handle
+from doorpool.door import Door, Gate, Handle
 
 
 @pytest.fixture
@@ -431,53 +430,3 @@ def test_an_error_of_ours_costs_one_channel_and_no_thread(serve, monkeypatch, ca
     assert handle.call(b"next").data == b"next"
     assert "please report it" in caplog.text
     assert "a fault in the library" in caplog.text
-
-
-# -- a fresh channel
-
-
-@pytest.fixture
-def lingering():
-    gate = Gate(lingers=True)
-    yield gate
-    gate.close()
-    gate.dispose()
-
-
-def reports(gate: Gate, seconds: float) -> bool:
-    """Tell whether the set of a gate has something for a thread."""
-    poll = select.poll()
-    poll.register(gate._set, select.POLLIN)
-    return bool(poll.poll(seconds * 1000))
-
-
-@pytest.mark.skipif(_impl.NAME != "c", reason="there are no pages without the compiled shuttle")
-def test_a_thread_is_called_to_a_fresh_channel_before_its_first_call(lingering):
-    """It is awake when the call comes; and when none does, it leaves the channel parked as any other."""
-    door = Door(lingering, codec=Codec.PICKLE)
-    with Handle(door.open()) as handle:
-        assert reports(lingering, PATIENCE), "though nobody has called"
-        assert lingering.wait(0) is None
-        assert not reports(lingering, 0)
-        for data in (b"first", b"second"):
-            call = Background(handle.call, data)
-            invocation = lingering.wait(PATIENCE)
-            assert invocation.data == data
-            invocation.reply(data)
-            assert call.result().data == data
-    door.revoke()
-    with pytest.raises(ClosedError):  # this thread has kept the channel, and lets it go when it comes again
-        lingering.close()
-        lingering.wait(0)
-
-
-@pytest.mark.parametrize("options", [{"lingers": True, "spin": 0}, {"lingers": False}])
-def test_nobody_is_called_where_no_thread_looks(options):
-    gate = Gate(**options)
-    door = Door(gate, codec=Codec.PICKLE)
-    with Handle(door.open()):
-        wait_until(lambda: gate.channels == 1)
-        assert not any(served.fresh for served in door._channels)
-    door.revoke()
-    gate.close()
-    gate.dispose()
