@@ -345,6 +345,7 @@ def test_a_page_is_not_there_in_a_forked_child(opened, kept, how):
     # would wait for it to take the lock.
     interval = sys.getswitchinterval()
     sys.setswitchinterval(60)
+    time.sleep(2 * interval)  # who waits by the old interval has had the lock then, or waits by the new one
     try:
         child = os.fork() if how == "os.fork" else ctypes.PyDLL(None).fork()  # with the lock held
     finally:
