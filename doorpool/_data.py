@@ -691,7 +691,7 @@ def _find(path: str, value: Any, to: Credentials | None) -> str | None:
 def _fails(value: Any, to: Credentials | None) -> bool:
     try:
         _, luggage, _ = _encode(value, to)
-    except Exception:
+    except Exception:  # whatever it is; which of the parts raises is all that is asked here
         return True
     luggage.close()
     return False
@@ -800,7 +800,7 @@ def _said(error: BaseException, paths: bool) -> str:
             return error.strerror or ""
         if type(error) is KeyError and len(error.args) == 1 and isinstance(error.args[0], str):
             return error.args[0]  # the ``str`` of it has quotes around, and would get more
-    except Exception:
+    except Exception:  # ``args`` may be anybody's property
         return ""
     return text_of(error)
 

@@ -50,7 +50,7 @@ class Doormen:
         except BaseException:
             with self._lock:
                 self._working -= 1
-                if not self._working:
+                if not self._working:  # else one of the others will come to it
                     self._jobs.remove(job)
                     raise
 
@@ -63,7 +63,7 @@ class Doormen:
                 job = self._jobs.popleft()
             try:
                 job()
-            except BaseException:
+            except BaseException:  # or the thread would end, and be counted as working for ever
                 log.exception("a doorman failed; please report it")
             del job  # and what it holds, which may be a door that nobody else does
 

@@ -8,8 +8,8 @@ back to the system.
 Without locks.  A shelf belongs to one thread at a time, the holder of its channel, but for three
 visitors: deaths, the sweeper, and ``empty`` in a thread that used the channel before.  They meet in
 collections of which the single operations are atomic: who gets a segment *out* of one, by ``pop``, has
-it alone.  Memory is let go by the count of references: as long as anybody holds a ``_Segment`` or a
-``_Mapping`` its descriptor is open and its pages are mapped, whatever is closed meanwhile.
+it alone.  Memory is let go by the count of references: as long as anybody holds a ``Segment`` or a
+``Mapping`` its descriptor is open and its pages are mapped, whatever is closed meanwhile.
 """
 
 from __future__ import annotations

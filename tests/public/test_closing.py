@@ -534,15 +534,14 @@ def _at_every_line(run: Callable[[int], Interrupted], step: int) -> int:
 def test_a_handler_closes_the_proxy_that_its_thread_is_using(serve, connect, many, function):
     serve(lambda: "result")
 
-    def use(proxy: Proxy) -> Any:
-        if function == "close":
-            return proxy.close()
-        proxy._line.handle._idle.pop().close()  # so that the call opens a channel
-        return proxy() if function == "call" else proxy.ping()
-
     def run(line: int) -> Interrupted:
         with connect(timeout=PATIENCE) as proxy:
-            interrupted = Interrupted(lambda: use(proxy), proxy.close, line)
+            use = {"close": proxy.close, "call": proxy, "ping": proxy.ping}[function]
+            if function != "close":
+                # So that the call opens a channel.  Not in the thread that is interrupted: a
+                # finalizer that happens to run there has lines of the library, too.
+                proxy._line.handle._idle.pop().close()
+            interrupted = Interrupted(use, proxy.close, line)
             error = interrupted.thread.error()
             assert error is None or isinstance(error, ClosedError), (line, error)
             assert proxy.closed is (interrupted.happened or function == "close")
