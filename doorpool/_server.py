@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import functools
 import logging
 import os
 import resource
@@ -60,6 +61,7 @@ log = logging.getLogger("doorpool")
 Procedure = TypeVar("Procedure", bound=Callable[..., Any])
 
 _RETRY = 0.2  # seconds until a thread is asked for again that could not be had
+_ROUSE = 0.05  # seconds until the main thread is woken again, if another has taken what should wake it
 _JOIN = 1.0  # seconds for threads that have nothing left to do to be gone
 
 #: What ``run`` answers, if nobody else has said what is to happen.
@@ -397,6 +399,7 @@ class Server:
                 over, ends the process: a procedure that the main thread runs may hold it.
                 What a handler of the program raises, and Ctrl-C with ``signals=False``, leaves
                 ``run``; if it surfaced in a procedure, its caller gets a ``RemoteError``.
+                In the main thread a ``signal.set_wakeup_fd`` of the program's goes on being told.
             raise_nofile: first raise the soft limit of open files to the hard one.
 
         Raises:
@@ -411,20 +414,25 @@ class Server:
             hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
         main = threading.current_thread() is threading.main_thread()
-        with self._closing_on_signals() if signals and main else contextlib.nullcontext():
+        with self._hearing_signals(_SIGNALS if signals else {}) if main else contextlib.nullcontext():
             self.start()
             self._shared_pool.lend()
             self.wait()
 
     @contextlib.contextmanager
-    def _closing_on_signals(self) -> Iterator[None]:
-        """Have signals close the server, where Python's own handlers are in place."""
-        ours = {n: old for n, old in _SIGNALS.items() if signal.getsignal(n) is old}
+    def _hearing_signals(self, closing: Mapping[signal.Signals, Any]) -> Iterator[None]:
+        """
+        Have the keeper hear all signals that Python handles.
+
+        Args:
+            closing: those that shall close the server, where these handlers are in place.
+        """
+        ours = {n: old for n, old in closing.items() if signal.getsignal(n) is old}
         reader, writer = _sockets.signal_pair()
         with reader, writer:
-            keeper().watch(reader.fileno(), lambda: self._hear_signals(reader, set(ours)))
             before = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
             heard = _Heard(ours, before, reader, writer)
+            keeper().watch(reader.fileno(), lambda: self._hear_signals(heard))
             _heard.append(heard)
             for number in ours:
                 signal.signal(number, _do_nothing)
@@ -436,22 +444,33 @@ class Server:
                     _heard.remove(heard)
                     keeper().unwatch(reader.fileno())
 
-    def _hear_signals(self, reader: socket.socket, ours: set[signal.Signals]) -> None:
-        """Close the server, in a thread of its own; in the keeper's thread."""
+    def _hear_signals(self, heard: _Heard) -> None:
+        """Close the server, in a thread of its own, or have its main thread look; in the keeper's thread."""
         try:
-            letter = _sockets.receive_letter(reader, 64)
+            letter = _sockets.receive_letter(heard.reader, 64)
         except BlockingIOError:
             return
         letter.close()
         if letter.ids is None or letter.ids[0] != os.getpid():
             return  # a child's signals, from before it put its handlers back
+        heard.pass_on(letter.data)
         for number in letter.data:
-            if number not in ours:
-                continue
-            if self._overdue:
+            if number not in heard.handlers:
+                self._rouse()
+            elif self._overdue:
                 os._exit(128 + number)
-            if not self._closing:
+            elif not self._closing:
                 self._close_by_signal()
+
+    def _rouse(self, *, again: bool = False) -> None:
+        """
+        Have the main thread come to where Python calls handlers; in the keeper's thread.
+
+        A signal that reaches it in the last moment before it sleeps in the kernel would wait there
+        for the next call.
+        """
+        if self._shared_pool.rouse(threading.main_thread(), again=again):
+            keeper().after(_ROUSE, functools.partial(self._rouse, again=True))
 
     def _close_by_signal(self) -> None:
         """Close the server in a thread of its own, as soon as one is to be had; in the keeper's thread."""
@@ -599,6 +618,12 @@ class _Heard:
     wakeup: int
     reader: socket.socket
     writer: socket.socket
+
+    def pass_on(self, numbers: bytes | bytearray | memoryview) -> None:
+        """Tell whoever heard the signals before, too."""
+        if self.wakeup >= 0:
+            with contextlib.suppress(OSError):  # it is full, or closed: what Python does not mind either
+                os.write(self.wakeup, numbers)
 
     def put_back(self) -> None:
         """Have the signals go where they went before."""

@@ -140,6 +140,7 @@ class Pool:
         self._disposable = False  # the last thread to leave gives the gate's descriptors back
         self._short = False
         self._lent: set[threading.Thread] = set()
+        self._roused: set[threading.Thread] = set()  # lent ones that shall come back from the kernel
         self._unwanted = 0  # threads that shall make room for a lent one
 
     @property
@@ -280,6 +281,8 @@ class Pool:
                 # Those that stay wait without a clock: an idle server does nothing at all.
                 stays = thread in self._lent or len(self._threads) <= KEPT
                 invocation = self.gate.wait(None if stays else idle_timeout)
+                if self._roused:
+                    self._roused.discard(thread)
                 if invocation is not None:
                     self._run(thread, invocation)
                     # Its door, and what that leads to, may be gone long before the next one comes.
@@ -317,6 +320,25 @@ class Pool:
         """
         self._jobs.append(job)
         self.gate.wake()
+
+    def rouse(self, thread: threading.Thread, *, again: bool = False) -> bool:
+        """
+        Have a lent thread that waits for a call come back from the kernel once.
+
+        Args:
+            again: only if it has not come since it was last to be roused.
+
+        Returns:
+            Whether it still has to come: others may have been woken in its place.
+        """
+        if again and thread not in self._roused:
+            return False
+        if thread not in self._lent or thread in self._running:
+            self._roused.discard(thread)
+            return False
+        self._roused.add(thread)
+        self.gate.wake(max(1, self.gate.waiting))
+        return True
 
     def _run_job(self) -> None:
         try:

@@ -6,11 +6,16 @@ The caller is a process of its own, since handlers, timers and Ctrl-C belong to 
 
 from __future__ import annotations
 
+import signal
 import statistics
+from pathlib import Path
 
 import pytest
+from support import faults
 
 from doorpool import Proxy
+
+LATE_SOURCE = Path(faults.__file__).with_name("late.c")
 
 SERVER = """
     import os, threading, time
@@ -217,6 +222,7 @@ INTERRUPTED = """
     main = threading.get_ident()
 
     def held():
+        count("same"), sleep(0), data(bytes(300_000))  # each has a channel, and what it needs for that
         gc.collect()
         found = {}
         for name in os.listdir("/proc/self/fd"):
@@ -554,3 +560,64 @@ def test_the_handlers_are_put_back_in_a_child(run_python, door_dir):
         cwd=door_dir,
     )
     assert done.value == ("(True, True, True, True)", True)
+
+
+LATE = """
+    import os, signal, sys
+    from doorpool import Server
+
+    number, signals, wakeup = int(sys.argv[1]), sys.argv[2] == "True", sys.argv[3] == "True"
+    heard, told = os.pipe()
+    os.set_blocking(told, False)
+
+    class Left(Exception):
+        pass
+
+    def leave(*_):
+        raise Left
+
+    if number == signal.SIGUSR1:
+        signal.signal(number, leave)
+    if wakeup:
+        signal.set_wakeup_fd(told)
+    os.environ["LATE_SIGNAL"] = str(number)
+    try:
+        with Server() as server:
+            server.attach(print, "a.door")
+            server.run(signals=signals)
+            how = "closed"
+    except (Left, KeyboardInterrupt) as error:
+        how = type(error).__name__
+    result((how, signal.set_wakeup_fd(-1) == told, wakeup and [*os.read(heard, 99)] == [number]))
+"""
+
+
+@pytest.fixture(scope="module")
+def signals_come_late(tmp_path_factory):
+    """The environment of a process in which a signal comes when the main thread is about to sleep."""
+    made = faults.build(tmp_path_factory.mktemp("late"), LATE_SOURCE)
+    if not isinstance(made, Path):
+        pytest.skip(made)
+    return faults.preloading(made)
+
+
+@pytest.mark.parametrize("wakeup", [False, True], ids=["", "and one to be told"])
+@pytest.mark.parametrize(
+    ("number", "signals", "how"),
+    [
+        (signal.SIGUSR1, True, "Left"),
+        (signal.SIGUSR1, False, "Left"),
+        (signal.SIGINT, False, "KeyboardInterrupt"),
+        (signal.SIGINT, True, "closed"),
+        (signal.SIGTERM, True, "closed"),
+    ],
+)
+@pytest.mark.ids("G02", "G04")
+def test_a_signal_just_before_the_main_thread_sleeps_is_heard(
+    run_python, door_dir, signals_come_late, number, signals, how, wakeup
+):
+    """
+    Such a one interrupts no system call, so without help it would be looked at after the next call.
+    """
+    done = run_python(LATE, int(number), signals, wakeup, cwd=door_dir, env=signals_come_late)
+    assert done.value == (how, wakeup, wakeup)

@@ -176,15 +176,15 @@ class Outcome:
 # -- the library -----------------------------------------------------------------------------
 
 
-def build(folder: Path) -> Path | str:
-    """Compile the library into a folder; return where it is, or why it cannot be had."""
+def build(folder: Path, source: Path = SOURCE) -> Path | str:
+    """Compile the library, or another, into a folder; return where it is, or why it cannot be had."""
     compiler = next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
     if compiler is None:
         return "no C compiler to make the library with that makes system calls fail"
     if platform.machine() not in MACHINES or sys.maxsize < 2**32:
         return f"system calls are not made to fail on {platform.machine()}"
-    target = folder / "faults.so"
-    command = [compiler, "-shared", "-fPIC", "-O1", "-fno-builtin", "-o", target, SOURCE, "-ldl"]
+    target = folder / f"{source.stem}.so"
+    command = [compiler, "-shared", "-fPIC", "-O1", "-fno-builtin", "-o", target, source, "-ldl"]
     made = subprocess.run(command, capture_output=True, text=True, check=False)
     if made.returncode != 0:
         return f"the library that makes system calls fail cannot be compiled: {made.stderr[:500]}"

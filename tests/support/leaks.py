@@ -11,7 +11,9 @@ import gc
 import os
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 #: Threads that may stay.  The keeper is one a process, for ever; the threads of the default
 #: server are daemons and retire when they have been idle.
@@ -19,6 +21,9 @@ from pathlib import Path
 LASTING_THREADS = ("doorpool-keeper", "doorpool-default", "doorpool-streams", "pytest_timeout")
 
 SETTLING_TIME = 1.0  # seconds; keeper and kernel need a moment after the last close()
+BETWEEN_LOOKS = 0.02  # seconds: what is the same after so long is at rest
+
+T = TypeVar("T")
 
 
 class Holdings:
@@ -59,6 +64,22 @@ class Holdings:
             time.sleep(0.01)
             left = cls() - before
         return left
+
+
+def at_rest(look: Callable[[], T], patience: float = 20.0) -> T:
+    """
+    Wait until two looks at something see the same, and return it.
+
+    For what later looks are compared with: a descriptor that somebody is just closing is no base.
+    """
+    deadline = time.monotonic() + patience
+    seen = None
+    while (now := look()) != seen:
+        assert time.monotonic() < deadline, ("this is never at rest", seen, now)
+        seen = now
+        gc.collect(0)
+        time.sleep(BETWEEN_LOOKS)
+    return now
 
 
 def _descriptors() -> set[tuple[int, str]]:

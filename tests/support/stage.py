@@ -36,7 +36,7 @@ from types import TracebackType
 from typing import Any, NoReturn
 
 from support import steps
-from support.leaks import Holdings
+from support.leaks import Holdings, at_rest
 from support.measuring import LAST_WORDS, MEASURED
 from support.processes import Child, start_python, wait_until
 
@@ -321,12 +321,12 @@ class _Part:
         return 0
 
     def do_remember(self, when: str) -> None:
-        """Take down what is held, once no knock is that has been answered; let every step be passed again."""
+        """Take down what is held, once that is at rest; let every step be passed again."""
         from doorpool import _guests
 
         wait_until(lambda: not _guests.guests()._guests, "all knocks are closed")
         steps.forget()
-        self.before[when] = self.holdings()
+        self.before[when] = at_rest(self.holdings)
 
     def do_settle(self, when: str, come: int, gone: int, patience: float) -> tuple[list[str], float]:
         """

@@ -29,7 +29,7 @@ import numpy
 import doorpool
 from doorpool import DoorError, Proxy, Server
 from support.journal import DID_NOT_RUN, MAY_HAVE_RUN, RESULT, Board, Journal
-from support.leaks import Holdings
+from support.leaks import Holdings, at_rest
 
 LARGEST = 3 << 20  # bytes of an array
 SIZES = (0, 100, 20_000, 60_000, 70_000, 300_000, 1 << 20, LARGEST)
@@ -172,7 +172,7 @@ def _base() -> Iterator[tuple[Holdings, int]]:
     """What is held when the library has been used once, and has its keeper and its caches."""
     with Server() as server, Proxy(server.attach(len).open()) as proxy:
         assert proxy(b"four") == 4
-    gc.collect()
+    at_rest(lambda: (Holdings().descriptors, mappings()))
     yield Holdings(), mappings()
 
 
