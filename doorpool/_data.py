@@ -50,7 +50,7 @@ import msgspec
 from msgspec.msgpack import Decoder, Encoder, Ext
 
 from doorpool import _passing
-from doorpool._credentials import Credentials
+from doorpool._credentials import Credentials, is_strange
 from doorpool._descriptor import Descriptor
 from doorpool._errors import (
     SHORTAGE,
@@ -62,7 +62,7 @@ from doorpool._errors import (
     RemoteTraceback,
 )
 from doorpool._exceptions import MAX_TRACEBACK, clip, name_of, text_of, traceback_of
-from doorpool._janitor import Open
+from doorpool._janitor import Open, close_all
 from doorpool._passing import Departure, Taken
 
 Data = bytes | bytearray | memoryview
@@ -219,6 +219,9 @@ class Arrivals:
         if not 0 <= place < len(self.left) or self.left[place] < 0:
             raise ValueError(f"there is no descriptor {place}, or it is named twice")
         descriptor, self.left[place] = Descriptor(self.left[place]), -1
+        if is_strange(self.passer):
+            # Whoever drops it, or closes it, is a server thread, mostly, and may be the main one.
+            descriptor._closed_by(functools.partial(_close_for, self.passer))
         try:
             made = kind.rebuild(descriptor, self.passer)
         except BaseException:
@@ -245,6 +248,11 @@ class Arrivals:
         made, self._made = self._made, []
         owned = [number for each, undo in made for number in undo(each)]
         return owned + self.take_rest()
+
+
+def _close_for(passer: int | None, number: int) -> None:
+    """Close a descriptor that a stranger has passed, waiting for nobody."""
+    close_all([number], passer)
 
 
 def _take_apart(made: Any) -> list[Open]:

@@ -25,10 +25,11 @@ class Descriptor:
         TypeError, ValueError: the number is no descriptor's.
     """
 
-    __slots__ = ("_number",)
+    __slots__ = ("_closing", "_number")
 
     def __init__(self, number: int) -> None:
         self._number = -1
+        self._closing: Callable[[int], None] = os.close
         if isinstance(number, bool) or not isinstance(number, int):
             raise TypeError(f"a descriptor is a number, not {number!r}")
         if number < 0:
@@ -86,10 +87,19 @@ class Descriptor:
         """
         if self._number < 0:
             raise ValueError("this descriptor is closed")
-        return Descriptor(os.dup(self._number))
+        return Descriptor(os.dup(self._number))._closed_by(self._closing)
+
+    def _closed_by(self, closing: Callable[[int], None]) -> Descriptor:
+        """Have ``close`` call this with the number in place of ``os.close``; return the descriptor."""
+        self._closing = closing
+        return self
 
     def close(self) -> None:
-        """Close it; idempotent."""
+        """
+        Close it; idempotent.
+
+        Of one that another user has passed a thread of the library's does it, soon, if it might block.
+        """
         number, self._number = self._number, -1
         if number >= 0:
-            os.close(number)
+            self._closing(number)

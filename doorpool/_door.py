@@ -42,7 +42,7 @@ from doorpool._channel import Channel, process_is_gone
 from doorpool._credentials import Credentials, credentials_of, is_strange, peer_ucred, pickle_bar, unpack_ids
 from doorpool._doorman import doormen
 from doorpool._errors import SHORTAGE, ClosedError
-from doorpool._gate import Gate, Served
+from doorpool._gate import SLOW, Gate, Served
 from doorpool._guests import guests
 from doorpool._keeper import keeper
 from doorpool._names import Name
@@ -516,8 +516,7 @@ class Door:
         if uid not in stuck or not is_strange(uid):
             return False
         self._keeper.say(
-            logging.WARNING, "%s: uid %s is not heard: closing what it has sent takes too long",
-            self.name, uid, about=(self.id, uid, "stuck"),
+            logging.WARNING, SLOW, self.name, uid, about=(self.id, uid, "stuck"),
         )  # fmt: skip
         self._keeper.pause(port.fileno())
         return True
@@ -545,7 +544,8 @@ class Door:
 
     def _answer(self, knock: _opening.Visitor) -> Channel | Refusal:
         try:
-            return _opening.admit(knock, self.codec, spin=self.gate.spin)
+            rights = not (self.refuse_descriptors and is_strange(knock.credentials.uid))
+            return _opening.admit(knock, self.codec, spin=self.gate.spin, rights=rights)
         except OSError as error:
             if error.errno in SHORTAGE:
                 raise

@@ -54,7 +54,7 @@ from doorpool._channel import NOT, RECEIVE, Channel, Hangup, flat, process_is_go
 from doorpool._credentials import Credentials, is_strange
 from doorpool._errors import ClosedError, DoorError, LimitError, ProtocolError
 from doorpool._impl import shuttle
-from doorpool._janitor import close_all
+from doorpool._janitor import close_all, holds_up
 from doorpool._keeper import keeper
 from doorpool._shares import Crowd, Limits, Share, Turns, Usage, over
 from doorpool._sockets import MAX_DESCRIPTORS
@@ -78,7 +78,13 @@ _AT_ONCE = _PARKED | select.EPOLLOUT
 _GONE = select.POLLRDHUP | select.POLLHUP | select.POLLERR
 
 
+#: Logged, with the door's name and a uid.
+SLOW = "%s: uid %s is not heard: closing what it has sent takes too long"
+
 _CLOSING = Refusal(Reason.CLOSED, "the server is closing")
+_SLOW = Refusal(
+    Reason.BUSY, "closing the descriptors that this user has sent takes too long", may_have_run=False
+)
 _SPARED = Refusal(Reason.IDLE, "the server was short of descriptors and has closed this channel")
 
 
@@ -425,6 +431,8 @@ class Gate:
     def _read_frame(self, served: Served, how: int) -> Frame | None:
         """Read the next call of a caller from the socket, if it is there whole."""
         channel, door = served.channel, served.door
+        if holds_up(channel.peer.uid):
+            self._turn_away_slow(served)
         limit = door.max_request
         frame = channel.read(limit, how, served.limit)
         if frame is None:
@@ -436,6 +444,17 @@ class Gate:
             raise Hangup  # the caller has withdrawn it
         channel.number = frame.number
         return frame
+
+    def _turn_away_slow(self, served: Served) -> NoReturn:
+        """
+        End, unread, a channel of a stranger who has sent what holds a janitor up.
+
+        He may have many, and each request brings as many descriptors as fit.
+        """
+        door, uid = served.door, served.channel.peer.uid
+        keeper().say(logging.WARNING, SLOW, door.name, uid, about=(door.id, uid, "stuck"))
+        self._say_goodbye(served, _SLOW)
+        raise Hangup
 
     @staticmethod
     def _refuse_size(frame: Frame, limit: int, size: int) -> None:

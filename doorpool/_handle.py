@@ -780,8 +780,11 @@ class Handle:
             )  # fmt: skip
         if descriptors:
             if self._limits.attributes & Attribute.REFUSE_DESCRIPTORS:
-                raise LimitError(f"{self.name} takes no descriptors", limit=0, value=len(descriptors))
+                raise self._takes_none(descriptors)
             check_descriptors(self.name, descriptors, min(self._limits.max_descriptors, MAX_DESCRIPTORS))
+
+    def _takes_none(self, descriptors: Sequence[int]) -> LimitError:
+        return LimitError(f"{self.name} takes no descriptors", limit=0, value=len(descriptors))
 
     def _learn_limits(self, deadline: float | None) -> None:
         """Ask the server for its limits of now; if it takes long to answer, those that we know stand."""
@@ -896,7 +899,7 @@ class Handle:
                 raise OSError(errno.EMFILE, "no free descriptors for those that the reply brought")
             self._give_back(channel)
             return frame.data, frame.buffers, frame.descriptors
-        close_all(frame.descriptors)
+        close_all(frame.descriptors, channel.peer.uid)
         self._take_failure(channel, frame, fresh)
 
     def _unpacked(self, channel: Channel, whole: bytes, manifest: int) -> Whole:
@@ -994,6 +997,8 @@ class Handle:
                 raise
             self._hear_last_words(channel)
         except OSError as error:
+            if error.errno == errno.EPERM and descriptors:  # see ``refuse_rights``
+                raise self._takes_none(descriptors) from None
             if error.errno != errno.ETOOMANYREFS:
                 raise
             raise BusyError(f"{self.name}: too many descriptors in flight for this user") from None
@@ -1005,7 +1010,7 @@ class Handle:
         with contextlib.suppress(Hangup):  # there are none
             frame = channel.read(MAX_REPLY, NOT)
         if frame is not None:
-            close_all(frame.descriptors)
+            close_all(frame.descriptors, channel.peer.uid)
         if frame is not None and frame.kind == Kind.GOODBYE:
             refusal = _wire.decode_refusal(frame.data)
             if refusal.reason is not Reason.IDLE:
@@ -1107,7 +1112,7 @@ class Handle:
         except ProtocolError:
             return True
         if frame is not None:
-            close_all(frame.descriptors)
+            close_all(frame.descriptors, channel.peer.uid)
         if frame is None or frame.kind not in (Kind.GOODBYE, Kind.FAILURE):
             return True
         return _wire.decode_refusal(frame.data).may_have_run

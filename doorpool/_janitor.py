@@ -13,11 +13,16 @@ or root has sent, who could stop us in simpler ways: whoever finds no room for w
 finds it as soon as he is told.  Nothing else is asked of a descriptor before a janitor has it: even
 ``fstat`` may wait for a daemon, and ``setsockopt`` for whoever holds the socket.
 
+A file whose daemon never answers is the worst: its close cannot be interrupted, so that the process
+can neither be reaped while one hangs in it, nor exit with it open.  The kernel has no other way to
+get rid of a number, so the rest must go on without its janitor: those of one uid are few, as are
+those of all strangers, and the others close what the others have sent.
+
 A janitor switches lingering *off*, so that the kernel delivers the rest behind our back, and the
 close returns.  (Lingering for 0 seconds would return as well, but cut the connection, which may be
 an honest sender's.)  Files have no such switch, nor has what lies in the queue of a socket.  So a
-janitor can be held up for good; there are at most ``AT_MOST``, and whoever holds one up, or lets
-much pile up before them, is not heard any more meanwhile (``stuck``).
+janitor can be held up for good; whoever holds one up, or lets much pile up before them, is not
+heard any more meanwhile (``stuck``): neither his knocks are, nor his channels.
 
 A finalizer may come here, anywhere, and the keeper with its lock; and other finalizers, which
 want that lock, may run in the middle of what is done here.  So there is no lock: what is counted
@@ -35,6 +40,7 @@ import io
 import os
 import queue
 import select
+import signal
 import socket
 import time
 from collections import Counter, deque
@@ -44,7 +50,9 @@ from contextlib import suppress
 from doorpool import _sockets
 from doorpool._credentials import UCRED, is_strange
 
-AT_MOST = 4  #: Janitors at a time.
+AT_MOST = 16  #: Janitors at a time.
+AT_MOST_STRANGE = 12  #: Of them, such as close what strangers have sent.
+AT_MOST_HIS = 2  #: Of those, what one of them has sent.
 MOST_WAITING = 32  #: Descriptors of one uid that wait for them, before it is not heard any more.
 IDLE = 0.2  #: Seconds that one waits for more.
 
@@ -83,9 +91,9 @@ class _Crew:
         return AT_MOST - len(self._absent)
 
     def wake(self) -> None:
-        """See to it that somebody takes what waits, unless all janitors are at work."""
+        """See to it that somebody takes what waits, unless all janitors are at work that may."""
         self._bell.put(None)
-        if self._janitors > len(self._busy):
+        if self._janitors > len(self._busy) or self._next() is None:
             return
         try:
             self._absent.pop()
@@ -107,11 +115,26 @@ class _Crew:
             uids |= {uid for uid, count in counts.items() if count >= MOST_WAITING}
         return uids
 
+    def _next(self) -> Closed | None:
+        """Return what is to be closed next; None if it is the turn of nothing that waits."""
+        busy = Counter(uid for uid, _ in list(self._busy.values()) if _is_bounded(uid))
+        if not busy:
+            with suppress(IndexError):
+                return self.waiting[0]
+            return None
+        full = busy.total() >= AT_MOST_STRANGE
+        for it in list(self.waiting):
+            if not _is_bounded(it[1]) or not (full or busy[it[1]] >= AT_MOST_HIS):
+                return it
+        return None
+
     def _work(self) -> None:
+        # A signal that came to a thread which hangs in the kernel would not be heard.
+        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         while self._close_next() or self._more():
             continue
         self._absent.append(None)
-        if self.waiting:  # it came between the last look and now
+        if self._next() is not None:  # it came between the last look and now
             self.wake()
 
     def _more(self) -> bool:
@@ -122,10 +145,13 @@ class _Crew:
 
     def _close_next(self) -> bool:
         me = _thread.get_ident()
-        try:
-            number, uid = self.waiting.popleft()
-        except IndexError:
+        if (it := self._next()) is None:
             return False
+        try:
+            self.waiting.remove(it)
+        except (ValueError, IndexError):  # another was quicker
+            return True
+        number, uid = it
         self._busy[me] = uid, time.monotonic()
         if self.waiting:
             self.wake()  # this close may be one that does not end
@@ -134,6 +160,10 @@ class _Crew:
         finally:
             del self._busy[me]
         return True
+
+
+def _is_bounded(uid: int | None) -> bool:
+    return uid != NOBODY and is_strange(uid)
 
 
 def _close(it: Open) -> None:
@@ -222,6 +252,11 @@ def _holds_something(sock: socket.socket) -> bool:
 def stuck() -> set[int | None]:
     """Return the uids that hold a janitor up now."""
     return _crew.stuck()
+
+
+def holds_up(uid: int | None) -> bool:
+    """Tell whether a stranger holds a janitor up now."""
+    return bool(_crew._busy) and is_strange(uid) and uid in _crew.stuck()
 
 
 def may_block(number: int, uid: int | None) -> bool:

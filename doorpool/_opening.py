@@ -406,7 +406,7 @@ def close_port(port: socket.socket) -> None:
     close_socket(port)
 
 
-def admit(visitor: Visitor, codec: Codec, *, spin: int = -1) -> Channel:
+def admit(visitor: Visitor, codec: Codec, *, spin: int = -1, rights: bool = True) -> Channel:
     """
     Answer a visitor: make the private pair and send its end; return ours as a channel.
 
@@ -414,6 +414,7 @@ def admit(visitor: Visitor, codec: Codec, *, spin: int = -1) -> Channel:
 
     Args:
         spin: of the shared page, which there is if pickle is spoken and the visitor can use one.
+        rights: he may send descriptors; else the kernel is asked to refuse them.
 
     Raises:
         OSError: he is gone, does not listen, or takes no descriptors.
@@ -421,6 +422,8 @@ def admit(visitor: Visitor, codec: Codec, *, spin: int = -1) -> Channel:
     ours, theirs = _sockets.private_pair()
     shared, memory = None, -1
     try:
+        if not rights:
+            _sockets.refuse_rights(ours)
         if codec is Codec.PICKLE and visitor.words.page:
             shared, memory = _make_page(visitor, ours, spin)
         # step: answering

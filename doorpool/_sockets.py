@@ -39,6 +39,7 @@ from doorpool._errors import SHORTAGE
 
 SO_DOMAIN = 39  # asm-generic/socket.h
 SO_COOKIE = 57
+SO_PASSRIGHTS = 83
 SCM_CREDENTIALS = 2  # linux/socket.h
 SCM_PIDFD = 4
 MADV_WIPEONFORK = 18  # asm-generic/mman-common.h
@@ -252,6 +253,15 @@ def _pair(
         other.close()
         raise
     return one, other
+
+
+def refuse_rights(sock: socket.socket) -> None:
+    """Have the kernel refuse, at its sender, whatever would bring a descriptor here (Linux 6.16+)."""
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, SO_PASSRIGHTS, 0)
+    except OSError as error:
+        if error.errno != errno.ENOPROTOOPT:  # before that they come, and are closed
+            raise
 
 
 #: What a socket is: its family, type and protocol; for ``number_of``.

@@ -20,7 +20,17 @@ from support.rawdoor import PATIENCE, Background
 from support.shortage import LINGER, send_all_of, slow_pair
 
 from doorpool import _janitor
-from doorpool._janitor import AT_MOST, close_all, close_later, close_socket, may_block, stuck
+from doorpool._janitor import (
+    AT_MOST,
+    AT_MOST_HIS,
+    AT_MOST_STRANGE,
+    NOBODY,
+    close_all,
+    close_later,
+    close_socket,
+    may_block,
+    stuck,
+)
 
 STRANGER = 6602  # a uid that is neither ours nor root's
 
@@ -227,8 +237,12 @@ def test_there_are_only_a_few_janitors(held, harmless, monkeypatch):
     numbers = [dup_of_null() for _ in range(50)]
     for number in numbers:
         close_later([number], STRANGER if number % 2 else None)
-    wait_until(lambda: len(held.entered) == AT_MOST)
+    wait_until(lambda: len(held.entered) == 2 * AT_MOST_HIS)
     wait_until(lambda: stuck() == {STRANGER, None})
+    ours = [dup_of_null() for _ in range(AT_MOST)]
+    close_later(list(ours))
+    numbers += ours
+    wait_until(lambda: len(held.entered) == AT_MOST)
     assert _janitor._crew._janitors == AT_MOST
     assert all(map(is_open, numbers))
     others = harmless()
@@ -238,6 +252,69 @@ def test_there_are_only_a_few_janitors(held, harmless, monkeypatch):
     wait_until(lambda: not any(map(is_open, numbers)))
     assert sorted(held.entered) == sorted(numbers)
     assert stuck() == set()
+
+
+@pytest.mark.ids("F21")
+def test_a_stranger_has_two_janitors_and_the_others_go_on(monkeypatch, held):
+    """What holds him up may do so for ever; another's descriptors, and ours, are closed all the same."""
+    his = [dup_of_null() for _ in range(20)]
+
+    def close(number: int) -> None:
+        if number in his:
+            held(number)
+        else:
+            held._close(number)
+
+    monkeypatch.setattr(_janitor, "_close", close)
+    close_later(list(his), STRANGER)
+    wait_until(lambda: len(held.entered) == AT_MOST_HIS)
+    for uid in (STRANGER + 1, None, NOBODY, os.geteuid()):
+        numbers = [dup_of_null() for _ in range(50)]
+        close_later(list(numbers), uid)
+        wait_until(lambda numbers=numbers: not any(map(is_open, numbers)))
+    assert len(held.entered) == AT_MOST_HIS
+    assert all(map(is_open, his))
+    held.let_go.set()
+    wait_until(lambda: not any(map(is_open, his)))
+
+
+@pytest.mark.ids("F21")
+def test_all_strangers_together_leave_some_janitors_to_us(monkeypatch, held):
+    """However many uids somebody has: what we close ourselves is closed."""
+    theirs = [dup_of_null() for _ in range(2 * AT_MOST)]
+
+    def close(number: int) -> None:
+        if number in theirs:
+            held(number)
+        else:
+            held._close(number)
+
+    monkeypatch.setattr(_janitor, "_close", close)
+    for uid, number in enumerate(theirs, STRANGER):
+        close_later([number], uid)
+    wait_until(lambda: len(held.entered) == AT_MOST_STRANGE)
+    ours = [dup_of_null() for _ in range(50)]
+    close_later(list(ours))
+    wait_until(lambda: not any(map(is_open, ours)))
+    assert len(held.entered) == AT_MOST_STRANGE
+    held.let_go.set()
+    wait_until(lambda: not any(map(is_open, theirs)))
+
+
+@pytest.mark.ids("F21")
+def test_a_janitor_hears_no_signals(monkeypatch):
+    """One that came to a thread which hangs in the kernel would be handled by nobody."""
+    masks: list[set[Any]] = []
+
+    def close(number: int) -> None:
+        masks.append(signal.pthread_sigmask(signal.SIG_BLOCK, []))
+        os.close(number)
+
+    monkeypatch.setattr(_janitor, "_close", close)
+    number = dup_of_null()
+    close_later([number])
+    wait_until(lambda: not is_open(number))
+    assert masks[0] >= {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1}
 
 
 def test_one_that_is_held_up_is_not_waited_for(held):
