@@ -24,8 +24,8 @@ from support.rawdoor import PATIENCE, Background
 from support.shortage import LINGER, send_all_of, slow_pair
 from support.victims import call, open_client, open_descriptor, serve
 
-from doorpool import _guests
-from doorpool._errors import BusyError, RevokedError
+from doorpool import Descriptor, Endpoint, Proxy, Server, _guests, _janitor, take
+from doorpool._errors import BusyError, CallTimeoutError, RevokedError
 from doorpool._guests import MOST_UNREAD
 from doorpool._janitor import AT_MOST, MOST_WAITING
 from doorpool.door import Handle
@@ -326,6 +326,75 @@ def test_who_holds_a_janitor_up_is_not_heard_meanwhile(actor, raw_server, path, 
         wait_until(lambda: mate(try_door, path, V) == "hello", timeout=3 * LINGER)
     assert any("not heard" in line for line in raw_server(logged))
     few_descriptors_more(raw_server, before)
+
+
+def hold_janitor(uid: int) -> None:
+    """Be as if a janitor had been closing something of a uid's for ever."""
+    _janitor._crew._busy[0] = uid, float("-inf")
+
+
+def let_janitor_go() -> None:
+    del _janitor._crew._busy[0]
+
+
+@pytest.mark.ids("F20")
+def test_open_channels_of_who_holds_a_janitor_up_end(actor, raw_server, path, root_only):
+    """Each call could bring more of what cannot be closed; his procedure has not run, and he is told why."""
+    stranger, mate, other = actor(M), actor(M), actor(M + 1)
+    for client in (stranger, mate, other):
+        client(open_client, "raw", path, server=[V])
+        assert client(call, b"before") == b"before"
+    raw_server(hold_janitor, M)
+    for client in (stranger, mate):
+        with pytest.raises(BusyError, match="takes too long") as caught:
+            client(call, b"meanwhile")
+        assert caught.value.may_have_run is False
+        with pytest.raises(CallTimeoutError):
+            client(call, b"on a channel of its own", timeout=0.3)
+    assert other(call, b"meanwhile") == b"meanwhile"
+    raw_server(let_janitor_go)
+    wait_until(lambda: stranger(try_door, path, V) == "hello", timeout=PATIENCE)
+    assert mate(call, b"after") == b"after"
+
+
+def serve_closers(path: str) -> None:
+    """Serve doors that close, and that drop, the descriptors that they are given."""
+
+    def close(given: Descriptor) -> None:
+        with given, given.dup():
+            pass
+
+    def drop(given: Descriptor) -> None:
+        given.dup()
+
+    here.server = Server()
+    here.server.attach(Endpoint(close, name="close", codec="data"), path + ".closed", mode=0o666)
+    here.server.attach(Endpoint(drop, name="drop", codec="data"), path + ".dropped", mode=0o666)
+    here.server.start()
+
+
+def pass_slowly(path: str, count: int) -> list[float]:
+    """Pass slow sockets, and keep none; tell how long each call took."""
+    here.kept = []
+    times = []
+    with Proxy(path, server=[V]) as proxy:
+        for _ in range(count):
+            slow = take(_slow()[0])
+            began = time.monotonic()
+            proxy(slow)
+            times.append(time.monotonic() - began)
+    return times
+
+
+@pytest.mark.ids("F20")
+@pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")
+@pytest.mark.parametrize("how", ["closed", "dropped"])
+def test_procedures_do_not_wait_for_the_slow_sockets_that_they_close(actor, path, how, root_only):
+    server, stranger = actor(V), actor(M)
+    server(serve_closers, path)
+    before = server(descriptors)
+    assert max(stranger(pass_slowly, f"{path}.{how}", 5)) < LINGER / 2
+    few_descriptors_more(server, before)
 
 
 # -- answers that nobody reads (F22) ---------------------------------------------------------------
