@@ -221,7 +221,7 @@ class Arrivals:
         descriptor, self.left[place] = Descriptor(self.left[place]), -1
         if is_strange(self.passer):
             # Whoever drops it, or closes it, is a server thread, mostly, and may be the main one.
-            descriptor._closed_by(functools.partial(_close_for, self.passer))
+            descriptor._passed_by(self.passer, _close_for)
         try:
             made = kind.rebuild(descriptor, self.passer)
         except BaseException:
@@ -250,7 +250,7 @@ class Arrivals:
         return owned + self.take_rest()
 
 
-def _close_for(passer: int | None, number: int) -> None:
+def _close_for(number: int, passer: int | None) -> None:
     """Close a descriptor that a stranger has passed, waiting for nobody."""
     close_all([number], passer)
 

@@ -10,6 +10,12 @@ from typing import Any
 
 __all__ = ["Descriptor"]
 
+NOBODY = -1  #: In place of the uid of who has passed a descriptor: it is nobody else's.
+
+
+def _close(number: int, _: int | None) -> None:
+    os.close(number)
+
 
 class Descriptor:
     """
@@ -25,11 +31,12 @@ class Descriptor:
         TypeError, ValueError: the number is no descriptor's.
     """
 
-    __slots__ = ("_closing", "_number")
+    __slots__ = ("_closing", "_number", "_passer")
 
     def __init__(self, number: int) -> None:
         self._number = -1
-        self._closing: Callable[[int], None] = os.close
+        self._closing: Callable[[int, int | None], None] = _close
+        self._passer: int | None = NOBODY
         if isinstance(number, bool) or not isinstance(number, int):
             raise TypeError(f"a descriptor is a number, not {number!r}")
         if number < 0:
@@ -87,11 +94,11 @@ class Descriptor:
         """
         if self._number < 0:
             raise ValueError("this descriptor is closed")
-        return Descriptor(os.dup(self._number))._closed_by(self._closing)
+        return Descriptor(os.dup(self._number))._passed_by(self._passer, self._closing)
 
-    def _closed_by(self, closing: Callable[[int], None]) -> Descriptor:
-        """Have ``close`` call this with the number in place of ``os.close``; return the descriptor."""
-        self._closing = closing
+    def _passed_by(self, uid: int | None, closing: Callable[[int, int | None], None]) -> Descriptor:
+        """Have it closed by this function, with the number and the uid of who has passed it; return it."""
+        self._passer, self._closing = uid, closing
         return self
 
     def close(self) -> None:
@@ -102,4 +109,4 @@ class Descriptor:
         """
         number, self._number = self._number, -1
         if number >= 0:
-            self._closing(number)
+            self._closing(number, self._passer)

@@ -67,6 +67,7 @@ from doorpool._credentials import (
     tells_processes,
     unpack_ids,
 )
+from doorpool._descriptor import NOBODY
 from doorpool._errors import (
     SHORTAGE,
     AccessError,
@@ -82,7 +83,7 @@ from doorpool._errors import (
 )
 from doorpool._gate import check_descriptors, flatten
 from doorpool._impl import shuttle
-from doorpool._janitor import NOBODY, close_all, close_socket
+from doorpool._janitor import close_all, close_socket
 from doorpool._sockets import MAX_DESCRIPTORS
 from doorpool._wire import Attribute, Codec, Frame, Greeting, Kind, Knock, Reason, Refusal
 

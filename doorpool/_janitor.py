@@ -49,6 +49,7 @@ from contextlib import suppress
 
 from doorpool import _sockets
 from doorpool._credentials import UCRED, is_strange
+from doorpool._descriptor import NOBODY
 
 AT_MOST = 16  #: Janitors at a time.
 AT_MOST_STRANGE = 12  #: Of them, such as close what strangers have sent.
@@ -65,8 +66,6 @@ _WHO = socket.CMSG_SPACE(UCRED.size)
 _SO_LINGER_OFF = b"\0" * 8  # struct linger
 
 _libc = ctypes.CDLL(None, use_errno=True)
-
-NOBODY = -1  #: In place of a uid: nobody is held to account.
 
 #: As a number; the property of ``socket.socket`` makes an enum of it, which takes a microsecond.
 _type_of = socket.SocketType.type.__get__
@@ -194,7 +193,7 @@ def close_later(descriptors: MutableSequence[int] | list[Open], uid: int | None 
 
     Args:
         descriptors: emptied.
-        uid: who has sent them, None if nobody knows; ``NOBODY`` if it does not matter.
+        uid: who has sent them, None if nobody knows; ``NOBODY`` if nobody is held to account.
     """
     if descriptors:
         _sockets.here()

@@ -42,9 +42,9 @@ from typing import Any, TypeVar, overload
 import attrs
 
 from doorpool import _sockets
-from doorpool._descriptor import Descriptor
+from doorpool._descriptor import NOBODY, Descriptor
 from doorpool._errors import SHORTAGE
-from doorpool._janitor import NOBODY, close_all
+from doorpool._janitor import close_all
 
 #: How to make an object again: the function, and what follows the descriptors in its arguments.
 Recipe = tuple[Callable[..., Any], tuple[Any, ...]]
@@ -180,9 +180,12 @@ class Departure(Sequence[int]):
     def __len__(self) -> int:
         return len(self._numbers)
 
-    def add(self, number: int) -> None:
+    def add(self, number: int, maker: int | None = NOBODY) -> None:
         """
         Add a duplicate of a descriptor; the original stays its owner's.
+
+        Args:
+            maker: as of ``give_later``.
 
         Raises:
             NoDescriptorError: there is no free number for it.
@@ -191,6 +194,8 @@ class Departure(Sequence[int]):
         with _short():
             copy = os.dup(number)
         self._numbers.append(_sockets.own_number(copy))
+        if maker != NOBODY:
+            self._foreign[copy] = maker
 
     def give(self, descriptor: Descriptor) -> None:
         """Add a descriptor that was made for the other side, and own it from now on."""
@@ -229,7 +234,7 @@ class Departure(Sequence[int]):
         if kept.departure.closed:
             raise TypeError(f"{taken!r} has crossed a door already")
         for number in kept.departure[kept.first : kept.first + kept.count]:
-            self.add(number)
+            self.add(number, kept.departure._foreign.get(number, NOBODY))
         return kept.rebuild, kept.args
 
     @property
@@ -417,7 +422,7 @@ def _rebuild(function: Callable[..., Any], first: int, count: int, args: tuple[A
 def _reduce_descriptor(descriptor: Descriptor, departure: Departure) -> Recipe:
     if descriptor.closed:
         raise ValueError("this descriptor is closed")
-    departure.add(descriptor.fileno())
+    departure.add(descriptor.fileno(), descriptor._passer)
     return _rebuild_descriptor, ()
 
 

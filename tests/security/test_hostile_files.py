@@ -429,6 +429,10 @@ _SERVER = """
     def want_number(given: int):
         return "done"
 
+    @server.endpoint(sys.argv[1] + ".returned", codec="data", mode=0o666)
+    def give_back(given: Descriptor):
+        return given
+
     server.start()
     ready()
     server.run()
@@ -442,14 +446,15 @@ def pass_files(path: str, count: int) -> set[str]:
     for _ in range(count):
         try:
             with Proxy(path, server=[V], open_timeout=1) as proxy:
-                came.add(proxy.options(timeout=1)(Descriptor(os.dup(here.file))))
+                result = proxy.options(timeout=1)(Descriptor(os.dup(here.file)))
+                came.add("done" if isinstance(result, Descriptor) else result)
         except Exception as error:
             came.add(type(error).__name__)
     return came
 
 
 @pytest.mark.ids("F21")
-@pytest.mark.parametrize("how", ["dropped", "closed", "refused"])
+@pytest.mark.parametrize("how", ["dropped", "closed", "refused", "returned"])
 def test_a_server_closes_on_sigterm_though_files_of_a_stranger_never_close(cast, spawn_server, path, how):
     """
     Whatever it did with them: its names are gone, callers are told, ``run`` returns, another may take over.

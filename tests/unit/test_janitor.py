@@ -20,11 +20,11 @@ from support.rawdoor import PATIENCE, Background
 from support.shortage import LINGER, send_all_of, slow_pair
 
 from doorpool import _janitor
+from doorpool._descriptor import NOBODY
 from doorpool._janitor import (
     AT_MOST,
     AT_MOST_HIS,
     AT_MOST_STRANGE,
-    NOBODY,
     close_all,
     close_later,
     close_socket,
