@@ -197,7 +197,7 @@ def test_a_connection_to_a_name_that_comes_home_is_local_once_it_was_called(far,
     assert "local" in home.info.attributes
 
 
-@pytest.mark.ids("C13")
+@pytest.mark.ids("B16", "C13")
 def test_a_claimed_id_makes_no_door_local(serve, closing):
     """S21: a door that says it is one of ours is none."""
     (endpoint,) = serve(echo).endpoints

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import doorpool
-from doorpool import _impl
+from doorpool import Proxy, Server, _impl
 
 NAMES = [
     "XDG_RUNTIME_DIR",
@@ -80,7 +80,39 @@ def test_of_the_environment_one_choice_of_two_is_read():
         _impl._choose("/tmp/evil.so")
 
 
+@pytest.mark.ids("B16")
+def test_there_is_no_secret_to_be_leaked():
+    """
+    The kernel says who is who.  Drawn at random are ids, which all may see, and names of directories.
+    """
+    package = Path(doorpool.__file__).parent
+    drawers = {(path.name, name) for path in package.glob("*.py") for name in _names_in(path) & RANDOM}
+    assert drawers == {("_door.py", "urandom"), ("_names.py", "token_hex"), ("_names.py", "secrets")}
+    assert not any(b"getrandom" in path.read_bytes() for path in package.glob("*.c"))
+
+
+@pytest.mark.ids("B16")
+def test_the_only_random_word_of_a_door_is_shown_to_who_opens_it(door_dir):
+    with Server() as server:
+        endpoint = server.attach(abs, door_dir / "a.door")
+        with Proxy(door_dir / "a.door") as proxy:
+            assert proxy.info.id == endpoint.info.id
+
+
+RANDOM = {"urandom", "getrandom", "random", "secrets", "hmac", "uuid4", "authkey"} | {
+    f"token_{kind}" for kind in ("bytes", "hex", "urlsafe")
+}
+
+
 def _reads_the_environment(path: Path) -> bool:
     wanted = {"environ", "environb", "getenv", "getenvb", "gettempdir", "expanduser", "expandvars"}
-    nodes = ast.walk(ast.parse(path.read_text()))
-    return any(getattr(node, "attr", getattr(node, "id", None)) in wanted for node in nodes)
+    return bool(_names_in(path) & wanted)
+
+
+def _names_in(path: Path) -> set[str]:
+    """All names that a module mentions, imports included."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        found |= {getattr(node, "attr", ""), getattr(node, "id", ""), getattr(node, "module", None) or ""}
+        found |= {alias.name for alias in getattr(node, "names", ()) if isinstance(alias, ast.alias)}
+    return found

@@ -26,7 +26,7 @@ PATIENCE = 20.0
 STRANGER, OTHER = 54_321, 4201
 THREADS = 3  # of the stranger
 
-#: What a slow machine may add to the p99 of calls: with others at work, a process waits so long for a CPU.
+#: What a busy machine may add to the p99 of a few calls, in the short form: one may wait so long for a CPU.
 SLACK = 0.05
 
 pytestmark = pytest.mark.usefixtures("root_only")
@@ -239,7 +239,8 @@ def test_a_stranger_calls_a_million_times_and_nobody_else_notices(actor, path, m
     made, _, busy, errors = other(take_times)
     assert not errors, "another user's call was lost"
     assert made > many(20, 1000)
-    assert busy <= max(10 * quiet, SLACK), f"p99 {busy * 1000:.1f} ms, and {quiet * 1000:.1f} ms unloaded"
+    slack = many(SLACK, 0.0)
+    assert busy <= max(10 * quiet, slack), f"p99 {busy * 1000:.1f} ms, and {quiet * 1000:.1f} ms unloaded"
     assert tally["calls"] >= count
     assert tally["answered"] > count / 2
     ran, misfits, threads = server(state)
