@@ -75,6 +75,11 @@ def _denial(bar: Bar | str | None) -> Refusal | None:
     return Refusal(Reason.DENIED, f"refused by the server, which says: {told}", logged=logged)
 
 
+def _too_much_asked(whose: str, value: int, limit: int) -> Refusal:
+    text = f"its rule about who may call has {value} knocks{whose} to decide about, and the limit is {limit}"
+    return Refusal(Reason.BUSY, text, limit=limit, value=value)
+
+
 def crossing_bar(name: str, codec: Codec, to: Credentials, *, through: Codec) -> str | None:
     """
     Say why a door of one codec must not be handed to somebody; None if it may.
@@ -599,10 +604,10 @@ class Door:
         """Have a doorman ask about a visitor; what comes of it is carried out by ``_end_asking``."""
         uid = visitor.credentials.uid
         most = self.gate.limits.greetings if is_strange(uid) else _MOST_PENDING
-        if self._pending[uid] >= most:
-            return Refusal(Reason.BUSY, f"its rule about who may call is being asked about uid {uid} already")
-        if self._pending.total() >= 2 * _MOST_PENDING:
-            return Refusal(Reason.BUSY, "its rule about who may call has too many to decide about")
+        if (his := self._pending[uid]) >= most:
+            return _too_much_asked(f" of uid {uid}", his, most)
+        if (all_of_them := self._pending.total()) >= 2 * _MOST_PENDING:
+            return _too_much_asked("", all_of_them, 2 * _MOST_PENDING)
 
         def ask() -> None:
             bar = self._ask_rule(rule, visitor.credentials)

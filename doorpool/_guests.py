@@ -102,9 +102,9 @@ class Guests:
         )
 
     def _too_many(self, guests: list[_Guest], limit: int, whose: str) -> str | None:
-        if len(guests) < limit or self._see_off(guests) < limit:
+        if len(guests) < limit or (left := self._see_off(guests)) < limit:
             return None
-        return f"{limit} answers to {whose} have not been read yet"
+        return f"{left} answers to {whose} have not been read yet, and the limit is {limit}"
 
     def _see_off(self, guests: Iterable[_Guest]) -> int:
         """Let those go that have read their answers; return how many stay."""
@@ -118,8 +118,8 @@ class Guests:
         held = len(self._strange_ports) + 2 * len(self._strange_channels)
         if held + len(self._guests) >= most:
             self.look_round()
-            if held + len(self._guests) >= most:
-                return f"callers of other users hold all {most} descriptors that they may have open together"
+            if (total := held + len(self._guests)) >= most:
+                return f"callers of other users hold {total} descriptors, and their limit together is {most}"
         his_most = limits.descriptors or most // 2
         if held < his_most:
             return None

@@ -549,7 +549,7 @@ def test_our_own_are_bounded_all_together(actor, path):
     opened, refusals = client(knock_and_wait, path, 80, "kept")
     assert opened == 60
     (text,) = refusals
-    assert "60 answers to all callers have not been read" in text
+    assert "60 answers to all callers have not been read yet, and the limit is 60" in text
     with pytest.raises(BusyError, match="have not been read"):
         Handle(path)
     client(read_answers)

@@ -168,7 +168,7 @@ def test_one_uid_leaves_answers_unread_up_to_its_limit_and_another_is_served(ser
     settle(server, A, greetings=4)
     opened, refusals = actor(A)(open_some, path, 1)
     assert opened == 0
-    for text in (path, f"4 answers to uid {A}"):
+    for text in (path, f"4 answers to uid {A}", "the limit is 4"):
         assert text in refusals[0]
     assert other(call_once, path, "hello") == "hello"
     one(disconnect)
