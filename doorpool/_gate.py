@@ -39,7 +39,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import logging
 import os
 import select
@@ -933,7 +932,7 @@ def check_descriptors(name: str, descriptors: Sequence[int], limit: int) -> None
         )
     for descriptor in descriptors:
         try:
-            fcntl.fcntl(descriptor, fcntl.F_GETFD)  # fstat may wait: it may have been a stranger's
+            os.get_inheritable(descriptor)  # unlike fstat, asks no file system: it may be a stranger's
         except OSError as error:
             if error.errno == errno.EBADF:
                 raise OSError(errno.EBADF, f"descriptor {descriptor} is not open") from None
