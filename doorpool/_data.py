@@ -41,7 +41,7 @@ import io
 import re
 import types
 import typing
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextvars import ContextVar
 from typing import Any, NoReturn
 
@@ -177,9 +177,12 @@ def register_conversion(
 #: What tells of a type that objects of it are sent as others are: iterators.
 _similar: Callable[[type], bool] = bool
 _like: type | None = None
+_promise: Callable[[Any, Any], None]
 
 
-def register_iterators(like: type, kinds: Iterable[type], similar: Callable[[type], bool]) -> None:
+def register_iterators(
+    like: type, kinds: Iterable[type], similar: Callable[[type], bool], promise: Callable[[Any, Any], None]
+) -> None:
     """
     Let iterators cross data doors as objects of a class that is registered.
 
@@ -187,9 +190,10 @@ def register_iterators(like: type, kinds: Iterable[type], similar: Callable[[typ
         like: that class.
         kinds: types of iterators.
         similar: tells of any other type with a ``__next__`` whether it is one, too.
+        promise: is given an iterator, or an object of that class, and the annotation of its items.
     """
-    global _similar, _like
-    _similar, _like = similar, like
+    global _similar, _like, _promise
+    _similar, _like, _promise = similar, like, promise
     _kinds.update(dict.fromkeys(kinds, _kinds[like]))
 
 
@@ -357,12 +361,51 @@ def _check_custom(kind: Any, value: Any) -> Any:
     """Accept an object where an annotation wants one of a class that MessagePack does not know."""
     wanted = typing.get_origin(kind) or kind
     if isinstance(wanted, type) and isinstance(value, wanted):
-        return value
+        return _check_items(kind, value) if wanted in _ITERATED else value
     arrivals, conversion = _arrivals.get(None), _conversions.get(kind)
     if isinstance(value, Descriptor) and conversion is not None and isinstance(arrivals, Arrivals):
         return arrivals.convert(value, conversion)
     name = getattr(kind, "__qualname__", kind)
     raise ValueError(f"Expected `{name}`, got `{type(value).__qualname__}`")
+
+
+def _check_items(kind: Any, value: Any) -> Any:
+    """See to it that what is iterated over is of the type that the annotation says."""
+    item = _item_of(kind)
+    if item is Any:
+        return value
+    if hasattr(value, "__next__"):
+        _promise(value, item)
+        return value
+    items = convert_items(list(value), item)
+    return items if isinstance(value, list) else value
+
+
+def convert_items(items: list[Any], item: Any) -> list[Any]:
+    """
+    Make of plain data what an annotation says of each.
+
+    Raises:
+        Exception: one does not fit.
+    """
+    return msgspec.convert(items, list[item], dec_hook=_check_custom)
+
+
+def convert_item(name: str, value: Any, item: Any) -> Any:
+    """Do so with one; a ``MarshalError`` says the name, and what is wrong in it and where."""
+    try:
+        return msgspec.convert(value, item, dec_hook=_check_custom)
+    except Exception as error:
+        raise MarshalError(printable(_where(name, error)), may_have_run=True) from error
+
+
+#: Annotations of what is iterated over, which msgspec does not look into.
+_ITERATED = (Iterator, Iterable, Generator)
+
+
+def _item_of(kind: Any) -> Any:
+    item = next(iter(typing.get_args(kind)), Any)
+    return Any if item is object else item
 
 
 _encoder = Encoder(enc_hook=_write)
@@ -388,6 +431,14 @@ def _encode(value: Any, to: Credentials | None = None) -> tuple[bytes, Luggage, 
 
 
 # --- what a procedure takes -----------------------------------------------------------------------
+
+
+def _items_in(hint: Any) -> Iterator[Any]:
+    """Find what an annotation says of the items of iterators, wherever in it."""
+    if typing.get_origin(hint) in _ITERATED:
+        yield _item_of(hint)
+    for part in typing.get_args(hint):
+        yield from _items_in(part)
 
 
 #: What a procedure may say that it returns and no object is an instance of, and what it means.
@@ -430,6 +481,8 @@ class Plan:
 
     def _decoder(self, what: str, hint: Any) -> Decoder[Any]:
         try:
+            for item in _items_in(hint):
+                _decoder_of(item)
             return _decoder_of(hint)
         except Exception as error:
             raise TypeError(f"{self.name}: {what} cannot be checked as data: {error}") from error
@@ -587,13 +640,13 @@ def printable(text: str) -> str:
     return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
-def _where(name: str, error: Exception, decoder: Decoder[Any], piece: Any) -> str:
+def _where(name: str, error: Exception, decoder: Decoder[Any] | None = None, piece: Any = b"") -> str:
     """Say what is wrong, and where in something of a name; msgspec calls that ``$``."""
     text = text_of(error)
     found = _WHERE.fullmatch(text) if isinstance(error, msgspec.ValidationError) else None
     if found is not None:
         path = found[3]
-        if _SOMEWHERE in path:
+        if _SOMEWHERE in path and decoder is not None:
             path = _with_keys(path, decoder, piece)
         return f"{name}{path}{', a key' if found[2] else ''}: {found[1]}"
     if isinstance(error, msgspec.ValidationError | ValueError):

@@ -60,8 +60,10 @@ import types
 import weakref
 from collections import deque
 from collections.abc import Generator, Iterator
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, NoReturn
+
+import msgspec
 
 from doorpool import _data, _passing, _proxy, _sockets
 from doorpool._call import current
@@ -150,7 +152,7 @@ class Pump:
 
     __slots__ = (
         "__weakref__", "_closing", "_codec", "_error", "_held", "_iterator", "_left", "_limit", "_lock",
-        "_making", "_making_batch", "_returned", "_settling", "_spent", "endpoint", "listener",
+        "_making", "_making_batch", "_returned", "_settling", "_spent", "endpoint", "item", "listener",
     )  # fmt: skip
 
     def __init__(self, iterator: Iterator[Any], codec: str) -> None:
@@ -168,6 +170,7 @@ class Pump:
         self._returned: Any = None
         self._closing = False
         self.endpoint: Endpoint | None = None
+        self.item: Any = Any  # what has been promised of each, where data is spoken
         self.listener: Any = None
 
     def has(self, iterator: Iterator[Any]) -> bool:
@@ -378,7 +381,8 @@ class Pump:
         answering.endpoint = self.endpoint
         try:
             if self._codec == "data":
-                parcel: Any = _PLAN.pack_result(value, invocation.credentials)
+                plan = _plan(self.item, type(value) is dict)
+                parcel: Any = plan.pack_result(value, invocation.credentials)
             else:
                 data = shuttle.pack_items(value) if type(value) is list else None
                 parcel = pack_result(value, peer_of(invocation)) if data is None else (data, (), ())
@@ -443,7 +447,17 @@ _watcher = _Watcher()
 
 
 #: How batches are written where data is spoken: as they are.
-_PLAN = _data.Plan(lambda *_: None)
+@lru_cache(256)
+def _plan(item: Any, ended: bool) -> _data.Plan:
+    """Return how a batch is marshalled as data, whose items have been promised to be something."""
+
+    def batch() -> Any: ...
+
+    if item is not Any:
+        items: Any = list[item]
+        last = msgspec.defstruct("Last", [(_LAST, items), (_VALUE, Any)])
+        batch.__annotations__["return"] = last if ended else items
+    return _data.Plan(batch)
 
 
 def _bytes_of(parcel: Any) -> int:
@@ -456,12 +470,13 @@ _pumps: weakref.WeakValueDictionary[tuple[int, str], Pump] = weakref.WeakValueDi
 _pumps_lock = threading.RLock()  # a signal handler may marshal
 
 
-def _hand_out(iterator: Iterator[Any], codec: str, origin: Endpoint | None) -> Descriptor:
-    known = _pump_of(iterator, codec)
+def _hand_out(known: Pump, iterator: Iterator[Any], codec: str, origin: Endpoint | None) -> Descriptor:
     try:
         return known.hand_out(origin)
     except ClosedError:  # nobody had it any more, a moment ago
-        return _pump_of(iterator, codec, instead_of=known).hand_out(origin)
+        another = _pump_of(iterator, codec, instead_of=known)
+        another.item = known.item
+        return another.hand_out(origin)
 
 
 def _pump_of(iterator: Iterator[Any], codec: str, *, instead_of: Pump | None = None) -> Pump:
@@ -509,8 +524,8 @@ class Stream:
         DoorError: of ``next``: the other side could not be asked.
     """
 
-    __slots__ = ("__weakref__", "_batch", "_ended", "_generation", "_lock", "_proxy", "_pulled", "_value",
-                 "timeout")  # fmt: skip
+    __slots__ = ("__weakref__", "_batch", "_count", "_ended", "_generation", "_item", "_lock", "_proxy",
+                 "_pulled", "_value", "_wrong", "timeout")  # fmt: skip
 
     def __init__(self, proxy: Proxy) -> None:
         self.timeout: float | None = None
@@ -518,6 +533,9 @@ class Stream:
         self._batch: Iterator[Any] = iter([])  # what was read ahead; of a list, which knows its length
         self._ended = False
         self._pulled = False
+        self._item: Any = Any  # what each must be; for who is given the stream to say
+        self._count = 0  # of those that were
+        self._wrong: MarshalError | None = None  # that the next one is not, still to be raised
         self._value: Any = None  # what the generator has returned
         self._lock = threading.RLock()  # a signal handler may take an item, or close
         self._generation = _sockets.generation
@@ -546,6 +564,9 @@ class Stream:
             while True:
                 for item in self._batch:  # another thread may have pulled meanwhile
                     return item
+                if self._wrong is not None:
+                    wrong, self._wrong = self._wrong, None
+                    raise wrong
                 if self._ended:
                     value, self._value = self._value, None
                     raise StopIteration(value)
@@ -566,7 +587,27 @@ class Stream:
         except BaseException:  # whatever was on its way is lost
             self._end()
             raise
-        self._batch = iter(came)
+        self._batch = iter(came if self._item is Any else self._convert(came))
+
+    def _convert(self, items: list[Any]) -> list[Any]:
+        """Make of items what they must be; up to the first that is something else, with which all ends."""
+        try:
+            good = _data.convert_items(items, self._item)
+        except Exception:
+            good = self._convert_singly(items)
+        self._count += len(good)
+        return good
+
+    def _convert_singly(self, items: list[Any]) -> list[Any]:
+        good: list[Any] = []
+        try:
+            for item in items:
+                name = f"item {self._count + len(good)} of {self!r}"
+                good.append(_data.convert_item(name, item, self._item))
+        except MarshalError as error:
+            self._wrong, self._value = error, None
+            self._end()
+        return good
 
     def _call(self, *args: Any) -> Any:
         return self._proxy._line.call(args, {}, deadline_after(self.timeout))
@@ -647,7 +688,8 @@ def is_iterator(kind: type) -> bool:
 
 
 def _reduce(iterator: Iterator[Any], departure: Departure) -> Recipe:
-    departure.give_later(partial(_hand_out, iterator, "pickle", answering.endpoint))
+    pump = _pump_of(iterator, "pickle")
+    departure.give_later(partial(_hand_out, pump, iterator, "pickle", answering.endpoint))
     return _rebuild, ()
 
 
@@ -666,7 +708,8 @@ _proxy.timed.add(Stream)
 
 
 def _reduce_data(iterator: Iterator[Any], luggage: _data.Luggage) -> None:
-    luggage.give_later(partial(_hand_out, iterator, "data", answering.endpoint))
+    pump = _pump_of(iterator, "data")
+    luggage.give_later(partial(_hand_out, pump, iterator, "data", answering.endpoint))
 
 
 def _rebuild_data(descriptor: Descriptor, passer: int | None) -> Stream:
@@ -674,4 +717,14 @@ def _rebuild_data(descriptor: Descriptor, passer: int | None) -> Stream:
 
 
 _data.register(Stream, 4, _reduce_data, _rebuild_data)
-_data.register_iterators(Stream, _LAZY, is_iterator)
+
+
+def _promise(iterator: Any, item: Any) -> None:
+    """Check what comes of a stream, or what is sent of an iterator that is marshalled just now."""
+    if isinstance(iterator, Stream):
+        iterator._item = item
+    else:
+        _pump_of(iterator, "data").item = item
+
+
+_data.register_iterators(Stream, _LAZY, is_iterator, _promise)

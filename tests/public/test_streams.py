@@ -11,9 +11,10 @@ import signal
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import attrs
 import pytest
 from support import wait_until
 from support.rawdoor import Background
@@ -26,9 +27,11 @@ from doorpool import (
     MarshalError,
     ProtocolError,
     Proxy,
+    RemoteError,
     RevokedError,
 )
 from doorpool import _streams as streams
+from doorpool._data import Plan
 
 PATIENCE = 20.0
 
@@ -765,6 +768,69 @@ def test_annotations_of_a_data_door_may_say_iterator(serve, connect):
 
     serve(doubled, codec="data")
     assert list(connect()(n for n in range(5))) == [0, 2, 4, 6, 8]
+
+
+@attrs.frozen
+class Place:
+    x: int
+    y: int = 0
+
+
+def test_items_of_a_data_door_are_made_what_annotations_say(serve, connect):
+    def places(given: Iterator[Place], more: Iterable[Place], deep: dict[str, Iterator[Place]]) -> Any:
+        return [*given, *more, *deep["here"]] == [Place(n) for n in range(9)]
+
+    serve(places, codec="data")
+    nine = [{"x": n} for n in range(9)]
+    assert connect()((it for it in nine[:3]), nine[3:6], {"here": map(dict, nine[6:])})
+
+
+@pytest.mark.parametrize("bad", [0, 1, 5, 40])
+def test_items_that_are_not_what_a_data_door_says_are_errors_in_their_places(serve, connect, bad):
+    taken = []
+
+    def add(numbers: Iterator[int]) -> None:
+        for number in numbers:
+            taken.append(number)
+
+    serve(add, codec="data")
+    with pytest.raises(RemoteError, match=rf"item {bad} of .*: Expected `int`, got `str`"):
+        connect()(n if n != bad else "no number" for n in range(50))
+    assert taken == list(range(bad))
+
+
+@pytest.mark.parametrize("bad", [0, 1, 5, 49])
+def test_items_that_are_not_what_a_data_door_promises_do_not_leave_it(serve, connect, bad):
+    def numbers() -> Iterator[int]:
+        yield from (n if n != bad else "no number" for n in range(50))
+
+    serve(numbers, codec="data")
+    got = []
+    with pytest.raises(MarshalError, match="Expected `int`, got `str`, which is not what the procedure"):
+        for number in connect()():
+            got.append(number)
+    assert got == list(range(bad))
+
+
+def test_a_sequence_in_place_of_an_iterable_is_checked_too(serve, connect):
+    def add(numbers: Iterable[int]) -> int:
+        return sum(numbers)
+
+    serve(add, codec="data")
+    assert connect()([1, 2]) == 3
+    for wrong in ([1, "2"], "12", {"a": 1}):
+        with pytest.raises(MarshalError, match="Expected `int`, got `str`"):
+            connect()(wrong)
+
+
+def test_items_that_cannot_be_checked_are_refused_at_the_start():
+    def mixed(items: Iterator[int | Place | dict[str, int]]) -> None: ...
+
+    def inside() -> dict[str, list[Iterator[Place | dict[str, int]]]]: ...
+
+    for function, what in ((mixed, "the parameter 'items'"), (inside, "the result")):
+        with pytest.raises(TypeError, match=f"{what} cannot be checked as data"):
+            Plan(function)
 
 
 @pytest.mark.parametrize("answer", ["text", None, {"items": [1]}, {"items": 5, "returned": None}, (1, 2)])
