@@ -44,6 +44,7 @@ The rooms of the house, from the roof down; each leans only on those below it:
     _credentials, _descriptor, _errors
 """
 
+import logging as _logging
 import sys as _sys
 
 if not _sys.platform.startswith("linux"):
@@ -78,6 +79,9 @@ from doorpool._proxy import Proxy
 from doorpool._server import Server, Statistics
 from doorpool._shares import Limits, Usage
 from doorpool._shelf import buffer, empty
+
+# What this logger says is the program's to show, or nobody sees it.
+_logging.getLogger("doorpool").addHandler(_logging.NullHandler())
 
 __all__ = [
     "AccessError",

@@ -9,10 +9,16 @@ from __future__ import annotations
 
 import ctypes
 import importlib
+import logging
 import os
 import pickle
 import sys
 from typing import Any
+
+# On standard error, where the test finds them: warnings and errors of the library, which by itself is silent.
+_handler = logging.StreamHandler()
+_handler.setLevel(logging.WARNING)
+logging.getLogger("doorpool").addHandler(_handler)
 
 #: Names, in the environment, the descriptor on which the child reports to the test.
 REPORT_FD = "DOORPOOL_TEST_REPORT_FD"

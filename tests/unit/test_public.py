@@ -163,3 +163,28 @@ def test_is_documented(value):
     text = value.__doc__
     assert text
     assert len(text.split()) >= 3
+
+
+REFUSING = """
+    import logging, sys, threading
+
+    log = logging.getLogger("doorpool")
+    log.handlers.clear()  # the tests have theirs
+    from doorpool import AccessError, Proxy, Server
+
+    if sys.argv[1] == "heard":
+        logging.basicConfig()
+    told = threading.Event()
+    log.addFilter(lambda record: told.set() or True)
+    with Server() as server:
+        server.attach(print, "a.door", callers=lambda who: False)
+        try:
+            Proxy("a.door")
+        except AccessError:
+            assert told.wait(20)
+"""
+
+
+def test_the_library_says_nothing_unless_the_program_listens(run_python, door_dir):
+    assert run_python(REFUSING, "unheard", cwd=door_dir).stderr == ""
+    assert "WARNING:doorpool:print: refused" in run_python(REFUSING, "heard", cwd=door_dir).stderr
