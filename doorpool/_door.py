@@ -424,8 +424,8 @@ class Door:
             self._add_port(port)
         except OSError as error:
             self._keeper.say(
-                logging.WARNING, "%s: dropped a connection: %s", self.name, error.strerror,
-                about=(self.id, "take in"),
+                logging.WARNING, "%s: dropped a connection of uid %s: %s", self.name, uid, error.strerror,
+                about=(self.id, uid, "take in"),
             )  # fmt: skip
             self._close_port(port)
 

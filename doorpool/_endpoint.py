@@ -49,7 +49,7 @@ from doorpool._exceptions import text_of
 from doorpool._impl import shuttle
 from doorpool._info import DoorInfo, describe
 from doorpool._janitor import close_all
-from doorpool._keeper import keeper
+from doorpool._keeper import report
 from doorpool._marshal import (
     Dialect,
     Parcel,
@@ -627,7 +627,7 @@ class Endpoint:
             invocation.reply(data, buffers, descriptors)
         except LimitError as error:
             # A frame of the raw layer's, which no limit holds up.
-            log.error("%s: %s", self.name, error, exc_info=error)
+            self._report(invocation, logging.ERROR, error, error)
             invocation.fail(Reason.REPLY_TOO_LARGE, str(error), limit=error.limit, value=error.value)
             returned = False
         finally:
@@ -657,7 +657,7 @@ class Endpoint:
             if trace is not None and type(self.target) is Facade:
                 trace = trace.tb_next or trace
             BaseException.with_traceback(error, trace)
-        self._log(error)
+        self._log(invocation, error)
         return pack_exception(error, peer_of(invocation)), False, _interrupt(error)
 
     def _refusal(
@@ -666,9 +666,9 @@ class Endpoint:
         """Marshal that the arguments or the result cannot cross."""
         refusal = marshal_error(what, error, may_have_run=may_have_run)
         if may_have_run:
-            log.error("%s: %s", self.name, refusal, exc_info=error)
+            self._report(invocation, logging.ERROR, refusal, error)
         else:
-            log.warning("%s: %s: %s", self.name, invocation.credentials, refusal)
+            self._report(invocation, logging.WARNING, refusal)
         return pack_refusal(refusal, peer_of(invocation)), False, _interrupt(error)
 
     # -- answering where data is spoken --------------------------------------------------------
@@ -681,7 +681,7 @@ class Endpoint:
         try:
             invocation.reply(*parcel)
         except LimitError as error:
-            log.error("%s: %s", self.name, error, exc_info=error)
+            self._report(invocation, logging.ERROR, error, error)
             invocation.fail(Reason.REPLY_TOO_LARGE, str(error), limit=error.limit, value=error.value)
             returned = False
         finally:
@@ -701,10 +701,7 @@ class Endpoint:
             procedure, plan, args, kwargs = self._read_data(invocation, plan)
         except BaseException as error:  # a validator of the user's may do anything
             refusal = marshal_error("the arguments", error, may_have_run=False)
-            keeper().say(
-                logging.WARNING, "%s: %s: %s", self.name, invocation.credentials, refusal,
-                about=(invocation.door.id, invocation.credentials.uid, "misfit"),
-            )  # fmt: skip
+            self._report(invocation, logging.WARNING, refusal)
             return _data.pack_refusal(refusal), False, _interrupt(error)
         token = current.set(invocation)
         try:
@@ -716,7 +713,7 @@ class Endpoint:
                 _leave_forked_child(error)
             if error.__traceback__ is not None:  # as in ``_invoke``
                 BaseException.with_traceback(error, error.__traceback__.tb_next)
-            self._log(error)
+            self._log(invocation, error)
             return self._pack_error(error, invocation), False, _interrupt(error)
         finally:
             current.reset(token)
@@ -728,7 +725,7 @@ class Endpoint:
             return plan.pack_result(value, invocation.credentials), True, None
         except BaseException as error:
             refusal = marshal_error("the result", error, may_have_run=True)
-            log.error("%s: %s", self.name, refusal, exc_info=error)
+            self._report(invocation, logging.ERROR, refusal, error)
             return _data.pack_refusal(refusal), False, _interrupt(error)
         finally:
             answering.endpoint = answering.invocation = None
@@ -784,11 +781,18 @@ class Endpoint:
         paths = friend or self._errors is not None
         return _data.pack_exception(error, text=told, paths=paths, frames=self._tracebacks)
 
-    def _log(self, error: BaseException) -> None:
+    def _log(self, invocation: Invocation, error: BaseException) -> None:
         if isinstance(error, Exception):
             log.debug("%s raised", self.name, exc_info=error)
         else:
-            log.error("%s raised what is no Exception", self.name, exc_info=error)
+            self._report(invocation, logging.ERROR, "raised what is no Exception", error)
+
+    def _report(
+        self, invocation: Invocation, level: int, what: object, error: BaseException | None = None
+    ) -> None:  # fmt: skip
+        """Log what has come of a caller's call."""
+        peer, about = invocation.credentials, (invocation.door.id, level)
+        report(peer, about, level, "%s: %s: %s", self.name, peer, what, error=error)
 
 
 def _raise(error: Exception, *_: Any, **__: Any) -> NoReturn:

@@ -51,11 +51,11 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from doorpool import _sockets, _wire
 from doorpool._channel import NOT, RECEIVE, Channel, Hangup, flat, process_is_gone
-from doorpool._credentials import Credentials, is_strange
+from doorpool._credentials import Credentials
 from doorpool._errors import ClosedError, DoorError, LimitError, ProtocolError
 from doorpool._impl import shuttle
 from doorpool._janitor import close_all, holds_up
-from doorpool._keeper import keeper
+from doorpool._keeper import keeper, report
 from doorpool._shares import Crowd, Limits, Share, Turns, Usage, over
 from doorpool._sockets import MAX_DESCRIPTORS
 from doorpool._wire import Frame, Kind, Knock, Reason, Refusal
@@ -345,12 +345,9 @@ class Gate:
     def _say_closed(self, served: Served, error: Exception) -> None:
         """Log that a channel was closed for what its caller has sent; of a stranger not each time."""
         peer, door = served.channel.peer, served.door
-        text = "%s: %s: channel closed: %s"
-        if is_strange(peer.uid):
-            about = (door.id, peer.uid, "protocol")
-            keeper().say(logging.WARNING, text, door.name, peer, error, about=about)
-        else:
-            log.warning(text, door.name, peer, error)
+        report(
+            peer, (door.id, "protocol"), logging.WARNING, "%s: %s: channel closed: %s", door.name, peer, error
+        )
 
     def _next_call(self, served: Served, how: int) -> Invocation | None:
         """Read from a claimed channel; close it if it has come to its end."""
@@ -409,9 +406,10 @@ class Gate:
             self._drop_with(served, frame)  # the caller was gone when it should have been answered
         except MemoryError as error:  # also in the main thread: a long request must not end the server
             self._drop_with(served, frame)
-            log.warning(
-                "%s: %s: channel closed: no memory for a request (%s)", door.name, channel.peer, error
-            )
+            report(
+                channel.peer, (door.id, "memory"), logging.WARNING,
+                "%s: %s: channel closed: no memory for a request (%s)", door.name, channel.peer, error,
+            )  # fmt: skip
         except Exception:
             self._drop_with(served, frame)
             if threading.current_thread() is threading.main_thread():
@@ -849,7 +847,9 @@ class Invocation:
                 if served.share is not None:
                     kind, data, buffers, descriptors = self._within_share(kind, data, buffers, descriptors)
                 self._answer_at_length(channel, kind, data, buffers, descriptors)
-        except OSError:
+        except OSError as error:
+            if isinstance(error, TimeoutError):
+                self._say_unread(served)
             self._gate.drop(served)  # nobody is there, or nobody reads
         except BaseException as error:
             if isinstance(error, ValueError) and self._gate.generation != _sockets.here():
@@ -862,6 +862,12 @@ class Invocation:
         finally:
             if self.descriptors:
                 close_all(self.descriptors, served.channel.peer.uid)
+
+    @staticmethod
+    def _say_unread(served: Served) -> None:
+        door, peer = served.door, served.channel.peer
+        text = "%s: %s: channel closed: nothing of a reply was read for %g s"
+        report(peer, (door.id, "unread"), logging.WARNING, text, door.name, peer, SEND_PATIENCE)
 
     def _within_share(
         self, kind: int, data: bytes | bytearray | memoryview, buffers: Sequence[memoryview],

@@ -21,6 +21,7 @@ All methods are for holders of the keeper's lock, but those that say otherwise.
 from __future__ import annotations
 
 import contextlib
+import logging
 import resource
 import socket
 from collections import Counter
@@ -218,8 +219,14 @@ class Guests:
 
     def _end_visit(self, guest: _Guest) -> None:
         """When time is over: let a guest go, unless he has not read his answer."""
-        if not self._has_left(guest):
-            guest.timer = self._keeper.after(GREETING_PATIENCE, lambda: self._end_visit(guest))
+        if self._has_left(guest):
+            return
+        guest.timer = self._keeper.after(GREETING_PATIENCE, lambda: self._end_visit(guest))
+        door = guest.served.door
+        self._keeper.say(
+            logging.WARNING, "%s: uid %s has not read the answer to a knock for %g s", door.name, guest.uid,
+            GREETING_PATIENCE, about=(door.id, guest.uid, "unread answer"),
+        )  # fmt: skip
 
     def _hear_hangup(self, guest: _Guest) -> None:
         """Let a guest go who seems to leave; look again, ever more rarely, if his answer stays unread."""

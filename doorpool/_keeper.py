@@ -43,6 +43,7 @@ from collections import deque
 from collections.abc import Callable, Hashable
 
 from doorpool import _sockets
+from doorpool._credentials import Credentials, is_strange
 
 log = logging.getLogger("doorpool")
 
@@ -336,3 +337,19 @@ def _forget_parent() -> None:
 
 
 _sockets.on_fork(_forget_parent)
+
+
+def report(
+    peer: Credentials, about: Hashable, level: int, text: str, *args: object,
+    error: BaseException | None = None,
+) -> None:  # fmt: skip
+    """
+    Log what a caller has brought about; of a stranger, who may do so without end, not each time.
+
+    Args:
+        about, level, text, args, error: as of ``Keeper.say``.
+    """
+    if is_strange(peer.uid):
+        keeper().say(level, text, *args, about=(about, peer.uid), error=error)
+    else:
+        log.log(level, text, *args, exc_info=error)

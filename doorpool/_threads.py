@@ -49,6 +49,7 @@ import attrs
 
 from doorpool import _sockets
 from doorpool._errors import BusyError, ClosedError
+from doorpool._keeper import report
 from doorpool._shares import Crowd, Limits, Usage, sum_up
 from doorpool.door import Gate, Invocation
 
@@ -300,10 +301,12 @@ class Pool:
             if not self._serve(invocation):
                 self.errors += 1
             self.served += 1
-        except Exception:
+        except Exception as error:
             self.errors += 1
             self.served += 1
-            log.exception("%s: a call of %s could not be answered", self.name, invocation.door.name)
+            door, peer = invocation.door, invocation.credentials
+            text = "%s: a call of %s by %s could not be answered"
+            report(peer, (door.id, "answer"), logging.ERROR, text, self.name, door.name, peer, error=error)
             invocation.fail(text="the server failed to answer", may_have_run=True)
         finally:
             del self._running[thread]
