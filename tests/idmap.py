@@ -30,7 +30,7 @@ TITLES: dict[str, str] = IDS["doors"] | IDS["threats"]
 
 
 def is_door(identifier: str) -> bool:
-    """Tell the IDs of doors from those of threats, which have two digits."""
+    """Tell the IDs of doors from those of threats: these have two digits, or end with a t."""
     number = identifier[1:]
     limit = IDS["ranges"]["doors"].get(identifier[:1], 0)
     return number.isdecimal() and not number.startswith("0") and int(number) <= limit
@@ -43,13 +43,19 @@ def exists(identifier: str) -> bool:
     if is_door(identifier):
         return True
     limit = IDS["ranges"]["threats"].get(identifier[:1], 0)
-    return re.fullmatch(r"[A-Z]\d\d", identifier) is not None and 1 <= int(identifier[1:]) <= limit
+    found = re.fullmatch(r"[A-Z](\d\d)t?", identifier)
+    return (
+        found is not None
+        and 1 <= int(found[1]) <= limit
+        and identifier.endswith("t") == is_door(identifier[:3])
+    )
 
 
 def order(identifier: str) -> tuple[bool, int, int]:
     """Doors before threats; their letters in the order of the lists; then by number."""
     kind = "doors" if is_door(identifier) else "threats"
-    return kind == "threats", list(IDS["ranges"][kind]).index(identifier[0]), int(identifier[1:])
+    number = int(identifier[1:].removesuffix("t"))
+    return kind == "threats", list(IDS["ranges"][kind]).index(identifier[0]), number
 
 
 def ids_in(node: ast.AST) -> Iterator[str]:

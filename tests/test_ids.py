@@ -25,12 +25,14 @@ def test_tests_refer_to_behaviours_that_exist():
     assert unknown == {}
 
 
-@pytest.mark.parametrize("identifier", ["C1", "N16", "D13", "F10", "A01", "B25", "C01", "E10"])
+@pytest.mark.parametrize("identifier", ["C1", "N16", "D13", "F10", "F10t", "A01", "B25", "C01", "E10"])
 def test_known_ids(identifier):
     assert idmap.exists(identifier)
 
 
-@pytest.mark.parametrize("identifier", ["C0", "C10x", "N17", "A1", "A22", "Z01", "A00", "c1", ""])
+@pytest.mark.parametrize(
+    "identifier", ["C0", "C10x", "N17", "A1", "A22", "Z01", "A00", "A01t", "C1t", "c1", ""]
+)
 def test_unknown_ids(identifier):
     assert not idmap.exists(identifier)
 

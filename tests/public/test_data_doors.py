@@ -264,7 +264,7 @@ def test_reopening_leads_to_no_other_codec(serve, connect, first, second):
     assert proxy(2) == 2
 
 
-@pytest.mark.ids("D13", "B01", "B02")
+@pytest.mark.ids("D13t", "B01", "B02")
 def test_a_data_door_unpickles_nothing_and_shares_nothing(serve, connect):
     server = serve(total, codec="data")
     proxy = connect()

@@ -119,7 +119,7 @@ def _threads_of(pid: int) -> int:
     return len(os.listdir(f"/proc/{pid}/task"))
 
 
-@pytest.mark.ids("T1", "T2")
+@pytest.mark.ids("T1", "T2", "F10t")
 def test_a_thousand_clients_are_held_by_a_handful_of_threads(spawn_server, spawn_python, door_dir):
     """
     An open channel costs no thread; and each of them still gets its own answer.

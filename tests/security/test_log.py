@@ -77,7 +77,7 @@ def leave_unread(path: str, how: str) -> None:
             assert poll.poll(PATIENCE * 1000), "the server waits for ever"
 
 
-@pytest.mark.ids("F12")
+@pytest.mark.ids("F12t")
 @pytest.mark.parametrize(
     ("offend", "how", "said"),
     [

@@ -881,7 +881,7 @@ def test_descriptors_that_do_not_fit_hold_nobody_up(actor, path):
     assert time.monotonic() - begun < 3
 
 
-@pytest.mark.ids("D13", "D10")
+@pytest.mark.ids("D13t", "D10")
 def test_with_other_users_no_memory_is_shared(actor, path):
     server, client = actor(V), actor(M)
     server(serve_data, path)

@@ -677,6 +677,7 @@ def shorten_log_interval() -> None:
     _keeper.LOG_INTERVAL = 0.3
 
 
+@pytest.mark.ids("F12t")
 def test_an_offender_is_named_once_in_a_while(server, mate, path):
     """The first time at once, then how often it was."""
     server(shorten_log_interval)
