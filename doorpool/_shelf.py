@@ -133,6 +133,9 @@ class Totals:
     mapped_bytes: int = 0
     reused: int = 0
 
+    def __add__(self, other: Totals) -> Totals:
+        return Totals(*map(operator.add, attrs.astuple(self), attrs.astuple(other)))
+
 
 def _count(segments: Iterable[_segments.Segment]) -> tuple[int, int]:
     sizes = [segment.size for segment in segments]
