@@ -68,6 +68,9 @@ _pack, _unpack = HEADER.pack, HEADER.unpack_from
 #: How long a first wait in the receive itself takes, seconds; see above.
 DOZE = 0.01
 
+#: Bells in a row, over which a peer rings without end; a full socket holds some 280.
+MOST_BELLS = 512
+
 #: How a ``read`` waits: not at all, in ``poll``, or in the receive itself (see above).
 NOT, POLL, RECEIVE = range(3)
 
@@ -396,8 +399,8 @@ class Channel:
                 return self._read_on(limit, now, self._until(deadline))
             flags = _RECEIVE_WAITING if how == RECEIVE else _RECEIVE
             chunk, ancillary, came, _ = self.socket.recvmsg(PACKET, ANCILLARY_ROOM, flags)
-            while chunk == BELL and ancillary == self._expected:  # for somebody who does not wait any more
-                chunk, ancillary, came, _ = self.socket.recvmsg(PACKET, ANCILLARY_ROOM, flags)
+            if chunk == BELL and ancillary == self._expected:  # for somebody who does not wait any more
+                chunk, ancillary, came = self._skip_bells()
             if ancillary == self._expected and not came & _TRUNCATED and len(chunk) >= _HEAD:
                 # Nearly every call goes this way: a small frame, whole, from whom it must be.
                 kind, version, fds, buffers, number, body, nanoseconds, sent = _unpack(chunk)
@@ -423,6 +426,18 @@ class Channel:
             raise Hangup(unread=self._reset) from None
         # Here and not above, where the error's traceback holds what is being filled.
         return go_on(limit, now, deadline)
+
+    def _skip_bells(self) -> tuple[bytes, Ancillary, int]:
+        """
+        Receive what is behind a bell, without waiting for it.
+
+        A peer can ring as fast as we hear, and we would have time for nothing else.
+        """
+        for _ in range(MOST_BELLS):
+            chunk, ancillary, came, _ = self.socket.recvmsg(PACKET, ANCILLARY_ROOM, _RECEIVE)
+            if chunk != BELL or ancillary != self._expected:
+                return chunk, ancillary, came
+        raise ProtocolError(f"{MOST_BELLS} bells in a row")
 
     def _look_again(
         self, limit: int, now: Callable[[], int] | None, deadline: float | None
@@ -452,8 +467,9 @@ class Channel:
             self._skip(until)
         if self._assembly is None:
             chunk, self._rest = self._rest or self._receive(first=True), b""
-            while chunk == BELL:
-                chunk = self._receive(first=True)
+            if chunk == BELL:
+                chunk, ancillary, came = self._skip_bells()
+                self._check(chunk, ancillary, came, first=True)
             limit = limit if now is None else now()
             self._assembly = Assembly()
             self._assembly.feed(chunk, limit)

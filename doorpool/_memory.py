@@ -88,20 +88,17 @@ def _fail(what: str) -> OSError:
     return OSError(number, f"{what}: {os.strerror(number)}")
 
 
-def map_pages(number: int, size: int, kind: int, at: int | None = None) -> int:
-    """Map a descriptor (-1: no file), readable and writable, not to be inherited; return the address."""
-    address = _libc.mmap(at, size, _READ_WRITE, kind, number, 0)
-    if address == _MAP_FAILED:
+def map_over(number: int, mapping: Mapping) -> None:
+    """
+    Map a memfd, privately, in place of what is mapped.
+
+    Raises:
+        OSError: no memory; it is as it was.
+    """
+    flags = mmap.MAP_PRIVATE | MAP_FIXED
+    if _libc.mmap(mapping.address, mapping.size, _READ_WRITE, flags, number, 0) == _MAP_FAILED:
         raise _fail("mmap")
-    _libc.madvise(address, size, mmap.MADV_DONTFORK)
-    return int(address)
-
-
-def move(address: int, size: int) -> int | None:
-    """Move page tables to a new address, leaving the old one mapped; None where the kernel cannot."""
-    # glibc looks at the fifth argument although no flag asks for it.
-    moved = _libc.mremap(address, size, size, _MREMAP_MAYMOVE | _MREMAP_DONTUNMAP, None)
-    return None if moved == _MAP_FAILED else int(moved)
+    _libc.madvise(mapping.address, mapping.size, mmap.MADV_DONTFORK)
 
 
 def address_of(view: memoryview) -> int:
@@ -176,13 +173,14 @@ class Mapping:
     A range of addresses, unmapped when nobody refers to it any more.
 
     Attributes:
+        address: 0: none yet.
         inherited: the children of this process have it too.
     """
 
     __slots__ = ("address", "generation", "inherited", "size")
 
-    def __init__(self, address: int, size: int) -> None:
-        self.address = address
+    def __init__(self, size: int) -> None:
+        self.address = 0
         self.size = size
         self.generation = _sockets.here()
         self.inherited = False
@@ -194,8 +192,38 @@ class Mapping:
         _munmap: Callable[[int, int], int] = _libc.munmap,
     ) -> None:
         # In a child the range is somebody else's by now, unless the child inherited it.
-        if not _ending() and (self.inherited or self.generation == _here()):
+        if getattr(self, "address", 0) and not _ending() and (self.inherited or self.generation == _here()):
             _munmap(self.address, self.size)
+
+    @classmethod
+    def of(cls, number: int, size: int, kind: int = mmap.MAP_SHARED) -> Mapping:
+        """
+        Map a descriptor (-1: no file), readable and writable, not to be inherited.
+
+        Raises:
+            OSError: no memory.
+        """
+        mapping = cls(size)
+        if not mapping._take(_libc.mmap, None, size, _READ_WRITE, kind, number, 0):
+            raise _fail("mmap")
+        _libc.madvise(mapping.address, size, mmap.MADV_DONTFORK)
+        return mapping
+
+    @classmethod
+    def moved(cls, old: Mapping) -> Mapping | None:
+        """Move page tables to a new address, leaving the old one mapped; None where the kernel cannot."""
+        mapping = cls(old.size)
+        flags = _MREMAP_MAYMOVE | _MREMAP_DONTUNMAP
+        # glibc looks at the fifth argument although no flag asks for it.
+        return mapping if mapping._take(_libc.mremap, old.address, old.size, old.size, flags, None) else None
+
+    def _take(self, call: Callable[..., int], *arguments: int | None) -> bool:
+        """Have the range that a call returns, if it does."""
+        # In one go, between whose parts no signal handler can run, or the range might be lost.
+        next(map(setattr, (self,), ("address",), map(call, *zip(arguments, strict=True))))
+        if self.address == _MAP_FAILED:
+            self.address = 0
+        return self.address != 0
 
     def part(self, number: int) -> None:
         """
@@ -208,19 +236,18 @@ class Mapping:
             OSError: no memory; it is as it was.
         """
         if number >= 0:
-            map_pages(number, self.size, mmap.MAP_PRIVATE | MAP_FIXED, self.address)
+            map_over(number, self)
         else:
             self._replace_by_copy()
         self.let_inherit()
 
     def _replace_by_copy(self) -> None:
-        copy = map_pages(-1, self.size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        copy_bytes(copy, self.address, self.size)
+        copy = Mapping.of(-1, self.size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        copy_bytes(copy.address, self.address, self.size)
         flags = _MREMAP_MAYMOVE | 2  # MREMAP_FIXED: over the old one, in one step
-        if _libc.mremap(copy, self.size, self.size, flags, self.address) == _MAP_FAILED:
-            error = _fail("mremap")
-            _libc.munmap(copy, self.size)
-            raise error
+        if _libc.mremap(copy.address, self.size, self.size, flags, self.address) == _MAP_FAILED:
+            raise _fail("mremap")
+        copy.address = 0
 
     def let_inherit(self) -> None:
         """Let children have it; it must be private."""

@@ -170,7 +170,7 @@ class Segment:
             OSError: no memory.
         """
         if self.mapping is None:
-            self.mapping = Mapping(_memory.map_pages(self.number, self.size, mmap.MAP_SHARED), self.size)
+            self.mapping = Mapping.of(self.number, self.size)
         return self.mapping
 
 
@@ -446,9 +446,9 @@ class Loan(Export):
         """
         old = self.mapping
         try:
-            moved = _memory.move(old.address, old.size)
-            shared = Mapping(moved or _memory.map_pages(segment.number, old.size, mmap.MAP_SHARED), old.size)
-            _memory.map_pages(segment.number, old.size, mmap.MAP_PRIVATE | _memory.MAP_FIXED, old.address)
+            moved = Mapping.moved(old)
+            shared = moved or Mapping.of(segment.number, old.size)
+            _memory.map_over(segment.number, old)
         except OSError:
             return False
         if not moved:

@@ -174,6 +174,7 @@ enum outcome {
 #define SPIN_LEAST 2000    /* ns: below this a wait does not look at all */
 #define TRY_AGAIN 32       /* waits after which one looks for the full time again */
 #define BELL_MOST 100      /* ms: for a bell that is being rung by somebody who has lost the CPU */
+#define MOST_BELLS 512     /* in a row; a full socket holds some 280 */
 #define TRUSTED_FOR 100000 /* ns: after which one looks again who is at the other end */
 #define SLICE 1000000      /* ns: of a long look, after which signals are heard */
 #define LOOKS 8            /* looks between two yields, where both sides have a CPU */
@@ -369,6 +370,19 @@ look_again(struct shuttle *s)
     return NOTHING;
 }
 
+/* Close what came in the place of credentials: there is room for them if our end does not ask any more. */
+static void
+close_rights(struct msghdr *message)
+{
+    for (struct cmsghdr *head = CMSG_FIRSTHDR(message); head; head = CMSG_NXTHDR(message, head))
+        if (head->cmsg_level == SOL_SOCKET && head->cmsg_type == SCM_RIGHTS)
+            for (size_t at = 0; at + CMSG_LEN(sizeof(int)) <= head->cmsg_len; at += sizeof(int)) {
+                int number;
+                memcpy(&number, CMSG_DATA(head) + at, sizeof number);
+                close(number);
+            }
+}
+
 /*
  * Take one bell from the socket, or only look at what is there.
  *
@@ -392,6 +406,7 @@ hear_bell(struct shuttle *s, int flags)
 
     if (size < 0)
         return errno == EAGAIN || errno == EINTR ? NOTHING : BY_SOCKET;
+    close_rights(&message);
     if (size != 1 || byte[0] != 'B' || message.msg_flags & MSG_TRUNC)
         return flags & MSG_PEEK ? BY_SOCKET : fault(s, "something else came in place of a bell");
     head = CMSG_FIRSTHDR(&message);
@@ -403,17 +418,22 @@ hear_bell(struct shuttle *s, int flags)
     return GOT;
 }
 
-/* Take all bells that wait.  Returns NOTHING, BY_SOCKET if something else is behind them, or FAULT. */
+/*
+ * Take all bells that wait.  Returns NOTHING, BY_SOCKET if something else is behind them, or FAULT.
+ *
+ * An honest peer rings once for each time that we parked; another can ring as fast as we hear.
+ */
 static enum outcome
 hear_bells(struct shuttle *s)
 {
-    enum outcome heard;
-    while ((heard = hear_bell(s, MSG_PEEK)) == GOT) {
-        heard = hear_bell(s, 0);
+    for (int heard_now = 0; heard_now < MOST_BELLS; heard_now++) {
+        enum outcome heard = hear_bell(s, MSG_PEEK);
+        if (heard == GOT)
+            heard = hear_bell(s, 0);
         if (heard != GOT)
-            break;
+            return heard;
     }
-    return heard;
+    return fault(s, "bells without end");
 }
 
 /* -- looking ---------------------------------------------------------------------------------- */
@@ -634,7 +654,8 @@ static bool
 shuttle_withdraw(struct shuttle *s)
 {
     uint64_t state = state_now(s);
-    for (;;) {
+    /* An honest server writes three times at most while a call is withdrawn; another, without end. */
+    for (int tries = 0; tries < 100; tries++) {
         unsigned phase = state & PHASE;
         if (state >> SHIFT != s->number || (phase != POSTED && phase != POSTED_BY_SOCKET))
             return phase == WITHDRAWN;
@@ -644,6 +665,7 @@ shuttle_withdraw(struct shuttle *s)
                                                     memory_order_acq_rel, memory_order_acquire))
             return true;
     }
+    return false;
 }
 
 /* -- the server's side ------------------------------------------------------------------------- */

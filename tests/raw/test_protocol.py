@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from support import rawpeer, run_as_uid, wait_until
 from support.rawdoor import PATIENCE, Background
 
-from doorpool._errors import BusyError, ProtocolError
+from doorpool._errors import BusyError, CallTimeoutError, ProtocolError
 from doorpool.door import Handle
 
 CALL = rawpeer.frame(rawpeer.REQUEST, 1, b"data", buffers=[b"one", b"", b"three"])
@@ -131,6 +131,53 @@ def test_endless_drops_hold_no_thread(serve, what):
     for each in drips:
         each.result()
     os.close(number)
+
+
+@pytest.mark.ids("F05")
+@pytest.mark.parametrize("bells", [250, 520])
+def test_bells_in_a_row(serve, bells, caplog):
+    """Some may be left over, and are thrown away; whoever rings faster than we hear is sent away."""
+    entered, go = threading.Event(), threading.Event()
+
+    def work(invocation):
+        entered.set()
+        assert go.wait(PATIENCE)
+        invocation.reply(invocation.data)
+
+    number = serve(work).door.open()
+    with rawpeer.RawClient(number) as client:
+        client.channel.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 22)
+        client.send(rawpeer.frame(rawpeer.REQUEST, 1, b"one"))
+        assert entered.wait(PATIENCE)
+        for _ in range(bells):
+            client.channel.sendmsg([b"B"], [], socket.MSG_DONTWAIT)
+        client.send(rawpeer.frame(rawpeer.REQUEST, 2, b"two"))
+        go.set()
+        if bells < 512:
+            assert [client.receive().body for _ in range(2)] == [b"one", b"two"]
+        else:
+            wait_until(lambda: "512 bells in a row" in caplog.text)
+            with pytest.raises((BrokenPipeError, ConnectionResetError)):
+                client.send(rawpeer.frame(rawpeer.REQUEST, 3))
+    os.close(number)
+
+
+@pytest.mark.ids("F05")
+def test_a_server_that_rings_all_the_time_does_not_stop_the_clock():
+    stop = threading.Event()
+    with rawpeer.RawServer() as server:
+
+        def ring():
+            server.accept()
+            with contextlib.suppress(OSError):
+                while not stop.is_set():
+                    server.channel.send(b"B")
+
+        ringing = Background(ring)
+        with Handle(server.descriptor) as handle, pytest.raises((CallTimeoutError, ProtocolError)):
+            handle.call(timeout=0.3)
+        stop.set()
+        ringing.result()
 
 
 # -- wrong

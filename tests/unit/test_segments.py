@@ -16,9 +16,11 @@ import os
 import pickle
 import resource
 import socket
+import sys
 import tempfile
 import threading
 import time
+from functools import partial
 
 import numpy as np
 import pytest
@@ -513,6 +515,12 @@ def fail_with(number):
     return fail
 
 
+def map_nothing(patch):
+    """Have no memory for a mapping."""
+    patch.setattr(_memory.Mapping, "of", fail_with(errno.ENOMEM))
+    patch.setattr(_memory, "map_over", fail_with(errno.ENOMEM))
+
+
 @pytest.mark.ids("D09")
 @pytest.mark.parametrize("name", ["memfd_create", "ftruncate", "pwrite"])
 @pytest.mark.parametrize("number", [errno.EMFILE, errno.ENOMEM, errno.ENOSPC, errno.EFBIG])
@@ -583,7 +591,7 @@ def test_a_segment_that_can_be_no_more_filled_stays_free(pair, monkeypatch, slow
     pair.send(bytes(MIB))
     pair.tell()
     with monkeypatch.context() as patch:
-        patch.setattr(_memory, "map_pages", fail_with(errno.ENOMEM))
+        map_nothing(patch)
         (arrived,) = pair.send(block(MIB))
         assert arrived == block(MIB)
         assert not in_segment(arrived)
@@ -593,7 +601,7 @@ def test_a_segment_that_can_be_no_more_filled_stays_free(pair, monkeypatch, slow
 
 def test_a_receiver_that_cannot_map_a_segment_reads_it(pair, monkeypatch, slow_sweeper):
     with monkeypatch.context() as patch:
-        patch.setattr(_memory, "map_pages", fail_with(errno.ENOMEM))
+        map_nothing(patch)
         arrived = pair.send(block(2 * MIB, 1), block(70 * KIB, 2), block(80 * KIB, 3))
         assert arrived == [block(2 * MIB, 1), block(70 * KIB, 2), block(80 * KIB, 3)]
         assert not any(in_segment(view) for view in arrived)
@@ -827,7 +835,7 @@ def test_a_loan_crosses_without_a_copy(pair, monkeypatch, slow_sweeper):
 @pytest.mark.parametrize("dontunmap", [True, False])
 def test_after_passing_each_side_has_its_own(pair, monkeypatch, slow_sweeper, dontunmap):
     if not dontunmap:
-        monkeypatch.setattr(_memory, "move", lambda address, size: None)
+        monkeypatch.setattr(_memory.Mapping, "moved", lambda old: None)
     mine = buffer(4 * MIB)
     data = block(4 * MIB)
     mine[:] = data
@@ -1002,12 +1010,56 @@ def test_a_loan_that_can_get_no_veil_is_copied(pair, monkeypatch, slow_sweeper):
     mine = buffer(MIB)
     mine[:] = block(MIB)
     with monkeypatch.context() as patch:
-        patch.setattr(_memory, "map_pages", fail_with(errno.ENOMEM))
+        map_nothing(patch)
         cargo = pair.one.load([mine])
     (theirs,) = pair.send(mine, cargo=cargo)
     mine[:] = bytes(MIB)
     assert theirs == block(MIB)
     assert totals().loaned == 1
+
+
+def interrupted_before(step, work):
+    """Have Ctrl-C come before so many steps of the interpreter in the library's memory; tell if there are."""
+    left = step
+
+    def trace(frame, event, arg):
+        nonlocal left
+        if not frame.f_code.co_filename.endswith("_memory.py"):
+            return None
+        frame.f_trace_opcodes = True
+        left -= event == "opcode"
+        if left == 0:
+            raise KeyboardInterrupt  # and so no step of a finalizer's is one of these
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        kept = work()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(before)
+    assert kept.address
+    return False
+
+
+@pytest.mark.ids("G05")
+@pytest.mark.parametrize("what", ["mapped", "moved"])
+def test_ctrl_c_while_memory_is_mapped_leaves_none_mapped(what):
+    """At each step: a range whose address got lost would stay for good."""
+    for step in itertools.count(1):
+        holder = _memory.memfd(64 * KIB)
+        make = partial(_memory.Mapping.of, holder.fileno(), 64 * KIB)
+        if what == "moved":
+            make = partial(_memory.Mapping.moved, make())
+        came = interrupted_before(step, make)
+        del make
+        holder.close()
+        assert not memfd_maps(), step
+        if not came:
+            break
+    assert step > 20
 
 
 def test_two_threads_that_pass_one_loan_both_pass_what_it_was(slow_sweeper):

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -27,7 +28,7 @@ class Ends:
     """A client's and a server's page, on one memory and one pair of sockets."""
 
     def __init__(self, spin: int) -> None:
-        self.sockets = socket.socketpair()
+        self.sockets = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         for each in self.sockets:
             each.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
         number = shuttle.make_page()
@@ -57,6 +58,62 @@ def waiting(request):
     it = Ends(SPINS[request.param])
     yield it
     it.close()
+
+
+# -- bells
+
+
+def ring(sock, count):
+    """Ring so often, unheard, by a socket that holds more than usual; tell how often it could be."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 22)
+    for rung in range(count):
+        try:
+            sock.send(b"B", socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return rung
+    return count
+
+
+TOO_OFTEN = 520
+
+
+@pytest.mark.ids("F05")
+def test_a_server_does_not_hear_bells_without_end(ends):
+    assert ring(ends.sockets[0], TOO_OFTEN) == TOO_OFTEN
+    with pytest.raises(shuttle.PageError, match="bells without end"):
+        ends.server.park()
+
+
+@pytest.mark.ids("F05")
+def test_a_client_does_not_hear_bells_without_end(waiting):
+    assert waiting.client.post(b"request", 0, 0) is True
+    assert ring(waiting.sockets[1], TOO_OFTEN) == TOO_OFTEN
+    with pytest.raises(shuttle.PageError, match="bells without end"):
+        waiting.client.wait(20 * SECOND)
+
+
+def test_as_many_bells_as_a_socket_holds_do_no_harm(ends):
+    """They may be left from calls that did not need them."""
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            ends.sockets[0].send(b"B", socket.MSG_DONTWAIT)
+    ends.server.park()
+    assert ends.client.post(b"request", 0, 0) is True
+    assert ends.server.take()[0] == b"request"
+
+
+@pytest.mark.ids("F19")
+@pytest.mark.parametrize("data", [b"B", b"more"])
+def test_descriptors_in_place_of_credentials_are_closed(ends, data):
+    """As they come where somebody else has got hold of our end, and has it ask for no credentials."""
+    ends.sockets[1].setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 0)
+    with open(os.devnull) as file:
+        socket.send_fds(ends.sockets[0], [data], [file.fileno()] * 3)
+        before = os.listdir("/proc/self/fd")
+        for hear in (ends.server.park, ends.server.take):
+            with contextlib.suppress(shuttle.PageError):
+                hear()
+        assert os.listdir("/proc/self/fd") == before
 
 
 # -- what is no page
