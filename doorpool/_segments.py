@@ -210,12 +210,13 @@ class Own(Segment):
         self.wet = self.warm = 0
 
     def end(self) -> None:
-        for ledger in self.ledgers:
-            ledger.pop(self.serial, None)
-        super().end()
+        # First the news: who makes another in its place tells of this one in the same message, or before.
         announced, self.announced = self.announced, False  # once at the most
         if announced and self.news is not None:
             self.news.append((RETIRED, self.id))
+        for ledger in self.ledgers:
+            ledger.pop(self.serial, None)
+        super().end()
 
     @property
     def is_veiled(self) -> bool:
