@@ -125,7 +125,6 @@ def call_many(path: str, most: int, calls: int) -> dict[str, list[int]]:
         return {"base": base, "peak": peak, "after": settled(side, door, base, MARGIN)}
 
 
-@pytest.mark.ids("H04")
 def test_memory_returns_to_its_base_at_both_ends(spawn_server, run_python, door_dir, many):
     calls, most = many(60, 1_000), many(4, 64) * MIB
 
