@@ -57,6 +57,7 @@ from doorpool._impl import shuttle
 from doorpool._janitor import close_all, holds_up
 from doorpool._keeper import keeper, report
 from doorpool._shares import Crowd, Limits, Share, Turns, Usage, over
+from doorpool._shelf import Totals
 from doorpool._sockets import MAX_DESCRIPTORS
 from doorpool._wire import Frame, Kind, Knock, Reason, Refusal
 
@@ -170,16 +171,10 @@ class Gate:
         return len(self._served)
 
     @property
-    def segments(self) -> tuple[int, int, int, int]:
-        """How many segments were made here that exist, of how many bytes, how many are retained, reuses."""
+    def segments(self) -> Totals:
+        """The segments of the channels that are open here."""
         shelves = [served.channel.shelf for served in list(self._served.values())]
-        all_ = [shelf.counts for shelf in shelves if shelf is not None]
-        return (
-            sum(it.held for it in all_),
-            sum(it.held_bytes for it in all_),
-            sum(it.retained for it in all_),
-            sum(it.reused for it in all_),
-        )
+        return sum((shelf.counts for shelf in shelves if shelf is not None), Totals())
 
     def usage(self) -> dict[int | None, Usage]:
         """What each stranger has here of running and waiting calls."""

@@ -86,9 +86,11 @@ News = deque[tuple[str, int]]
 
 serials = itertools.count(1)
 
-#: The size of each segment that was made here and exists, by serial number; and of those of others.
+#: The size of each segment that was made here and exists, by serial number; and of those of others; and of
+#: these, the ones that are mapped.
 made: dict[int, int] = {}
 met: dict[int, int] = {}
+mapped: dict[int, int] = {}
 
 #: All segments whose descriptor may be open: a forked child must not keep it.
 _open: weakref.WeakSet[Segment] = weakref.WeakSet()
@@ -208,12 +210,13 @@ class Own(Segment):
         self.wet = self.warm = 0
 
     def end(self) -> None:
-        for ledger in self.ledgers:
-            ledger.pop(self.serial, None)
-        super().end()
+        # First the news: who makes another in its place tells of this one in the same message, or before.
         announced, self.announced = self.announced, False  # once at the most
         if announced and self.news is not None:
             self.news.append((RETIRED, self.id))
+        for ledger in self.ledgers:
+            ledger.pop(self.serial, None)
+        super().end()
 
     @property
     def is_veiled(self) -> bool:
@@ -279,15 +282,27 @@ class Foreign(Segment):
         _kept[self.serial] = None
 
     def end(self) -> None:
-        met.pop(self.serial, None)
+        for registry in (met, mapped):
+            registry.pop(self.serial, None)
         super().end()
 
     def shut(self) -> None:
         _kept.pop(self.serial, None)
         super().shut()
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether it is mapped, need not be, and could be again; true for long only under ``fork_gate``."""
+        return self.mapping is not None and not self.ours and self.number >= 0
+
+    def unmap(self) -> None:
+        """Give up the mapping, on which nothing stands; under ``fork_gate``."""
+        self.mapping = None
+        mapped.pop(self.serial, None)
+
     def map(self) -> Mapping:
         mapping = super().map()
+        mapped[self.serial] = self.size
         if len(_kept) > most_descriptors():
             self.shut()  # it is of use before a fork only, and without it there is a copy
         return mapping
@@ -470,7 +485,7 @@ def _forget_parent() -> None:
     fork_gate = threading.RLock()
     for segment in list(_open):
         segment.shut()
-    for registry in (made, met, _kept, loans):
+    for registry in (made, met, mapped, _kept, loans):
         registry.clear()
 
 

@@ -42,7 +42,7 @@ from typing import Any, TypeVar, overload
 
 import attrs
 
-from doorpool import _endpoint, _sockets
+from doorpool import _endpoint, _shelf, _sockets
 from doorpool._endpoint import Endpoint, check_mode, checked_threads
 from doorpool._errors import ClosedError, Path
 from doorpool._guests import guests
@@ -85,7 +85,16 @@ class Statistics:
         segments: pieces of shared memory that were made for big results and exist.
         segment_bytes: their size together.
         segments_retained: of these, how many callers hold, who have something built on them.
+        segments_lent: of these, how many ``doorpool.empty`` and ``doorpool.buffer`` have lent and are not
+            returned yet.  One that was made for that counts among them all from when it is returned.
         segments_reused: how often one was used again, on the channels that are open.
+        segments_received: pieces of shared memory that callers have made for big arguments, and not
+            taken back.
+        segment_bytes_received: their size together.
+        segment_bytes_mapped: of these, what is mapped here: procedures hold it, or it will be used again.
+        segment_bytes_limit: how many ``segment_bytes`` a process may have, all its servers and proxies
+            together, and twice what one channel may; beyond it results go over the socket.
+        segment_bytes_mapped_limit: likewise, how many it may have mapped; beyond it arguments are copied.
         refused: calls and openings of other users that were refused because they had too much.
         limits: what each user other than our own and root may have.
         users: what each of those who are here has now, by uid; None: those whom the kernel does not name.
@@ -102,7 +111,13 @@ class Statistics:
     segments: int
     segment_bytes: int
     segments_retained: int
+    segments_lent: int
     segments_reused: int
+    segments_received: int
+    segment_bytes_received: int
+    segment_bytes_mapped: int
+    segment_bytes_limit: int
+    segment_bytes_mapped_limit: int
     refused: int
     limits: Limits
     users: Mapping[int | None, Usage]
@@ -194,6 +209,8 @@ class Server:
         return Statistics(
             doors=doors,
             **attrs.asdict(self._pools.load),
+            segment_bytes_limit=_shelf.BYTES_OF_PROCESS,
+            segment_bytes_mapped_limit=_shelf.BYTES_MAPPED,
             refused=crowd.refused,
             limits=crowd.limits,
             users=users,

@@ -5,11 +5,12 @@ What a segment is, who owns it when, and what becomes of it in a fork, is told i
 which buffers go by one, which one is taken for them, how many there may be, and when they are given
 back to the system.
 
-Without locks.  A shelf belongs to one thread at a time, the holder of its channel, but for three
-visitors: deaths, the sweeper, and ``empty`` in a thread that used the channel before.  They meet in
-collections of which the single operations are atomic: who gets a segment *out* of one, by ``pop``, has
-it alone.  Memory is let go by the count of references: as long as anybody holds a ``Segment`` or a
-``Mapping`` its descriptor is open and its pages are mapped, whatever is closed meanwhile.
+Without locks.  A shelf belongs to one thread at a time, the holder of its channel, but for four
+visitors: deaths, the sweeper, ``empty`` in a thread that used the channel before, and whoever wants room
+for another channel's segments, and unmaps what nothing stands on.  They meet in collections of which the
+single operations are atomic: who gets a segment *out* of one, by ``pop``, has it alone; only the last of
+the four needs a lock, ``fork_gate``.  Memory is let go by the count of references: as long as anybody holds
+a ``Segment`` or a ``Mapping`` its descriptor is open and its pages are mapped, whatever is closed meanwhile.
 """
 
 from __future__ import annotations
@@ -72,6 +73,10 @@ BYTES_OF_CHANNEL = BYTES_OF_PROCESS // 2
 MOST_FROM_PEER = 4 * MOST_SEGMENTS
 BYTES_FROM_PEER = 4 << 30
 
+#: What all other sides together may have mapped into us: as much as we may make for them.  Many of them
+#: come to more though each keeps to its limits, so none of them is to blame: beyond it bytes are copied out.
+BYTES_MAPPED = BYTES_OF_PROCESS
+
 IDLE = 5.0  #: Seconds after which a segment that nobody uses is given back to the system.
 
 #: How much larger than asked for a free segment may be.
@@ -111,7 +116,8 @@ class Totals:
         held, held_bytes: made here; they exist, whoever has them.
         retained, retained_bytes: of those, the ones that the other side has and has not let go.
         loaned, loaned_bytes: of those, the ones lent by ``empty`` and ``buffer`` and not passed yet.
-        received, received_bytes: made by other sides and mapped here.
+        received, received_bytes: made by other sides; we have them.
+        mapped, mapped_bytes: of those, the ones that are mapped here.
         reused: how often one was used again.
     """
 
@@ -123,7 +129,12 @@ class Totals:
     loaned_bytes: int = 0
     received: int = 0
     received_bytes: int = 0
+    mapped: int = 0
+    mapped_bytes: int = 0
     reused: int = 0
+
+    def __add__(self, other: Totals) -> Totals:
+        return Totals(*map(operator.add, attrs.astuple(self), attrs.astuple(other)))
 
 
 def _count(segments: Iterable[_segments.Segment]) -> tuple[int, int]:
@@ -205,9 +216,10 @@ class Shelf:
         news = self.news
         loaned = [segment for segment in _segments.lent() if segment.news is news]
         sizes = list(self._ledger.values())
+        foreign = list(self._foreign.values())
         return Totals(
             len(sizes), sum(sizes), *_count(self.passed), *_count(loaned),
-            *_count(list(self._foreign.values())), self.reused,
+            *_count(foreign), *_count([it for it in foreign if it.mapping is not None]), self.reused,
         )  # fmt: skip
 
     def __del__(self, _all: dict[int, weakref.ref[Shelf]] = _shelves) -> None:
@@ -486,11 +498,21 @@ class Shelf:
         with _segments.fork_gate:
             return found
 
+    def unmap_idle(self) -> bool:
+        """Unmap one segment of the other side's on which nothing stands; under ``fork_gate``, any thread."""
+        idle = next((it for it in list(self._foreign.values()) if it.is_idle), None)
+        if idle is not None:
+            idle.unmap()
+        return idle is not None
+
     def _export(self, segment: Foreign) -> memoryview | None:
-        """Have objects stand on a segment; None if there is no memory to map it, and it must be read."""
-        segment.ours = True
+        """Have objects stand on a segment; None if there is no room to map it, and it must be read."""
         try:
-            mapping = segment.map()
+            with _segments.fork_gate:  # so that it is not unmapped for another channel's sake
+                segment.ours = True
+                if segment.mapping is None:
+                    _make_room(segment.size)
+                mapping = segment.map()
         except OSError:
             self.news.append((RELEASED, segment.id))
             return None
@@ -689,6 +711,19 @@ def _make(size: int) -> Own | None:
         raise
 
 
+def _make_room(size: int) -> None:
+    """
+    Have room for one more mapping of what others have made; under ``fork_gate``.
+
+    Raises:
+        OSError: objects stand on all that is mapped, and with it that would be too much.
+    """
+    while (total := sum(list(_segments.mapped.values())) + size) > BYTES_MAPPED:
+        if size > BYTES_MAPPED or not any(shelf.unmap_idle() for shelf in _all_shelves()):
+            text = f"{total} bytes mapped that others have made, more than {BYTES_MAPPED}"
+            raise OSError(errno.ENOMEM, text)
+
+
 # -- giving back -------------------------------------------------------------------------
 
 
@@ -763,10 +798,14 @@ _sockets.on_fork(_forget_parent)
 
 def totals() -> Totals:
     """Count the segments of this process."""
-    held, received = list(_segments.made.values()), list(_segments.met.values())
+    held, received, mapped = (
+        list(registry.values()) for registry in (_segments.made, _segments.met, _segments.mapped)
+    )
     passed = [segment for shelf in _all_shelves() for segment in shelf.passed]
-    lent = _segments.lent()
-    return Totals(len(held), sum(held), *_count(passed), *_count(lent), len(received), sum(received), _reused)
+    return Totals(
+        len(held), sum(held), *_count(passed), *_count(_segments.lent()),
+        len(received), sum(received), len(mapped), sum(mapped), _reused,
+    )  # fmt: skip
 
 
 _find: Callable[[], Shelf | None] | None = None

@@ -235,37 +235,49 @@ spinners_allowed(int64_t now)
 /*
  * A mark that the kernel wipes in a forked child, where pages are not mapped: they must not be
  * touched there, nor unmapped, since something else may stand at their place.  As `_mark` in _sockets.
+ *
+ * One for all interpreters of the process, of which each may have a lock of its own.
  */
-static _Atomic uint64_t *mark;
+static _Atomic(_Atomic uint64_t *) mark;
 static _Atomic uint64_t process_number = 1;
 
 static uint64_t
 this_process(void)
 {
-    uint64_t number = atomic_load_explicit(mark, memory_order_relaxed);
-    if (number == 0) {
-        number = atomic_fetch_add(&process_number, 1) + 1;
-        atomic_store_explicit(mark, number, memory_order_relaxed);
-        atomic_store(&spinners, 0); /* those of the parent */
-    }
+    /* acquire: pairs with the release in make_mark(), which this interpreter may not have made itself */
+    _Atomic uint64_t *at = atomic_load_explicit(&mark, memory_order_acquire);
+    uint64_t number = atomic_load_explicit(at, memory_order_relaxed);
+    uint64_t nobody = 0;
+
+    if (number != 0)
+        return number;
+    /* Of several threads that come first to a forked child, one gives it its number, and the others take that. */
+    number = atomic_fetch_add(&process_number, 1) + 1;
+    if (!atomic_compare_exchange_strong(at, &nobody, number))
+        return nobody;
+    atomic_store(&spinners, 0); /* those of the parent */
     return number;
 }
 
 static int
 make_mark(void)
 {
+    size_t size = (size_t)sysconf(_SC_PAGESIZE);
+    _Atomic uint64_t *none = NULL;
     void *at;
-    if (mark != NULL)
+
+    if (atomic_load(&mark) != NULL)
         return 0;
-    at = mmap(NULL, (size_t)sysconf(_SC_PAGESIZE), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    at = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (at == MAP_FAILED)
         return -1;
-    if (madvise(at, (size_t)sysconf(_SC_PAGESIZE), MADV_WIPEONFORK) != 0) {
-        munmap(at, (size_t)sysconf(_SC_PAGESIZE));
+    if (madvise(at, size, MADV_WIPEONFORK) != 0) {
+        munmap(at, size);
         return -1;
     }
-    mark = at;
-    atomic_store(mark, atomic_load(&process_number));
+    atomic_store((_Atomic uint64_t *)at, atomic_load(&process_number)); /* before anybody can see it */
+    if (!atomic_compare_exchange_strong(&mark, &none, at)) /* another interpreter has made one meanwhile */
+        munmap(at, size);
     return 0;
 }
 
@@ -843,12 +855,27 @@ Page_enter(Page *self)
     return -1;
 }
 
+/*
+ * Let the next thread in, having unmapped the page if it was closed meanwhile.
+ *
+ * Dekker's dance again, where the interpreter has no lock: who closes says so, and then looks whether a
+ * thread is inside; who leaves says so, and then looks again whether it was closed.  One of the two sees
+ * what the other did, and unmaps; without the second look a page might stay mapped as long as it is known.
+ */
 static void
 Page_leave(Page *self)
 {
-    if (atomic_load_explicit(&self->closing, memory_order_relaxed))
-        Page_unmap(self);
-    atomic_store_explicit(&self->busy, 0, memory_order_release);
+    bool closing;
+
+    do {
+        closing = atomic_load_explicit(&self->closing, memory_order_relaxed);
+        if (closing)
+            Page_unmap(self);
+        atomic_store_explicit(&self->busy, 0, memory_order_release);
+#ifdef Py_GIL_DISABLED
+        atomic_thread_fence(memory_order_seq_cst); /* pairs with the fence in Page_close() */
+#endif
+    } while (!closing && atomic_load_explicit(&self->closing, memory_order_relaxed) && Page_claim(self));
 }
 
 static PyObject *
@@ -1298,6 +1325,9 @@ static PyObject *
 Page_close(Page *self, PyObject *Py_UNUSED(none))
 {
     atomic_store(&self->closing, 1);
+#ifdef Py_GIL_DISABLED
+    atomic_thread_fence(memory_order_seq_cst); /* pairs with the fence in Page_leave() */
+#endif
     if (Page_claim(self))
         Page_leave(self);
     Py_RETURN_NONE;
@@ -1373,7 +1403,7 @@ Page_number(Page *self, void *Py_UNUSED(closure))
 static PyObject *
 Page_closed(Page *self, void *Py_UNUSED(closure))
 {
-    return PyBool_FromLong(self->shuttle.words == NULL || atomic_load(&self->closing));
+    return PyBool_FromLong(atomic_load(&self->closing)); /* `words` is for who is inside */
 }
 
 static PyGetSetDef Page_fields[] = {

@@ -78,7 +78,11 @@ class Load:
     segments: int = 0
     segment_bytes: int = 0
     segments_retained: int = 0
+    segments_lent: int = 0
     segments_reused: int = 0
+    segments_received: int = 0
+    segment_bytes_received: int = 0
+    segment_bytes_mapped: int = 0
 
     def __add__(self, other: Load) -> Load:
         return Load(*map(operator.add, attrs.astuple(self), attrs.astuple(other)))
@@ -152,16 +156,23 @@ class Pool:
     @property
     def load(self) -> Load:
         """What it does now, and has done."""
-        gate = self.gate
+        gate, segments = self.gate, self.gate.segments
         return Load(
-            self.threads,
-            gate.waiting,
-            len(self._running),
-            self.served,
-            self.errors,
-            gate.channels,
-            gate.waited,
-            *gate.segments,
+            threads=self.threads,
+            waiting=gate.waiting,
+            running=len(self._running),
+            served=self.served,
+            errors=self.errors,
+            channels=gate.channels,
+            waited=gate.waited,
+            segments=segments.held,
+            segment_bytes=segments.held_bytes,
+            segments_retained=segments.retained,
+            segments_lent=segments.loaned,
+            segments_reused=segments.reused,
+            segments_received=segments.received,
+            segment_bytes_received=segments.received_bytes,
+            segment_bytes_mapped=segments.mapped_bytes,
         )
 
     # -- starting ----------------------------------------------------------------------------
@@ -566,7 +577,8 @@ class Pools:
         for gone in [pool for pool in self._all if pool.finished]:
             self._past += attrs.evolve(
                 gone.load, threads=0, waiting=0, running=0, channels=0, segments=0, segment_bytes=0,
-                segments_retained=0,
+                segments_retained=0, segments_lent=0, segments_received=0, segment_bytes_received=0,
+                segment_bytes_mapped=0,
             )  # fmt: skip
             self._all.remove(gone)
 

@@ -176,6 +176,59 @@ def test_statistics_show_what_the_caller_retains(serve, connect):
     assert server.statistics().segments_retained == 0
 
 
+def test_statistics_show_what_callers_have_made_and_procedures_keep(serve, connect):
+    kept = []
+    server = serve(kept.append)
+    proxy = connect()
+    for _ in range(3):
+        proxy(numpy.ones(LARGE))
+    said = server.statistics()
+    assert said.segments_received == 3
+    assert said.segment_bytes_received == said.segment_bytes_mapped >= 3 * 8 * LARGE
+    assert (said.segments, said.segments_lent) == (0, 0)
+    kept.clear()
+    proxy.close()
+    wait_until(lambda: server.statistics().segments_received == 0)
+    said = server.statistics()
+    assert said.segment_bytes_received == said.segment_bytes_mapped == 0
+
+
+def test_statistics_show_what_is_lent(serve, connect, monkeypatch):
+    monkeypatch.setattr(_shelf._sweeper, "arm", lambda: None)
+    lent = []
+
+    def lend(again):
+        lent[:] = [doorpool.empty(LARGE)] if again else []
+        return numpy.ones(LARGE)
+
+    server = serve(lend)
+    proxy = connect()
+    proxy(False)
+    proxy(True)  # the call says that the segment is free
+    assert server.statistics().segments_lent == 1
+    proxy(False)
+    assert server.statistics().segments_lent == 0
+
+
+def test_statistics_show_the_limits_of_bytes_and_calls_go_on_beyond_them(serve, connect, monkeypatch):
+    server = serve(identity)
+    proxy = connect()
+    with monkeypatch.context() as patch:
+        patch.setattr(_shelf, "BYTES_OF_PROCESS", 0)
+        patch.setattr(_shelf, "BYTES_MAPPED", 0)
+        assert proxy(numpy.ones(LARGE)).sum() == LARGE
+        said = server.statistics()
+    assert (said.segment_bytes_limit, said.segment_bytes_mapped_limit) == (0, 0)
+    assert (said.segments, said.segments_received) == (0, 0)
+    said = server.statistics()
+    assert said.segment_bytes_limit == said.segment_bytes_mapped_limit > LARGE
+    monkeypatch.setattr(_shelf, "BYTES_MAPPED", 12 * LARGE)  # for one array, not for two
+    kept = [proxy(numpy.full(LARGE, number)) for number in range(3)]
+    assert [array[-1] for array in kept] == [0, 1, 2]
+    assert all(array.flags.writeable for array in kept)
+    assert 0 < _shelf.totals().mapped_bytes <= 12 * LARGE
+
+
 def test_memory_of_doorpool_crosses_without_a_copy(serve, connect, monkeypatch):
     copied = []
     copy_in = _segments.Own.put

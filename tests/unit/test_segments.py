@@ -5,6 +5,7 @@ Two shelves are joined by hand: the manifest is passed on, and the descriptors, 
 would copy them.
 """
 
+import concurrent.futures
 import ctypes
 import errno
 import fcntl
@@ -409,6 +410,99 @@ def test_a_peer_may_not_map_more_segments_into_us_than_the_limit(pair, monkeypat
     with pytest.raises(ProtocolError, match="3 segments"):
         pair.send(*[bytes(MIB)] * 3)
     assert pair.other.counts.received == 0
+
+
+@pytest.mark.ids("D09")
+def test_beyond_what_all_peers_may_map_into_us_bytes_are_copied_out(monkeypatch, slow_sweeper):
+    monkeypatch.setattr(_shelf, "BYTES_MAPPED", 5 * MIB)
+    pairs = [Pair(), Pair(), Pair()]
+    kept = [each.send(block(2 * MIB, seed))[0] for seed, each in enumerate(pairs)]
+    assert [in_segment(view) for view in kept] == [True, True, False]
+    assert kept == [block(2 * MIB, seed) for seed in range(3)]
+    assert (totals().received, totals().mapped, totals().mapped_bytes) == (3, 2, 4 * MIB)
+    pairs[2].tell()
+    assert pairs[2].one.counts.retained == 0  # its maker has it back, though what it held is kept
+    assert kept[2] == block(2 * MIB, 2)
+    kept.clear()
+    assert in_segment(pairs[2].send(block(2 * MIB, 3))[0]) is False  # nobody was told of what is free
+    for each in pairs:
+        each.tell()
+        each.close()
+
+
+def test_what_nothing_stands_on_is_unmapped_for_other_channels(monkeypatch, slow_sweeper):
+    monkeypatch.setattr(_shelf, "BYTES_MAPPED", 5 * MIB)
+    first, second = Pair(), Pair()
+    first.send(block(3 * MIB, 1))
+    first.tell()
+    (kept,) = second.send(block(3 * MIB, 2))
+    assert in_segment(kept)
+    assert first.other.counts.received == 1
+    assert first.other.counts.mapped == 0
+    (copied,) = first.send(block(3 * MIB, 3))
+    assert not in_segment(copied)
+    del kept
+    second.tell()
+    first.tell()
+    (again,) = first.send(block(3 * MIB, 4))
+    assert in_segment(again)
+    assert (copied, again) == (block(3 * MIB, 3), block(3 * MIB, 4))
+    assert first.one.counts.held == 1
+    assert totals().mapped_bytes == 3 * MIB
+    first.close()
+    second.close()
+
+
+def test_a_segment_over_what_all_may_map_unmaps_no_other(pair, monkeypatch, slow_sweeper):
+    monkeypatch.setattr(_shelf, "BYTES_MAPPED", 2 * MIB)
+    pair.send(bytes(MIB))
+    pair.tell()
+    (copied,) = pair.send(block(3 * MIB))
+    assert not in_segment(copied)
+    assert copied == block(3 * MIB)
+    assert pair.other.counts.mapped_bytes == MIB
+
+
+def test_what_could_not_be_mapped_again_stays_mapped(monkeypatch, slow_sweeper):
+    monkeypatch.setattr(_segments, "most_descriptors", lambda: 4)
+    monkeypatch.setattr(_shelf, "BYTES_MAPPED", 5 * MIB)
+    first, second = Pair(), Pair()
+    cargo = first.one.load([memoryview(block(3 * MIB, 1))])
+    monkeypatch.setattr(_segments, "most_descriptors", lambda: 0)
+    first.send(bytes(3 * MIB), cargo=cargo)  # whose descriptor is closed
+    first.tell()
+    monkeypatch.setattr(_segments, "most_descriptors", lambda: 4)
+    (copied,) = second.send(block(3 * MIB, 2))
+    assert not in_segment(copied)
+    (again,) = first.send(block(3 * MIB, 3))
+    assert in_segment(again)
+    assert (copied, again) == (block(3 * MIB, 2), block(3 * MIB, 3))
+    first.close()
+    second.close()
+
+
+def test_channels_that_unmap_each_others_segments_never_lose_what_is_kept(monkeypatch, many):
+    """Each of three threads has room for little more than its own, and keeps what came for a while."""
+    monkeypatch.setattr(_shelf, "BYTES_MAPPED", 700 * KIB)
+    mapped = []
+
+    def send(seed):
+        pair, kept = Pair(), []
+        for number in range(many(100, 3_000)):
+            data = block(100 * KIB, 3 * number + seed)
+            kept.append((pair.send(data)[0], data))
+            mapped.append(in_segment(kept[-1][0]))
+            pair.tell()
+            if len(kept) > 2:
+                view, data = kept.pop(0)
+                assert view == data
+                del view
+        pair.close()
+        return True
+
+    with concurrent.futures.ThreadPoolExecutor(3) as threads:
+        assert list(threads.map(send, range(3))) == [True] * 3
+    assert any(mapped)
 
 
 # -- shortages ------------------------------------------------------------------------------------
