@@ -12,7 +12,7 @@ import pytest
 from support import wait_until
 from support.actors import here
 
-from doorpool import Proxy, Server, current_call
+from doorpool import Limits, Proxy, Server, current_call
 
 PATIENCE = 20.0
 A, B = 6701, 6702
@@ -70,6 +70,7 @@ def queued(uid: int) -> int:
     return 0 if found is None else found.queued
 
 
+@pytest.mark.ids("F11t")
 def test_two_uids_that_press_get_the_same_number_of_calls(actor, path, many):
     """Though one of them has eight times as many channels."""
     server, one, other = actor(0), actor(A), actor(B)
@@ -87,7 +88,7 @@ def test_two_uids_that_press_get_the_same_number_of_calls(actor, path, many):
     assert 1 / 1.2 < his / hers < 1.2, (his, hers)
 
 
-def time_calls(path: str, count: int) -> list[float]:
+def time_calls(path: str, count: int, pause: float = 0.0) -> list[float]:
     """Make calls one after the other; return how long each took, in order of length."""
     times = []
     with Proxy(path, server={0}, timeout=PATIENCE) as proxy:
@@ -95,7 +96,34 @@ def time_calls(path: str, count: int) -> list[float]:
             begun = time.perf_counter()
             proxy()
             times.append(time.perf_counter() - begun)
+            time.sleep(pause)
     return sorted(times)
+
+
+@pytest.mark.ids("F11t")
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    ("callers", "limits"), [(1, {}), (64, {"running": 2}), (64, {})], ids=["one", "many", "many by default"]
+)
+def test_the_p99_of_a_uid_stays_within_10x_while_another_presses(actor, path, many, capsys, callers, limits):
+    """With calls that do nothing, so that all of it presses on the server's own threads and on the CPUs."""
+    if not many(0, 1):
+        pytest.skip("it says nothing where other programs run: --long, on a machine of its own")
+    server, one, other = actor(0), actor(A), actor(B)
+    server(serve, path, 0.004, limits=Limits(**limits))
+    count = many(300, 3000)
+    other(time_calls, f"{path}.null", 20, 0.01)
+    quiet = other(time_calls, f"{path}.null", count, 0.01)
+    one(press, f"{path}.null", callers)
+    busy = other(time_calls, f"{path}.null", count, 0.01)
+    assert not one(stop)
+    (median, busy_median), (p99, busy_p99) = (
+        [times[int(len(times) * part)] * 1e3 for times in (quiet, busy)] for part in (0.5, 0.99)
+    )
+    words = f"p50 {median:.2f} and {busy_median:.2f} ms, p99 {p99:.2f} and {busy_p99:.2f} ms"
+    with capsys.disabled():
+        print(f"\n{callers} callers, {limits}: {words}")
+    assert busy_p99 <= 10 * p99, words
 
 
 def hold(path: str, **options: Any) -> None:
