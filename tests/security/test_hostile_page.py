@@ -26,7 +26,7 @@ import pytest
 from support.rawdoor import PATIENCE
 
 import doorpool
-from doorpool import DoorError, Proxy, Server, _impl, _sockets
+from doorpool import DoorError, Proxy, Server, _impl
 from doorpool._wire import Codec
 from doorpool.door import Door, Gate, Handle
 
@@ -303,34 +303,6 @@ def test_a_page_is_sealed_and_small_and_not_to_be_run(kept):
             with pytest.raises(PermissionError):
                 os.ftruncate(number, size)
         assert not os.get_inheritable(number)
-    finally:
-        os.close(number)
-
-
-def no_page(kind: str) -> int:
-    number = os.memfd_create("x", os.MFD_ALLOW_SEALING)
-    if kind == "short":
-        os.ftruncate(number, PAGE - 1)
-    elif kind == "unsealed":
-        os.ftruncate(number, PAGE)
-    elif kind == "huge":
-        os.ftruncate(number, 1 << 40)
-    else:
-        os.close(number)
-        number = os.open({"zero": "/dev/zero", "file": __file__}[kind], os.O_RDONLY)
-    return number
-
-
-@pytest.mark.ids("D02", "D01")
-@pytest.mark.parametrize("kind", ["short", "unsealed", "huge", "zero", "file"])
-def test_what_is_no_page_is_never_mapped(kind):
-    number = no_page(kind)
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    before = mappings("")
-    try:
-        with ours, theirs, pytest.raises((_impl.shuttle.PageError, OSError)):
-            _impl.shuttle.Page(number, ours.fileno(), _sockets.own_ucred(), -1, -1)
-        assert mappings("") == before
     finally:
         os.close(number)
 
