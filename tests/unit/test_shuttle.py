@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
 import socket
 import struct
@@ -12,8 +13,10 @@ import threading
 import time
 
 import pytest
+from support import wait_until
+from support.rawdoor import PATIENCE, Background
 
-from doorpool import _impl
+from doorpool import Proxy, _impl
 
 pytestmark = pytest.mark.skipif(_impl.NAME != "c", reason="no compiled shuttle here")
 
@@ -27,7 +30,7 @@ class Ends:
     """A client's and a server's page, on one memory and one pair of sockets."""
 
     def __init__(self, spin: int) -> None:
-        self.sockets = socket.socketpair()
+        self.sockets = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         for each in self.sockets:
             each.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
         number = shuttle.make_page()
@@ -197,6 +200,141 @@ def test_a_closed_page(ends):
         ):  # fmt: skip
             with pytest.raises(ValueError, match="closed"):
                 getattr(page, method)(*arguments)
+
+
+# -- bells
+
+
+def fill(sock: socket.socket) -> int:
+    """Ring until no further bell would go; return how many there are."""
+    rung = 0
+    try:
+        while True:
+            rung += sock.send(b"B", socket.MSG_DONTWAIT)
+    except BlockingIOError:
+        return rung
+
+
+def drain(sock: socket.socket) -> int:
+    """Hear all bells; return how many there were."""
+    heard = 0
+    try:
+        while True:
+            assert sock.recv(2, socket.MSG_DONTWAIT) == b"B"
+            heard += 1
+    except BlockingIOError:
+        return heard
+
+
+def is_readable(sock: socket.socket) -> bool:
+    return bool(select.select([sock], [], [], 0)[0])
+
+
+def is_open(sock: socket.socket) -> bool:
+    """Tell whether neither end of a channel was closed or shut down."""
+    poll = select.poll()
+    poll.register(sock, select.POLLRDHUP)
+    return not poll.poll(0)
+
+
+def call_each_other(ends: Ends, number: int) -> None:
+    """Make a call for which the server, having parked, is rung for."""
+    assert ends.server.park() is True
+    assert ends.client.post(b"request %d" % number, 0, 0) is True
+    assert is_readable(ends.sockets[1])
+    assert ends.server.take()[0] == b"request %d" % number
+    assert ends.server.answer(b"reply %d" % number, 0) is True
+    assert ends.client.wait(SECOND) == b"reply %d" % number
+
+
+@pytest.mark.ids("D07")
+def test_a_bell_for_a_request_that_would_block_has_rung(ends):
+    """The server is parked, and the socket full: the call goes through, and the channel lives."""
+    assert ends.server.park() is True
+    assert fill(ends.sockets[0]) > 0
+    assert ends.client.post(b"request", 0, 0) is True
+    assert all(map(is_open, ends.sockets))
+    assert ends.server.take()[0] == b"request"
+    assert ends.server.answer(b"reply", 0) is True
+    assert ends.client.wait(SECOND) == b"reply"
+    for number in range(3):
+        call_each_other(ends, number)
+    assert all(map(is_open, ends.sockets))
+
+
+@pytest.mark.ids("D07")
+def test_a_bell_for_a_reply_that_would_block_has_rung(ends):
+    """The same in the other direction."""
+    assert ends.client.post(b"request", 0, 0) is True
+    assert ends.server.take()[0] == b"request"
+    assert ends.client.wait(0) == shuttle.NOTHING  # its time is over, and its mark is there
+    rung = fill(ends.sockets[1])
+    assert rung > 0
+    assert ends.server.answer(b"reply", 0) is True
+    assert all(map(is_open, ends.sockets))
+    assert ends.client.wait(SECOND) == b"reply"
+    assert drain(ends.sockets[0]) == rung
+    for number in range(3):
+        call_each_other(ends, number)
+    assert all(map(is_open, ends.sockets))
+
+
+class Told:
+    """A page that says when it has posted a request, or failed to."""
+
+    def __init__(self, page) -> None:
+        self.page = page
+        self.posted = threading.Event()
+
+    def __getattr__(self, name):
+        return getattr(self.page, name)
+
+    def post(self, *arguments):
+        try:
+            return self.page.post(*arguments)
+        finally:
+            self.posted.set()
+
+
+SERVER = """
+    from doorpool import Server
+
+    with Server(max_threads=1, spin=0) as server:
+        server.attach(lambda value: value, "a.door")
+        ready()
+        server.run()
+"""
+
+
+def is_asleep(pid: int) -> bool:
+    """Tell whether no thread of a process runs, or would."""
+    for task in os.listdir(f"/proc/{pid}/task"):
+        with open(f"/proc/{pid}/task/{task}/stat") as file:
+            if file.read().rpartition(")")[2].split()[0] != "S":
+                return False
+    return True
+
+
+@pytest.mark.ids("D07")
+def test_a_call_through_a_full_channel_is_answered(spawn_server, door_dir):
+    """The server stands still, parked; when it goes on, it answers, and the channel is the same."""
+    server = spawn_server(SERVER, cwd=door_dir)
+    with Proxy(door_dir / "a.door") as proxy:
+        assert proxy("before") == "before"
+        (channel,) = proxy._line.handle._idle
+        wait_until(lambda: is_asleep(server.pid), "the server is parked")
+        server.stop()
+        rung = fill(channel.socket)
+        channel.page = told = Told(channel.page)
+        call = Background(proxy, "through")
+        assert told.posted.wait(PATIENCE)
+        assert call.running
+        server.cont()
+        assert call.result() == "through"
+        assert rung > 0
+        for number in range(3):
+            assert proxy(number) == number
+        assert list(proxy._line.handle._idle) == [channel]
 
 
 # -- time, signals, races
