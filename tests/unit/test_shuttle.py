@@ -15,6 +15,7 @@ import time
 import pytest
 from support import wait_until
 from support.rawdoor import PATIENCE, Background
+from support.tasks import is_asleep
 
 from doorpool import Proxy, _impl
 
@@ -304,15 +305,6 @@ SERVER = """
         ready()
         server.run()
 """
-
-
-def is_asleep(pid: int) -> bool:
-    """Tell whether no thread of a process runs, or would."""
-    for task in os.listdir(f"/proc/{pid}/task"):
-        with open(f"/proc/{pid}/task/{task}/stat") as file:
-            if file.read().rpartition(")")[2].split()[0] != "S":
-                return False
-    return True
 
 
 @pytest.mark.ids("D07")
