@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import select
 import signal
@@ -24,6 +25,7 @@ pytestmark = pytest.mark.skipif(_impl.NAME != "c", reason="no compiled shuttle h
 shuttle = _impl.shuttle
 SECOND = 1_000_000_000  # nanoseconds
 ME = struct.pack("3i", os.getpid(), os.geteuid(), os.getegid())
+CLIENT_CPU, SERVER_CPU = 68, 132  # where they stand in a page
 SPINS = {"spinning": 5 * SECOND, "parked": 0}
 
 
@@ -35,6 +37,7 @@ class Ends:
         for each in self.sockets:
             each.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
         number = shuttle.make_page()
+        self.memory = mmap.mmap(number, shuttle.PAGE_BYTES)
         try:
             self.client, self.server = (
                 shuttle.Page(number, each.fileno(), ME, -1, spin) for each in self.sockets
@@ -45,6 +48,7 @@ class Ends:
     def close(self) -> None:
         self.client.close()
         self.server.close()
+        self.memory.close()
         for each in self.sockets:
             each.close()
 
@@ -330,6 +334,23 @@ def test_a_call_through_a_full_channel_is_answered(spawn_server, door_dir):
 
 
 # -- time, signals, races
+
+
+@pytest.mark.ids("D08")
+@pytest.mark.parametrize("spin", [0, 1])
+def test_who_is_not_to_spin_never_looks(spin):
+    """A look writes down on which CPU it is made."""
+    ends = Ends(spin)
+    try:
+        for _ in range(100):
+            assert ends.server.linger(-1) == shuttle.NOTHING
+        assert ends.client.post(b"", 0, 0) is True
+        for _ in range(100):
+            assert ends.client.wait(0) == shuttle.NOTHING
+        for at in (CLIENT_CPU, SERVER_CPU):
+            assert any(ends.memory[at : at + 4]) == (spin > 0)
+    finally:
+        ends.close()
 
 
 def test_a_wait_ends_when_its_time_is_over(waiting):
