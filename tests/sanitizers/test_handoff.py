@@ -1,5 +1,6 @@
 """
-The hand-off of the shuttle in C without Python, under ThreadSanitizer and AddressSanitizer, briefly.
+The shuttle in C without Python: the hand-off, under ThreadSanitizer and AddressSanitizer, briefly; and by
+which rules it waits, by a clock of the test's own.
 """
 
 from __future__ import annotations
@@ -20,24 +21,38 @@ FLAGS = {
 }
 
 
-@pytest.mark.ids("D07", "D05")
-@pytest.mark.parametrize("sanitizer", FLAGS)
-def test_two_threads_hand_calls_to_one_another(sanitizer, tmp_path, many):
+def built(name: str, sanitizer: str, folder: Path) -> Path:
+    """Compile a program of this folder; skip where there is no compiler, or not the sanitizer."""
     compiler = shutil.which("cc") or shutil.which("gcc")
     if compiler is None:
         pytest.skip("no C compiler here")
-    program = tmp_path / "handoff"
+    program = folder / name
     warnings = ["-Wall", "-Wextra", "-Wconversion", "-Werror", "-Wno-unused-function"]
     command = [compiler, "-std=gnu17", "-O1", "-g", *warnings, *FLAGS[sanitizer], "-pthread"]
-    built = subprocess.run(
-        [*command, HERE / "handoff.c", "-o", program], capture_output=True, text=True, check=False
+    done = subprocess.run(
+        [*command, HERE / f"{name}.c", "-o", program], capture_output=True, text=True, check=False
     )
-    if "cannot find" in built.stderr:
+    if "cannot find" in done.stderr:
         pytest.skip(f"no {sanitizer} sanitizer here")
-    assert (built.returncode, built.stderr) == (0, "")
+    assert (done.returncode, done.stderr) == (0, "")
+    return program
+
+
+@pytest.mark.ids("D07", "D05")
+@pytest.mark.parametrize("sanitizer", FLAGS)
+def test_two_threads_hand_calls_to_one_another(sanitizer, tmp_path, many):
+    program = built("handoff", sanitizer, tmp_path)
     calls = many(20_000, 10_000_000 if sanitizer == "none" else 5_000_000)
     # Where addresses are laid out at random, ThreadSanitizer may not find room for its shadow.
     run = ["setarch", platform.machine(), "-R", program, str(calls)]
     done = subprocess.run(run, capture_output=True, text=True, timeout=many(600, 1800), check=False)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith(f"{(calls // 16 + 1) * 16} calls, and ")
+
+
+@pytest.mark.ids("D08")
+def test_it_looks_yields_and_gives_up_by_the_rules(tmp_path):
+    """Each look and each yield is counted: see waiting.c."""
+    program = built("waiting", "none", tmp_path)
+    done = subprocess.run([program], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "it waits by the rules\n", "")

@@ -5,7 +5,9 @@
 from __future__ import annotations
 
 import contextlib
+import mmap
 import os
+import select
 import signal
 import socket
 import struct
@@ -13,14 +15,18 @@ import threading
 import time
 
 import pytest
+from support import wait_until
+from support.rawdoor import PATIENCE, Background
+from support.tasks import is_asleep
 
-from doorpool import _impl
+from doorpool import Proxy, _impl
 
 pytestmark = pytest.mark.skipif(_impl.NAME != "c", reason="no compiled shuttle here")
 
 shuttle = _impl.shuttle
 SECOND = 1_000_000_000  # nanoseconds
 ME = struct.pack("3i", os.getpid(), os.geteuid(), os.getegid())
+CLIENT_CPU, SERVER_CPU = 68, 132  # where they stand in a page
 SPINS = {"spinning": 5 * SECOND, "parked": 0}
 
 
@@ -32,6 +38,7 @@ class Ends:
         for each in self.sockets:
             each.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
         number = shuttle.make_page()
+        self.memory = mmap.mmap(number, shuttle.PAGE_BYTES)
         try:
             self.client, self.server = (
                 shuttle.Page(number, each.fileno(), ME, -1, spin) for each in self.sockets
@@ -42,6 +49,7 @@ class Ends:
     def close(self) -> None:
         self.client.close()
         self.server.close()
+        self.memory.close()
         for each in self.sockets:
             each.close()
 
@@ -256,7 +264,150 @@ def test_a_closed_page(ends):
                 getattr(page, method)(*arguments)
 
 
+# -- bells
+
+
+def fill(sock: socket.socket) -> int:
+    """Ring until no further bell would go; return how many there are."""
+    rung = 0
+    try:
+        while True:
+            rung += sock.send(b"B", socket.MSG_DONTWAIT)
+    except BlockingIOError:
+        return rung
+
+
+def drain(sock: socket.socket) -> int:
+    """Hear all bells; return how many there were."""
+    heard = 0
+    try:
+        while True:
+            assert sock.recv(2, socket.MSG_DONTWAIT) == b"B"
+            heard += 1
+    except BlockingIOError:
+        return heard
+
+
+def is_readable(sock: socket.socket) -> bool:
+    return bool(select.select([sock], [], [], 0)[0])
+
+
+def is_open(sock: socket.socket) -> bool:
+    """Tell whether neither end of a channel was closed or shut down."""
+    poll = select.poll()
+    poll.register(sock, select.POLLRDHUP)
+    return not poll.poll(0)
+
+
+def call_each_other(ends: Ends, number: int) -> None:
+    """Make a call for which the server, having parked, is rung for."""
+    assert ends.server.park() is True
+    assert ends.client.post(b"request %d" % number, 0, 0) is True
+    assert is_readable(ends.sockets[1])
+    assert ends.server.take()[0] == b"request %d" % number
+    assert ends.server.answer(b"reply %d" % number, 0) is True
+    assert ends.client.wait(SECOND) == b"reply %d" % number
+
+
+@pytest.mark.ids("D07")
+def test_a_bell_for_a_request_that_would_block_has_rung(ends):
+    """The server is parked, and the socket full: the call goes through, and the channel lives."""
+    assert ends.server.park() is True
+    assert fill(ends.sockets[0]) > 0
+    assert ends.client.post(b"request", 0, 0) is True
+    assert all(map(is_open, ends.sockets))
+    assert ends.server.take()[0] == b"request"
+    assert ends.server.answer(b"reply", 0) is True
+    assert ends.client.wait(SECOND) == b"reply"
+    for number in range(3):
+        call_each_other(ends, number)
+    assert all(map(is_open, ends.sockets))
+
+
+@pytest.mark.ids("D07")
+def test_a_bell_for_a_reply_that_would_block_has_rung(ends):
+    """The same in the other direction."""
+    assert ends.client.post(b"request", 0, 0) is True
+    assert ends.server.take()[0] == b"request"
+    assert ends.client.wait(0) == shuttle.NOTHING  # its time is over, and its mark is there
+    rung = fill(ends.sockets[1])
+    assert rung > 0
+    assert ends.server.answer(b"reply", 0) is True
+    assert all(map(is_open, ends.sockets))
+    assert ends.client.wait(SECOND) == b"reply"
+    assert drain(ends.sockets[0]) == rung
+    for number in range(3):
+        call_each_other(ends, number)
+    assert all(map(is_open, ends.sockets))
+
+
+class Told:
+    """A page that says when it has posted a request, or failed to."""
+
+    def __init__(self, page) -> None:
+        self.page = page
+        self.posted = threading.Event()
+
+    def __getattr__(self, name):
+        return getattr(self.page, name)
+
+    def post(self, *arguments):
+        try:
+            return self.page.post(*arguments)
+        finally:
+            self.posted.set()
+
+
+SERVER = """
+    from doorpool import Server
+
+    with Server(max_threads=1, spin=0) as server:
+        server.attach(lambda value: value, "a.door")
+        ready()
+        server.run()
+"""
+
+
+@pytest.mark.ids("D07")
+def test_a_call_through_a_full_channel_is_answered(spawn_server, door_dir):
+    """The server stands still, parked; when it goes on, it answers, and the channel is the same."""
+    server = spawn_server(SERVER, cwd=door_dir)
+    with Proxy(door_dir / "a.door") as proxy:
+        assert proxy("before") == "before"
+        (channel,) = proxy._line.handle._idle
+        wait_until(lambda: is_asleep(server.pid), "the server is parked")
+        server.stop()
+        rung = fill(channel.socket)
+        channel.page = told = Told(channel.page)
+        call = Background(proxy, "through")
+        assert told.posted.wait(PATIENCE)
+        assert call.running
+        server.cont()
+        assert call.result() == "through"
+        assert rung > 0
+        for number in range(3):
+            assert proxy(number) == number
+        assert list(proxy._line.handle._idle) == [channel]
+
+
 # -- time, signals, races
+
+
+@pytest.mark.ids("D08")
+@pytest.mark.parametrize("spin", [0, 1])
+def test_who_is_not_to_spin_never_looks(spin):
+    """A look writes down on which CPU it is made."""
+    ends = Ends(spin)
+    try:
+        for _ in range(100):
+            assert ends.server.linger(-1) == shuttle.NOTHING
+        assert ends.client.post(b"", 0, 0) is True
+        for _ in range(100):
+            assert ends.client.wait(0) == shuttle.NOTHING
+        for at in (CLIENT_CPU, SERVER_CPU):
+            assert any(ends.memory[at : at + 4]) == (spin > 0)
+    finally:
+        ends.close()
 
 
 def test_a_wait_ends_when_its_time_is_over(waiting):
