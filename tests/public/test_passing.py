@@ -162,6 +162,7 @@ GROUPS = sorted({name.partition(":")[0] for name in KINDS})
 
 
 @pytest.mark.ids("F2", "F3", "F4")
+@pytest.mark.timeout(3600)  # the long form; a call that hangs is noticed by the one below
 @pytest.mark.parametrize("group", GROUPS)
 def test_each_kind_there_and_back(there, door_dir, many, group):
     """Nested in containers, both ways, many times; on both sides nothing is left open."""
