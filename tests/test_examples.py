@@ -4,7 +4,9 @@ The examples: each runs as two processes or three, and prints what its docstring
 
 import ast
 import contextlib
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +18,15 @@ from doorpool import Proxy
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 LESSONS = sorted(path.name for path in EXAMPLES.iterdir() if (path / "server.py").exists())
+
+#: What a side prints at its end of who it was, by the kernel's word: real, effective, saved, of files.
+WHO = """
+import json
+with open("/proc/self/status") as status:
+    ids = dict(line.lower().split(":", 1) for line in status)
+names = ("uid", "gid", "groups")
+print(json.dumps({name: [int(number) for number in ids[name].split()] for name in names}))
+"""
 
 #: Lines an example may have.
 FITS_ON_A_PAGE = 40
@@ -34,7 +45,7 @@ def lines_of(side: str, printed: str) -> list[str]:
     return [line.removeprefix(prefix) for line in printed.splitlines() if line.startswith(prefix)]
 
 
-def run(lesson: str) -> str:
+def run(lesson: str | Path) -> str:
     finished = subprocess.run(
         [sys.executable, EXAMPLES / "run.py", lesson],
         env=os.environ | {"PYTHONPATH": str(EXAMPLES.parent)},
@@ -71,6 +82,20 @@ def test_an_example_fits_on_a_page(script):
 def test_every_lesson_is_in_the_course():
     course = (EXAMPLES / "README.md").read_text()
     assert [lesson for lesson in LESSONS if f"[`{lesson}`]({lesson})" not in course] == []
+
+
+def test_three_users_get_a_door_through_a_door(root_only, tmp_path):
+    """The lesson as it stands, but that each side says at its end who it was."""
+    lesson = tmp_path / "09_door_through_a_door"
+    shutil.copytree(EXAMPLES / lesson.name, lesson)
+    for script in lesson.glob("*.py"):
+        script.write_text(script.read_text() + WHO)
+    printed = run(lesson)
+    sides = [json.loads(lines_of(script.stem, printed)[-1]) for script in sorted(lesson.glob("*.py"))]
+    assert [side["uid"] for side in sides] == [[uid] * 4 for uid in (65534, 4202, 4201)]
+    assert [side["gid"] for side in sides] == [[uid] * 4 for uid in (65534, 4202, 4201)]
+    assert [side["groups"] for side in sides] == [[], [], []]
+    assert "client | Well, hello to you too!" in printed.splitlines()
 
 
 def test_progress_is_a_bar_on_a_terminal(door_dir, spawn_python):

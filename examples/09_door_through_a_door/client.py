@@ -7,11 +7,10 @@ Prints:
     Well, hello to you too!
 """
 
-import os
+from doorpool import Proxy, anyone
 
-from doorpool import Proxy
-
-with Proxy("proxy.door") as give, give() as door:
-    os.unlink("server.door")  # a door that was passed needs no path, and no permission on any
-    print("It has a name of its own:", door.info.path)
-    print(door("Hello, World!"))
+with Proxy("proxy.door", server=anyone) as give, give() as given:
+    print("It has a name of its own:", given.info.path)
+    with Proxy(given, server=anyone) as door:  # it is not the proxy's own, and we do not mind
+        door("Take your name down")  # a door that was passed needs no path, and no permission on any
+        print(door("Hello, World!"))

@@ -14,7 +14,7 @@ from typing import BinaryIO
 from doorpool import Server, anyone, current_call, take
 
 FOLDER = os.path.abspath("files")
-POLICY = {65534: set(), os.getuid(): {"report"}}  # by uid: whose the caller is, the kernel says
+POLICY = {65534: {"report"}, os.getuid(): {"report"}}  # by uid: whose the caller is, the kernel says
 
 os.mkdir(FOLDER, 0o700)
 for name in ("report", "payroll"):

@@ -162,9 +162,11 @@ GROUPS = sorted({name.partition(":")[0] for name in KINDS})
 
 
 @pytest.mark.ids("F2", "F3", "F4")
+@pytest.mark.timeout(3600)  # the long form; a call that hangs is given up by itself
 @pytest.mark.parametrize("group", GROUPS)
 def test_each_kind_there_and_back(there, door_dir, many, group):
     """Nested in containers, both ways, many times; on both sides nothing is left open."""
+    there = there.options(timeout=20.0)
     folder = door_dir / "files"
     folder.mkdir()
     names = [name for name in KINDS if name.partition(":")[0] == group]

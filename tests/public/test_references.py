@@ -103,6 +103,32 @@ def hold_childs_copy(endpoint: Endpoint) -> Callable[[], None]:
     return drop
 
 
+def hold_forked_childs_proxy(endpoint: Endpoint) -> Callable[[], None]:
+    """A child has all that its parent had open, and keeps it when the parent closes its own."""
+    proxy = Proxy(endpoint)
+    proxy.ping()
+    child = fork_a_child_that_waits()
+    proxy.close()
+    return child
+
+
+def fork_a_child_that_waits() -> Callable[[], None]:
+    """Fork; return what ends the child, and waits for its end."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(writer)
+        os.read(reader, 1)
+        os._exit(0)
+    os.close(reader)
+
+    def end() -> None:
+        os.close(writer)
+        assert os.waitpid(child, 0)[1] == 0
+
+    return end
+
+
 def hold_proxy(endpoint: Endpoint) -> Callable[[], None]:
     return Proxy(endpoint).close
 
@@ -135,7 +161,8 @@ def hold_name(endpoint: Endpoint) -> Callable[[], None]:
 @pytest.mark.parametrize(
     "hold",
     [
-        hold_descriptor, hold_duplicate, hold_copy_in_flight, hold_childs_copy, hold_proxy, hold_channel,
+        hold_descriptor, hold_duplicate, hold_copy_in_flight, hold_childs_copy,
+        hold_forked_childs_proxy, hold_proxy, hold_channel,
         hold_path_proxy, hold_unaccepted_connection, hold_name,
     ],
     ids=lambda hold: hold.__name__.removeprefix("hold_"),
