@@ -623,9 +623,12 @@ class Door:
         """Have a doorman ask about a visitor; what comes of it is carried out by ``_end_asking``."""
         uid = visitor.credentials.uid
         most = self.gate.limits.greetings if is_strange(uid) else _MOST_PENDING
-        if (his := self._pending[uid]) >= most:
-            return _too_much_asked(f" of uid {uid}", his, most)
-        if (all_of_them := self._pending.total()) >= 2 * _MOST_PENDING:
+        his, all_of_them = self._pending[uid], self._pending.total()
+        if his >= most or all_of_them >= 2 * _MOST_PENDING:
+            if is_strange(uid):
+                self._count_refused()
+            if his >= most:
+                return _too_much_asked(f" of uid {uid}", his, most)
             return _too_much_asked("", all_of_them, 2 * _MOST_PENDING)
 
         def ask() -> None:
@@ -638,6 +641,7 @@ class Door:
         except RuntimeError:
             return Refusal(Reason.BUSY, "the server has no thread to ask its rule about who may call")
         self._pending[uid] += 1
+        self._guests.begin_asking(uid)
         return None
 
     def _end_asking(self, visitor: _opening.Visitor, bar: Bar | str | None) -> None:
@@ -647,6 +651,7 @@ class Door:
         uid = visitor.credentials.uid
         self._pending[uid] -= 1
         self._pending += Counter()  # drops those of whom there are none
+        self._guests.end_asking(uid)
         decision: Channel | Refusal
         try:
             refusal = self._revoked or self.gate.closing or _denial(bar) or self._crowd(uid)

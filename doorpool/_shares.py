@@ -94,7 +94,7 @@ class Usage:
     """
     What a stranger has of a server now; the fields are those of ``Limits``.
 
-    ``descriptors`` and ``greetings`` are of the whole process.
+    ``descriptors`` and ``greetings`` are of the whole process; ``greetings`` of both kinds together.
     """
 
     channels: int = 0

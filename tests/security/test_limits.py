@@ -74,7 +74,15 @@ def serve(path: str, threads: int = 64, **limits: int) -> None:
     here.server.attach(lambda size: b"x" * size, f"{path}.much", name="much", **options)
     for kind in (stream, session, room, sessions):
         here.server.attach(kind, f"{path}.{kind.__name__}", **options)
+    here.server.attach(
+        lambda: "hello", f"{path}.asked", name="asked", callers=let_in_when_told, codec="data", mode=0o666
+    )
     here.server.start()
+
+
+def let_in_when_told(who: Any) -> bool:
+    """Take long about one of the users."""
+    return who.uid != A or here.gate.wait(PATIENCE)
 
 
 def usage(uid: int) -> dict[str, int]:
@@ -134,6 +142,17 @@ def ended() -> tuple[int, list[str]]:
 def settle(server: Any, uid: int, **expected: int) -> None:
     """Wait until a user has so much of something."""
     wait_until(lambda: expected.items() <= server(usage, uid).items(), timeout=PATIENCE)
+
+
+def sole_line(server: Any, text: str) -> str:
+    """Return the line of the log that has a text: an offender is named once, not for each event."""
+
+    def found() -> list[str]:
+        return [line for line in server(logged) if text in line and "more such" not in line]
+
+    wait_until(found, timeout=PATIENCE)
+    (line,) = found()
+    return line
 
 
 @pytest.fixture
@@ -231,9 +250,7 @@ def test_one_uid_keeps_doors_and_streams_until_it_is_refused_and_another_is_serv
         assert text in refusals[0]
     assert server(usage, A)["descriptors"] == 20
     assert server(refused) >= 33
-    lines = [line for line in server(logged) if "limit is 20" in line and "more such" not in line]
-    assert len(lines) == 1, "an offender is named once, not for each event"
-    assert f"uid {A}" in lines[0]
+    assert f"uid {A}" in sole_line(server, "limit is 20")
     assert not [line for line in server(logged) if "Traceback" in line]
     for served in (other, actor(0)):
         assert served(keep_some, f"{path}.{kind}", 5) == (5, [])
@@ -340,6 +357,35 @@ def test_one_uid_leaves_answers_unread_up_to_its_limit_and_another_is_served(ser
     one(disconnect)
     wait_until(lambda: server(usage, A) == {}, timeout=PATIENCE)
     assert one(call_once, path, "again") == "again"
+
+
+@pytest.mark.ids("F07")
+def test_one_uid_knocks_while_it_is_being_asked_about_and_another_is_let_in(serving, actor, path):
+    server, one, mates, other = serving(greetings=4), actor(A), actor(A), actor(B)
+    door = f"{path}.asked"
+    one(knock_often, door, 4)
+    settle(server, A, greetings=4, channels=0)
+    assert server(refused) == 0
+    opened, refusals = mates(open_some, door, 1)
+    assert opened == 0
+    for text in (door, f"4 knocks of uid {A}", "the limit is 4", "may_have_run=False"):
+        assert text in refusals[0]
+    assert server(refused) == 1
+    assert mates(open_some, door, 1)[0] == 0
+    assert server(refused) == 2
+    assert f"uid={A}" in sole_line(server, "4 knocks")
+    assert server(usage, A)["greetings"] == 4
+    assert other(call, door) == "hello"
+    server(let_go)
+    settle(server, A, greetings=4, channels=4)  # they are answered, and have not read it
+    one(disconnect)
+    wait_until(lambda: server(usage, A) == server(usage, B) == {}, timeout=PATIENCE)
+    assert mates(call, door) == "hello"
+
+
+def call(path: str) -> Any:
+    with Proxy(path, server={0}, timeout=PATIENCE) as proxy:
+        return proxy()
 
 
 def test_calls_over_the_share_of_running_ones_wait_and_another_uid_is_served(serving, actor, path):
