@@ -186,6 +186,11 @@ class Gate:
         return self._turns.usage()
 
     @property
+    def most_running(self) -> int:
+        """How many calls of a stranger may run at a time."""
+        return self._turns.most_running
+
+    @property
     def closed(self) -> bool:
         """Whether the gate was closed."""
         return self._closed

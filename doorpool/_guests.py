@@ -61,6 +61,12 @@ def _most_descriptors() -> int:
     return 1 << 30 if soft == resource.RLIM_INFINITY else soft
 
 
+def descriptors_of_a_user(limits: Limits) -> int:
+    """Return how many descriptors a strange uid may have, by what ``RLIMIT_NOFILE`` is now."""
+    most = _most_descriptors() * 3 // 4
+    return max(1, min(limits.descriptors or most // 2, most))
+
+
 @attrs.define(eq=False)
 class _Guest:
     socket: socket.socket  # k1
@@ -121,7 +127,7 @@ class Guests:
             self.look_round()
             if (total := held + len(self._guests)) >= most:
                 return f"callers of other users hold {total} descriptors, and their limit together is {most}"
-        his_most = limits.descriptors or most // 2
+        his_most = descriptors_of_a_user(limits)
         if held < his_most:
             return None
         his = self._held_by(uid)

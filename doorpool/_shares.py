@@ -251,6 +251,11 @@ class Turns:
         return held if held >= self._most_held else 0
 
     @property
+    def most_running(self) -> int:
+        """How many turns a uid may have at a time."""
+        return self._most
+
+    @property
     def most_held(self) -> int:
         """How many may be."""
         return self._most_held

@@ -4,8 +4,9 @@ What each strange uid may have at one time: one that is at a limit is told so, a
 
 from __future__ import annotations
 
+import resource
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import attrs
@@ -13,7 +14,6 @@ import pytest
 from support import byhand, wait_until
 from support.actors import here, logged
 
-import doorpool
 from doorpool import BusyError, Endpoint, Limits, Proxy, Server
 from doorpool._streams import Stream
 
@@ -548,4 +548,29 @@ def test_a_limit_is_a_whole_number(name, value, error):
 def test_limits_are_limits():
     with pytest.raises(TypeError, match="limits"):
         Server(limits={"channels": 1})  # type: ignore[arg-type]
-    assert doorpool.Server().statistics().limits == Limits()
+
+
+@pytest.fixture
+def set_nofile() -> Iterator[Callable[[int], None]]:
+    """Set the soft limit of open files, which is put back."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    yield lambda value: resource.setrlimit(resource.RLIMIT_NOFILE, (value, hard))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_statistics_show_the_limits_that_are_in_force(set_nofile):
+    """Those that were given, and in place of the others what comes of the threads and of the soft limit."""
+    set_nofile(1000)
+    with Server(max_threads=32) as server:
+        limits = server.statistics().limits
+        assert limits == Limits(running=8, descriptors=375)
+        set_nofile(800)
+        assert server.statistics().limits == attrs.evolve(limits, descriptors=300)
+    with Server(max_threads=2) as small:
+        assert small.statistics().limits.running == 1
+    given = Limits(channels=5, running=6, queued=7, bytes=8, descriptors=9, greetings=10)
+    with Server(limits=given) as server:
+        assert server.statistics().limits == given
+    with Server(max_threads=4, limits=Limits(running=6, descriptors=601)) as server:
+        limits = server.statistics().limits
+        assert limits == Limits(running=3, descriptors=600), "all strangers together may have no more"
