@@ -64,6 +64,7 @@ from doorpool._errors import (
 from doorpool._exceptions import MAX_TRACEBACK, clip, name_of, text_of, traceback_of
 from doorpool._janitor import Open, close_all
 from doorpool._passing import Departure, Taken
+from doorpool._shares import ShareError
 
 Data = bytes | bytearray | memoryview
 
@@ -535,6 +536,7 @@ class Plan:
         Raises:
             MarshalError: it is not what the annotation promises, or no data; it names the path.
             BusyError: no free descriptor for one that is to go along.
+            ShareError: whoever is to have it has too many.
         """
         try:
             data, luggage, objects = _encode(value, to)
@@ -558,6 +560,8 @@ def _result_error(value: Any, error: Exception, to: Credentials | None) -> DoorE
 def _seal_result(luggage: Luggage, value: Any) -> Luggage:
     try:
         luggage.seal()
+    except ShareError:
+        raise
     except Exception as error:
         raise _result_error(value, error, luggage.to) from error
     return luggage

@@ -46,6 +46,7 @@ from doorpool._gate import SLOW, Gate, Served
 from doorpool._guests import guests
 from doorpool._keeper import keeper
 from doorpool._names import Name
+from doorpool._shares import ShareError
 from doorpool._sockets import MAX_DESCRIPTORS
 from doorpool._wire import Attribute, Codec, Frame, Reason, Refusal
 
@@ -262,34 +263,52 @@ class Door:
             ClosedError: the door was revoked.
         """
         self._check_open()
-        return self._open(None, asked=False)
+        return self._open(None, None)
 
-    def open_for(self, uid: int | None) -> int:
+    def open_for(self, uid: int | None, giver: Door | None = None) -> int:
         """
-        Do as ``open`` for somebody who has asked for it, unless he is strange and has too many.
+        Do as ``open`` for somebody who is to have it, unless he is strange and has too many.
+
+        It is counted as one of his for as long as anybody holds it.
+
+        Args:
+            uid: whose; None: nobody knows.
+            giver: with whose result it goes, whose server's limits hold; by default this one.
 
         Raises:
-            OSError: ``EMFILE``: he has.
+            ClosedError: the door was revoked.
+            ShareError: he has too many.
         """
-        return self._open(uid, asked=True)
+        return self._open(uid, giver or self)
 
-    def _open(self, uid: int | None, *, asked: bool) -> int:
+    def _open(self, uid: int | None, giver: Door | None) -> int:
         holder, port = _sockets.door_pair()
         try:
             with self._keeper.lock:
                 self._check_open()
-                if asked and (full := self._guests.why_full(uid, self.gate.limits)):
-                    raise OSError(errno.EMFILE, full)
+                if giver is not None:
+                    giver._check_room(uid)
                 cookie = _sockets.cookie_of(holder.fileno())
                 self._add_port(port)
                 self._cookies[port], _made[cookie] = cookie, self
-                if asked:
+                if giver is not None:
                     self._guests.add_port(port, uid)
         except BaseException:
             holder.close()
             port.close()
             raise
         return holder.detach()
+
+    def _check_room(self, uid: int | None) -> None:
+        full = self._guests.why_full(uid, self.gate.limits)
+        if full is None:
+            return
+        self._keeper.say(
+            logging.WARNING, "%s: made no descriptor for uid %s: %s", self.name, uid, full,
+            about=("descriptors", uid),  # of any door: each stream that he asks for has one of its own
+        )  # fmt: skip
+        self._count_refused()
+        raise ShareError(full)
 
     def listen(
         self, path: _names.Path, *, mode: int = 0o600, group: str | int | None = None,
@@ -604,9 +623,12 @@ class Door:
         """Have a doorman ask about a visitor; what comes of it is carried out by ``_end_asking``."""
         uid = visitor.credentials.uid
         most = self.gate.limits.greetings if is_strange(uid) else _MOST_PENDING
-        if (his := self._pending[uid]) >= most:
-            return _too_much_asked(f" of uid {uid}", his, most)
-        if (all_of_them := self._pending.total()) >= 2 * _MOST_PENDING:
+        his, all_of_them = self._pending[uid], self._pending.total()
+        if his >= most or all_of_them >= 2 * _MOST_PENDING:
+            if is_strange(uid):
+                self._count_refused()
+            if his >= most:
+                return _too_much_asked(f" of uid {uid}", his, most)
             return _too_much_asked("", all_of_them, 2 * _MOST_PENDING)
 
         def ask() -> None:
@@ -619,6 +641,7 @@ class Door:
         except RuntimeError:
             return Refusal(Reason.BUSY, "the server has no thread to ask its rule about who may call")
         self._pending[uid] += 1
+        self._guests.begin_asking(uid)
         return None
 
     def _end_asking(self, visitor: _opening.Visitor, bar: Bar | str | None) -> None:
@@ -628,6 +651,7 @@ class Door:
         uid = visitor.credentials.uid
         self._pending[uid] -= 1
         self._pending += Counter()  # drops those of whom there are none
+        self._guests.end_asking(uid)
         decision: Channel | Refusal
         try:
             refusal = self._revoked or self.gate.closing or _denial(bar) or self._crowd(uid)

@@ -46,7 +46,7 @@ from doorpool._call import current
 from doorpool._credentials import Credentials, is_strange
 from doorpool._descriptor import Descriptor
 from doorpool._door import crossing_bar, door_made_with
-from doorpool._endpoint import Endpoint
+from doorpool._endpoint import Endpoint, answering
 from doorpool._errors import BrokenDoorError, CallTimeoutError, ClosedError, MarshalError, NotADoorError
 from doorpool._handle import Handle, deadline_after
 from doorpool._info import describe
@@ -178,7 +178,7 @@ def depart(door: Endpoint | Proxy, uid: int | None, departure: Departure) -> Non
     """
     if isinstance(door, Endpoint):
         door._ready_door()  # an error shall come now, where it is known which argument it is about
-        departure.give_later(door.open)
+        departure.give_later(partial(door._open_for, uid, answering.endpoint))
     elif door.fileno() < 0:
         raise ClosedError(f"{door!r} is closed")
     elif uid == os.geteuid():

@@ -63,6 +63,7 @@ from doorpool._marshal import (
 from doorpool._names import absolute_path
 from doorpool._objects import Facade, encode_table, facade_of, resolve, signature_text
 from doorpool._passing import take
+from doorpool._shares import ShareError
 from doorpool._threads import Interrupt
 from doorpool._wire import NO_MAIN, Attribute, Reason, Refusal
 from doorpool.door import Codec, Door, Invocation
@@ -471,6 +472,21 @@ class Endpoint:
         """
         return Descriptor(self._ready_door().open())
 
+    def _open_for(self, uid: int | None, giver: Endpoint | None) -> Descriptor:
+        """
+        Do as ``open``, but count what a stranger gets as his; for whoever marshals it.
+
+        Args:
+            uid: whose it will be.
+            giver: with whose result it goes; None: with a call of our own, which is our doing and not his.
+
+        Raises:
+            ShareError: he has too many.
+        """
+        if giver is None or not is_strange(uid):
+            return self.open()
+        return Descriptor(self._ready_door().open_for(uid, giver._door))
+
     def _check_crossing(self, to: Credentials, through: Codec) -> None:
         """
         Raise unless the door may be handed to somebody in a message; for whoever marshals it.
@@ -676,8 +692,8 @@ class Endpoint:
     def _serve_data(self, invocation: Invocation, plan: _data.Plan) -> bool:
         """Answer one invocation of a data door, as ``_serve`` does."""
         parcel, returned, interrupt = self._invoke_data(invocation, plan)
-        if parcel is None:
-            return True
+        if parcel is None:  # it has been answered
+            return returned
         try:
             invocation.reply(*parcel)
         except LimitError as error:
@@ -711,6 +727,9 @@ class Endpoint:
         except BaseException as error:
             if self._generation != _sockets.here():
                 _leave_forked_child(error)
+            if isinstance(error, ShareError):  # of a lease, which is had before anything is entered
+                invocation.fail(Reason.BUSY, f"it cannot be entered: {error}", may_have_run=False)
+                return None, False, None
             if error.__traceback__ is not None:  # as in ``_invoke``
                 BaseException.with_traceback(error, error.__traceback__.tb_next)
             self._log(invocation, error)
@@ -723,6 +742,9 @@ class Endpoint:
         answering.endpoint, answering.invocation = self, invocation
         try:
             return plan.pack_result(value, invocation.credentials), True, None
+        except ShareError as error:
+            invocation.fail(Reason.BUSY, f"the result cannot be sent: {error}")
+            return None, False, None
         except BaseException as error:
             refusal = marshal_error("the result", error, may_have_run=True)
             self._report(invocation, logging.ERROR, refusal, error)
@@ -812,7 +834,11 @@ def _make_lease(end: Callable[[], None]) -> tuple[Endpoint | None, Descriptor | 
     lease = Endpoint(_is_no_procedure, name=f"{entered.name}, entered", on_unref=end, refuse_descriptors=True)
     if entered.server is not None:
         entered.server._adopt(lease)
-    descriptor = lease.open()
+    try:
+        descriptor = lease._open_for(invocation.credentials.uid, entered)
+    except BaseException:
+        lease.close()
+        raise
     return lease, descriptor, take(descriptor)
 
 

@@ -56,7 +56,7 @@ from doorpool._errors import ClosedError, DoorError, LimitError, ProtocolError
 from doorpool._impl import shuttle
 from doorpool._janitor import close_all, holds_up
 from doorpool._keeper import keeper, report
-from doorpool._shares import Crowd, Limits, Share, Turns, Usage, over
+from doorpool._shares import Crowd, Limits, Share, ShareError, Turns, Usage, over
 from doorpool._shelf import Totals
 from doorpool._sockets import MAX_DESCRIPTORS
 from doorpool._wire import Frame, Kind, Knock, Reason, Refusal
@@ -179,6 +179,11 @@ class Gate:
     def usage(self) -> dict[int | None, Usage]:
         """What each stranger has here of running and waiting calls."""
         return self._turns.usage()
+
+    @property
+    def most_running(self) -> int:
+        """How many calls of a stranger may run at a time."""
+        return self._turns.most_running
 
     @property
     def closed(self) -> bool:
@@ -491,7 +496,7 @@ class Gate:
         channel, door = served.channel, served.door
         number = -1
         if frame.data == _wire.HAND_OUT:
-            with contextlib.suppress(OSError, ClosedError):
+            with contextlib.suppress(OSError, ClosedError, ShareError):
                 number = door.open_for(channel.peer.uid)
         if number < 0:
             channel.say(Kind.PONG, frame.number, door.limits().encode())

@@ -62,6 +62,12 @@ def _most_descriptors() -> int:
     return 1 << 30 if soft == resource.RLIM_INFINITY else soft
 
 
+def descriptors_of_a_user(limits: Limits) -> int:
+    """Return how many descriptors a strange uid may have, by what ``RLIMIT_NOFILE`` is now."""
+    most = _most_descriptors() * 3 // 4
+    return max(1, min(limits.descriptors or most // 2, most))
+
+
 @attrs.define(eq=False)
 class _Guest:
     socket: socket.socket  # k1
@@ -83,6 +89,7 @@ class Guests:
         self._strange_ports: dict[socket.socket, int | None] = {}
         self._strange_channels: set[Served] = set()
         self._fresh: list[_Guest] = []  # trusted, and not watched yet
+        self._asked_about: Counter[int | None] = Counter()  # knocks of strangers that wait for a rule, by uid
 
     def objection(self, uid: int | None, limits: Limits) -> str | None:
         """Say why a user may not come in just now; None if he may."""
@@ -121,7 +128,7 @@ class Guests:
             self.look_round()
             if (total := held + len(self._guests)) >= most:
                 return f"callers of other users hold {total} descriptors, and their limit together is {most}"
-        his_most = limits.descriptors or most // 2
+        his_most = descriptors_of_a_user(limits)
         if held < his_most:
             return None
         his = self._held_by(uid)
@@ -134,12 +141,27 @@ class Guests:
         return ports + 2 * sum(it.channel.peer.uid == uid for it in list(self._strange_channels))
 
     def usage(self) -> dict[int | None, Usage]:
-        """What each stranger has of descriptors and of answers that are unread, or not seen to be read."""
+        """
+        What each stranger has of descriptors and of greetings.
+
+        Those are knocks about which a rule is being asked, and answers that are not seen to be read.
+        """
         held = Counter(self._strange_ports.values())
         for served in list(self._strange_channels):
             held[served.channel.peer.uid] += 2
-        unread = Counter(guest.uid for guest in self._guests.values() if is_strange(guest.uid))
-        return {uid: Usage(descriptors=held[uid], greetings=unread[uid]) for uid in {*held, *unread}}
+        greeted = Counter(guest.uid for guest in self._guests.values() if is_strange(guest.uid))
+        greeted += self._asked_about
+        return {uid: Usage(descriptors=held[uid], greetings=greeted[uid]) for uid in {*held, *greeted}}
+
+    def begin_asking(self, uid: int | None) -> None:
+        """Count in a knock about which a rule is asked."""
+        if is_strange(uid):
+            self._asked_about[uid] += 1
+
+    def end_asking(self, uid: int | None) -> None:
+        """Count it out."""
+        self._asked_about[uid] -= 1
+        self._asked_about += Counter()  # drops those of whom there are none, or were never any
 
     # -- ports and channels ----------------------------------------------------------------
 

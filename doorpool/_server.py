@@ -45,7 +45,7 @@ import attrs
 from doorpool import _endpoint, _shelf, _sockets
 from doorpool._endpoint import Endpoint, check_mode, checked_threads
 from doorpool._errors import ClosedError, Path
-from doorpool._guests import guests
+from doorpool._guests import descriptors_of_a_user, guests
 from doorpool._handle import check_seconds, check_spin
 from doorpool._keeper import keeper
 from doorpool._names import absolute_path
@@ -96,7 +96,9 @@ class Statistics:
             together, and twice what one channel may; beyond it results go over the socket.
         segment_bytes_mapped_limit: likewise, how many it may have mapped; beyond it arguments are copied.
         refused: calls and openings of other users that were refused because they had too much.
-        limits: what each user other than our own and root may have.
+        limits: what each user other than our own and root may have: all numbers that are in force, those that
+            were not given as well.  ``running`` is of the threads that the server's endpoints share, and
+            ``descriptors`` goes by what ``RLIMIT_NOFILE`` is now.
         users: what each of those who are here has now, by uid; None: those whom the kernel does not name.
     """
 
@@ -212,7 +214,11 @@ class Server:
             segment_bytes_limit=_shelf.BYTES_OF_PROCESS,
             segment_bytes_mapped_limit=_shelf.BYTES_MAPPED,
             refused=crowd.refused,
-            limits=crowd.limits,
+            limits=attrs.evolve(
+                crowd.limits,
+                running=self._shared_pool.gate.most_running,
+                descriptors=descriptors_of_a_user(crowd.limits),
+            ),
             users=users,
         )
 

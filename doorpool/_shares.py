@@ -38,6 +38,7 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
+from doorpool._errors import BusyError
 from doorpool._wire import Reason, Refusal
 
 if TYPE_CHECKING:
@@ -70,7 +71,8 @@ class Limits:
             results until the caller has read them, but for what the kernel buffers (some 200 KiB a
             channel).  A single one is let pass if there is nothing else: ``max_request`` and
             ``max_reply`` are for that.  Requests that begin at the same moment may go over it together.
-        descriptors: of the server's process, for connections and channels; by default half of what strangers
+        descriptors: of the server's process, for connections and channels, and for doors, streams and leases
+            that were given to him in results, as long as he keeps them; by default half of what strangers
             may have together, which is three quarters of ``RLIMIT_NOFILE``.
         greetings: knocks that are being answered: those that ``callers`` is asked about, and likewise answers
             that have not been read.
@@ -92,7 +94,7 @@ class Usage:
     """
     What a stranger has of a server now; the fields are those of ``Limits``.
 
-    ``descriptors`` and ``greetings`` are of the whole process.
+    ``descriptors`` and ``greetings`` are of the whole process; ``greetings`` of both kinds together.
     """
 
     channels: int = 0
@@ -118,6 +120,10 @@ def over(what: str, uid: int | None, value: int, limit: int, *, may_have_run: bo
     whose = "callers of unknown uid have" if uid is None else f"uid {uid} has"
     text = f"{whose} {value} {what}, and a user's limit is {limit}"
     return Refusal(Reason.BUSY, text, may_have_run, limit, value)
+
+
+class ShareError(BusyError):
+    """What a stranger is to have is over his share.  It has been logged; he is told a ``BusyError``."""
 
 
 @attrs.define(eq=False)
@@ -243,6 +249,11 @@ class Turns:
         """Tell how many channels of a uid are held, if it is as many as may be; else 0."""
         held = len(self._held.get(uid, ()))
         return held if held >= self._most_held else 0
+
+    @property
+    def most_running(self) -> int:
+        """How many turns a uid may have at a time."""
+        return self._most
 
     @property
     def most_held(self) -> int:

@@ -76,7 +76,8 @@ from doorpool._impl import shuttle
 from doorpool._marshal import pack_refusal, pack_result
 from doorpool._passing import Departure, Kind, Recipe
 from doorpool._proxy import Proxy
-from doorpool._wire import Codec
+from doorpool._shares import ShareError
+from doorpool._wire import Codec, Reason
 from doorpool.door import Invocation
 
 __all__ = ["Stream"]
@@ -177,23 +178,26 @@ class Pump:
         """Whether it is this one's."""
         return self._iterator is iterator
 
-    def hand_out(self, origin: Endpoint | None) -> Descriptor:
+    def hand_out(self, origin: Endpoint | None, uid: int | None) -> Descriptor:
         """
         Return a fresh descriptor of the door.
 
         Args:
             origin: the endpoint with whose result it goes, whose server is to run it; None: the
                 process's default server.
+            uid: who gets that result.
 
         Raises:
             ClosedError: the door, or that server, has been closed.
+            ShareError: he has too many.
         """
         with self._making:
-            if self.endpoint is not None:
-                return self.endpoint.open()
-            return self._make_door(origin)
+            endpoint = self.endpoint
+            if endpoint is None:
+                return self._make_door(origin, uid)
+            return endpoint._open_for(uid, origin)
 
-    def _make_door(self, origin: Endpoint | None) -> Descriptor:
+    def _make_door(self, origin: Endpoint | None, uid: int | None) -> Descriptor:
         name = getattr(self._iterator, "__qualname__", None) or type(self._iterator).__qualname__
         self.listener = getattr(answering.invocation, "listener", None)
         endpoint = _StreamEndpoint(
@@ -203,7 +207,7 @@ class Pump:
             origin.server._adopt(endpoint)
         self.endpoint = endpoint
         try:
-            return endpoint.open()
+            return endpoint._open_for(uid, origin)
         except BaseException:
             endpoint.close()
             raise
@@ -271,7 +275,10 @@ class Pump:
             return self._refusal(unfit, invocation)
 
     def _refusal(self, error: Exception, invocation: Invocation) -> Marshalled:
-        """Marshal that something cannot be sent."""
+        """Marshal that something cannot be sent, or say so at once."""
+        if isinstance(error, ShareError):
+            invocation.fail(Reason.BUSY, f"an item of the stream cannot be sent: {error}")
+            return Marshalled(None)
         refusal = marshal_error("an item of the stream", error, may_have_run=True)
         if isinstance(refusal, MarshalError):
             text = str(refusal).removeprefix("result").removeprefix("[0]")
@@ -470,13 +477,15 @@ _pumps: weakref.WeakValueDictionary[tuple[int, str], Pump] = weakref.WeakValueDi
 _pumps_lock = threading.RLock()  # a signal handler may marshal
 
 
-def _hand_out(known: Pump, iterator: Iterator[Any], codec: str, origin: Endpoint | None) -> Descriptor:
+def _hand_out(
+    known: Pump, iterator: Iterator[Any], codec: str, origin: Endpoint | None, uid: int | None
+) -> Descriptor:  # fmt: skip
     try:
-        return known.hand_out(origin)
+        return known.hand_out(origin, uid)
     except ClosedError:  # nobody had it any more, a moment ago
         another = _pump_of(iterator, codec, instead_of=known)
         another.item = known.item
-        return another.hand_out(origin)
+        return another.hand_out(origin, uid)
 
 
 def _pump_of(iterator: Iterator[Any], codec: str, *, instead_of: Pump | None = None) -> Pump:
@@ -689,7 +698,7 @@ def is_iterator(kind: type) -> bool:
 
 def _reduce(iterator: Iterator[Any], departure: Departure) -> Recipe:
     pump = _pump_of(iterator, "pickle")
-    departure.give_later(partial(_hand_out, pump, iterator, "pickle", answering.endpoint))
+    departure.give_later(partial(_hand_out, pump, iterator, "pickle", answering.endpoint, os.geteuid()))
     return _rebuild, ()
 
 
@@ -709,7 +718,7 @@ _proxy.timed.add(Stream)
 
 def _reduce_data(iterator: Iterator[Any], luggage: _data.Luggage) -> None:
     pump = _pump_of(iterator, "data")
-    luggage.give_later(partial(_hand_out, pump, iterator, "data", answering.endpoint))
+    luggage.give_later(partial(_hand_out, pump, iterator, "data", answering.endpoint, luggage.to.uid))
 
 
 def _rebuild_data(descriptor: Descriptor, passer: int | None) -> Stream:

@@ -4,7 +4,9 @@ What each strange uid may have at one time: one that is at a limit is told so, a
 
 from __future__ import annotations
 
+import resource
 import threading
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import attrs
@@ -12,14 +14,49 @@ import pytest
 from support import byhand, wait_until
 from support.actors import here, logged
 
-import doorpool
-from doorpool import BusyError, Limits, Proxy, Server
+from doorpool import BusyError, Endpoint, Limits, Proxy, Server
+from doorpool._streams import Stream
 
 PATIENCE = 20.0
 A, B = 6701, 6702
 DATA = 2
 
 pytestmark = pytest.mark.usefixtures("root_only")
+
+
+def stream() -> Iterator[int]:
+    """Give out a stream."""
+    yield from range(1000)
+
+
+def session() -> Any:
+    """Give out a door of its own, which is the default server's."""
+    return Endpoint(Session(), name="session", codec="data")
+
+
+def sessions() -> Iterator[Any]:
+    """Give out a stream of doors."""
+    while True:
+        yield session()
+
+
+def room() -> Any:
+    """Give out a door of its own, which is this server's."""
+    return here.server.attach(Session(), name="room", codec="data")
+
+
+class Session:
+    """It may be entered, and whoever has done so has a lease."""
+
+    def hello(self) -> str:
+        return "hello"
+
+    def __enter__(self) -> int:
+        here.entered = entered() + 1
+        return entered()
+
+    def __exit__(self, *_: object) -> None:
+        here.entered -= 1
 
 
 def serve(path: str, threads: int = 64, **limits: int) -> None:
@@ -35,7 +72,17 @@ def serve(path: str, threads: int = 64, **limits: int) -> None:
     here.server.attach(lambda value: value, path, name="echo", **options)
     here.server.attach(wait, f"{path}.wait", name="wait", **options)
     here.server.attach(lambda size: b"x" * size, f"{path}.much", name="much", **options)
+    for kind in (stream, session, room, sessions):
+        here.server.attach(kind, f"{path}.{kind.__name__}", **options)
+    here.server.attach(
+        lambda: "hello", f"{path}.asked", name="asked", callers=let_in_when_told, codec="data", mode=0o666
+    )
     here.server.start()
+
+
+def let_in_when_told(who: Any) -> bool:
+    """Take long about one of the users."""
+    return who.uid != A or here.gate.wait(PATIENCE)
 
 
 def usage(uid: int) -> dict[str, int]:
@@ -97,6 +144,17 @@ def settle(server: Any, uid: int, **expected: int) -> None:
     wait_until(lambda: expected.items() <= server(usage, uid).items(), timeout=PATIENCE)
 
 
+def sole_line(server: Any, text: str) -> str:
+    """Return the line of the log that has a text: an offender is named once, not for each event."""
+
+    def found() -> list[str]:
+        return [line for line in server(logged) if text in line and "more such" not in line]
+
+    wait_until(found, timeout=PATIENCE)
+    (line,) = found()
+    return line
+
+
 @pytest.fixture
 def serving(actor, path):
     def start(**limits: int) -> Any:
@@ -154,6 +212,131 @@ def disconnect() -> None:
         here.kept.pop().close()
 
 
+def keep_some(path: str, count: int) -> tuple[int, list[str]]:
+    """Have a door give out so many others, and keep them; return how many came, and what was said else."""
+    here.giver, here.kept = Proxy(path, server={0}, timeout=PATIENCE), []
+    return keep_more(count)
+
+
+def keep_more(count: int) -> tuple[int, list[str]]:
+    refusals = []
+    for _ in range(count):
+        try:
+            here.kept.append(here.giver())
+        except BusyError as error:
+            refusals.append(f"{error}, may_have_run={error.may_have_run}")
+    return len(here.kept), refusals
+
+
+def use_kept() -> list[Any]:
+    """Use the first of what was kept, and the last."""
+    ends = here.kept[0], here.kept[-1]
+    return [next(it) if isinstance(it, Stream) else it.hello() for it in ends]
+
+
+GIVEN = [("stream", [0, 0]), ("session", ["hello", "hello"])]
+
+
+@pytest.mark.ids("F07")
+@pytest.mark.parametrize(("kind", "said"), GIVEN, ids=["streams", "sessions"])
+def test_one_uid_keeps_doors_and_streams_until_it_is_refused_and_another_is_served(
+    serving, actor, path, kind, said
+):  # fmt: skip
+    """What is given out in results is the stranger's who has it, like what he has come by."""
+    server, one, other = serving(descriptors=20), actor(A), actor(B)
+    kept, refusals = one(keep_some, f"{path}.{kind}", 50)
+    assert kept == 17, "one for each, and three for the way to the first door"
+    for text in (f"{path}.{kind}", "20 descriptors", f"uid {A}", "limit is 20", "may_have_run=True"):
+        assert text in refusals[0]
+    assert server(usage, A)["descriptors"] == 20
+    assert server(refused) >= 33
+    assert f"uid {A}" in sole_line(server, "limit is 20")
+    assert not [line for line in server(logged) if "Traceback" in line]
+    for served in (other, actor(0)):
+        assert served(keep_some, f"{path}.{kind}", 5) == (5, [])
+        assert served(use_kept) == said
+    assert server(usage, 0) == {}
+    one(disconnect)
+    settle(server, A, descriptors=3)
+    assert one(keep_more, 5) == (5, [])
+    assert one(use_kept) == said
+
+
+def test_our_own_user_keeps_as_many_doors_and_streams_as_there_is_room_for(serving, actor, path):
+    server, own = serving(descriptors=5), actor(0)
+    for kind, said in GIVEN:
+        assert own(keep_some, f"{path}.{kind}", 20) == (20, [])
+        assert own(use_kept) == said
+    assert server(usage, 0) == {}
+
+
+def keep_from_stream(path: str) -> tuple[int, str]:
+    """Keep the doors that a stream brings; return how many, and what was said then."""
+    here.giver, here.kept = Proxy(path, server={0}, timeout=PATIENCE), []
+    here.stream = here.giver()
+    try:
+        for one in here.stream:
+            here.kept.append(one)
+    except BusyError as error:
+        return len(here.kept), f"{error}, may_have_run={error.may_have_run}"
+    raise AssertionError("the stream has an end")
+
+
+@pytest.mark.ids("F07")
+def test_one_uid_pulls_doors_out_of_a_stream_until_it_is_refused(serving, actor, path):
+    """Of ten, three are for the way to the door and three for the stream; a batch may be too many."""
+    server, one, other = serving(descriptors=10), actor(A), actor(B)
+    kept, refusal = one(keep_from_stream, f"{path}.sessions")
+    assert 3 <= kept <= 4
+    for text in ("sessions", "descriptors", f"uid {A}", "limit is 10", "may_have_run=True"):
+        assert text in refusal
+    assert other(call_once, path, "hello") == "hello"
+    one(disconnect)
+    assert server(refused) >= 1
+
+
+def enter_all() -> list[str]:
+    """Enter all sessions that were kept; return what was said where that failed."""
+    here.inside, refusals = [], []
+    for one in here.kept:
+        try:
+            one.__enter__()
+        except BusyError as error:
+            refusals.append(f"{error}, may_have_run={error.may_have_run}")
+        else:
+            here.inside.append(one)
+    return refusals
+
+
+def leave_all() -> None:
+    while here.inside:
+        here.inside.pop().__exit__(None, None, None)
+
+
+def entered() -> int:
+    return int(getattr(here, "entered", 0))
+
+
+@pytest.mark.ids("F07")
+def test_one_uid_enters_until_it_is_refused_and_has_not_entered_then(serving, actor, path):
+    """A session is one descriptor, its channel two, and the lease of who has entered it one."""
+    server, one, other = serving(descriptors=18), actor(A), actor(B)
+    for stranger in (one, other):
+        assert stranger(keep_some, f"{path}.room", 4) == (4, [])
+    refusals = one(enter_all)
+    assert len(refusals) == 1
+    for text in ("room", "18 descriptors", f"uid {A}", "limit is 18", "may_have_run=False"):
+        assert text in refusals[0]
+    assert server(entered) == 3
+    assert len(other(enter_all)) == 1
+    assert server(entered) == 6
+    for stranger in (one, other):
+        stranger(leave_all)
+    assert server(entered) == 0
+    for uid in (A, B):
+        settle(server, uid, descriptors=3)
+
+
 def knock_often(path: str, count: int) -> None:
     """Knock, and leave the answers unread."""
     here.kept = []
@@ -174,6 +357,35 @@ def test_one_uid_leaves_answers_unread_up_to_its_limit_and_another_is_served(ser
     one(disconnect)
     wait_until(lambda: server(usage, A) == {}, timeout=PATIENCE)
     assert one(call_once, path, "again") == "again"
+
+
+@pytest.mark.ids("F07")
+def test_one_uid_knocks_while_it_is_being_asked_about_and_another_is_let_in(serving, actor, path):
+    server, one, mates, other = serving(greetings=4), actor(A), actor(A), actor(B)
+    door = f"{path}.asked"
+    one(knock_often, door, 4)
+    settle(server, A, greetings=4, channels=0)
+    assert server(refused) == 0
+    opened, refusals = mates(open_some, door, 1)
+    assert opened == 0
+    for text in (door, f"4 knocks of uid {A}", "the limit is 4", "may_have_run=False"):
+        assert text in refusals[0]
+    assert server(refused) == 1
+    assert mates(open_some, door, 1)[0] == 0
+    assert server(refused) == 2
+    assert f"uid={A}" in sole_line(server, "4 knocks")
+    assert server(usage, A)["greetings"] == 4
+    assert other(call, door) == "hello"
+    server(let_go)
+    settle(server, A, greetings=4, channels=4)  # they are answered, and have not read it
+    one(disconnect)
+    wait_until(lambda: server(usage, A) == server(usage, B) == {}, timeout=PATIENCE)
+    assert mates(call, door) == "hello"
+
+
+def call(path: str) -> Any:
+    with Proxy(path, server={0}, timeout=PATIENCE) as proxy:
+        return proxy()
 
 
 def test_calls_over_the_share_of_running_ones_wait_and_another_uid_is_served(serving, actor, path):
@@ -336,4 +548,29 @@ def test_a_limit_is_a_whole_number(name, value, error):
 def test_limits_are_limits():
     with pytest.raises(TypeError, match="limits"):
         Server(limits={"channels": 1})  # type: ignore[arg-type]
-    assert doorpool.Server().statistics().limits == Limits()
+
+
+@pytest.fixture
+def set_nofile() -> Iterator[Callable[[int], None]]:
+    """Set the soft limit of open files, which is put back."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    yield lambda value: resource.setrlimit(resource.RLIMIT_NOFILE, (value, hard))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_statistics_show_the_limits_that_are_in_force(set_nofile):
+    """Those that were given, and in place of the others what comes of the threads and of the soft limit."""
+    set_nofile(1000)
+    with Server(max_threads=32) as server:
+        limits = server.statistics().limits
+        assert limits == Limits(running=8, descriptors=375)
+        set_nofile(800)
+        assert server.statistics().limits == attrs.evolve(limits, descriptors=300)
+    with Server(max_threads=2) as small:
+        assert small.statistics().limits.running == 1
+    given = Limits(channels=5, running=6, queued=7, bytes=8, descriptors=9, greetings=10)
+    with Server(limits=given) as server:
+        assert server.statistics().limits == given
+    with Server(max_threads=4, limits=Limits(running=6, descriptors=601)) as server:
+        limits = server.statistics().limits
+        assert limits == Limits(running=3, descriptors=600), "all strangers together may have no more"
