@@ -216,6 +216,7 @@ class Server:
             refused=crowd.refused,
             limits=attrs.evolve(
                 crowd.limits,
+                total_bytes=crowd.most_bytes,
                 running=self._shared_pool.gate.most_running,
                 descriptors=descriptors_of_a_user(crowd.limits),
             ),

@@ -7,7 +7,7 @@ have one together.  Our own user and root have no share: they could stop the ser
 call of theirs passes none of this.
 
 Where it is counted
-    channels, bytes     for each server (``Crowd``), whose they are
+    channels, bytes     for each server (``Crowd``), whose they are; bytes also of all strangers together
     threads             for each pool of threads (``Turns``): a pool is what callers wait for
     descriptors, knocks for the process (``_guests``), for so the kernel counts them; each server has its own
                         limit for the number
@@ -38,11 +38,18 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
+from doorpool._channel import PACKET
 from doorpool._errors import BusyError
 from doorpool._wire import Reason, Refusal
 
 if TYPE_CHECKING:
     from doorpool._gate import Served
+
+
+#: How many users may have all their bytes in flight at one time, if nothing else is said.
+_USERS = 4
+
+_NO_LIMIT = 1 << 62
 
 
 def _whole(_: object, attribute: attrs.Attribute[Any], value: int | None) -> None:
@@ -71,6 +78,9 @@ class Limits:
             results until the caller has read them, but for what the kernel buffers (some 200 KiB a
             channel).  A single one is let pass if there is nothing else: ``max_request`` and
             ``max_reply`` are for that.  Requests that begin at the same moment may go over it together.
+        total_bytes: the same of all these users together, who may be one person with many uids; by default
+            four times ``bytes``.  Nobody counts for more than ``bytes`` in it, and what is no more than a
+            packet (64 KiB) is let pass.
         descriptors: of the server's process, for connections and channels, and for doors, streams and leases
             that were given to him in results, as long as he keeps them; by default half of what strangers
             may have together, which is three quarters of ``RLIMIT_NOFILE``.
@@ -85,6 +95,7 @@ class Limits:
     running: int | None = attrs.field(default=None, validator=_whole)
     queued: int = attrs.field(default=256, validator=_whole)
     bytes: int = attrs.field(default=2**28, validator=_whole)
+    total_bytes: int | None = attrs.field(default=None, validator=_whole)
     descriptors: int | None = attrs.field(default=None, validator=_whole)
     greetings: int = attrs.field(default=16, validator=_whole)
 
@@ -92,7 +103,7 @@ class Limits:
 @attrs.frozen
 class Usage:
     """
-    What a stranger has of a server now; the fields are those of ``Limits``.
+    What a stranger has of a server now; the fields are those of ``Limits``, but for the total.
 
     ``descriptors`` and ``greetings`` are of the whole process; ``greetings`` of both kinds together.
     """
@@ -140,9 +151,11 @@ class Crowd:
 
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
+        self.most_bytes = limits.total_bytes or _USERS * limits.bytes  # of all of them
         self.refused = 0
         self._lock = threading.RLock()  # a finalizer may answer a call in the midst of it
         self._shares: dict[int | None, Share] = {}
+        self._bytes = 0  # of all of them, of nobody more than his limit
 
     def objection(self, uid: int | None) -> Refusal | None:
         """Say why a stranger may open no further channel; None if he may."""
@@ -165,24 +178,41 @@ class Crowd:
             return
         with self._lock:
             share.channels -= 1
-            share.bytes -= served.bytes
-            served.bytes = 0
+            self._set(share, served, 0)
             if not share.channels:
                 self._shares.pop(share.uid, None)
 
     def room(self, served: Served, limit: int) -> int:
         """Say how large a request may be that begins, if ``limit`` is the door's."""
         share = served.share
-        others = 0 if share is None else share.bytes - served.bytes
-        return min(limit, max(0, self.limits.bytes - others)) if others else limit
+        if share is None:
+            return limit
+        others = share.bytes - served.bytes
+        if others:
+            limit = min(limit, max(0, self.limits.bytes - others))
+        return min(limit, max(PACKET, self._room_of_all(share, others)))
+
+    def _room_of_all(self, share: Share, others: int) -> int:
+        """Say how much more there may be of somebody who has so much besides, because of what all have."""
+        most = self.limits.bytes
+        before = min(others, most)
+        all_others = self._bytes - min(share.bytes, most) + before
+        left = self.most_bytes - all_others
+        return max(0, left) if all_others and left < most - before else _NO_LIMIT
+
+    def _set(self, share: Share, served: Served, size: int) -> None:
+        """Let a channel have so many bytes in flight; for holders of the lock."""
+        before = min(share.bytes, self.limits.bytes)
+        share.bytes += size - served.bytes
+        served.bytes = size
+        self._bytes += min(share.bytes, self.limits.bytes) - before
 
     def count(self, served: Served, size: int) -> None:
         """Say how many bytes of a channel are in flight now."""
         if size == served.bytes or (share := served.share) is None:
             return
         with self._lock:
-            share.bytes += size - served.bytes
-            served.bytes = size
+            self._set(share, served, size)
 
     def why_no_request(self, served: Served, size: int) -> Refusal:
         """Say why a request had no room that the door would have taken."""
@@ -196,15 +226,21 @@ class Crowd:
             return None
         with self._lock:
             others = share.bytes - served.bytes
-            if others and others + size > self.limits.bytes:
+            over_own = others and others + size > self.limits.bytes
+            if over_own or size > max(PACKET, self._room_of_all(share, others)):
                 return self._too_much(share, "a result", size, others, may_have_run=True)
-            share.bytes, served.bytes = others + size, size
+            self._set(share, served, size)
         return None
 
     def _too_much(
         self, share: Share, what: str, size: int, others: int, *, may_have_run: bool = False
     ) -> Refusal:  # fmt: skip
         what = f"bytes in flight with {what} of {size}"
+        if not others or others + size <= self.limits.bytes:
+            most, value = self.most_bytes, self._bytes - min(share.bytes, self.limits.bytes) + others + size
+            whose = "unknown uid" if share.uid is None else f"uid {share.uid}"
+            text = f"other users have {value} {what} of {whose}, and their limit together is {most}"
+            return Refusal(Reason.BUSY, text, may_have_run, most, value)
         return over(what, share.uid, others + size, self.limits.bytes, may_have_run=may_have_run)
 
     def usage(self) -> dict[int | None, Usage]:

@@ -18,7 +18,7 @@ from doorpool import BusyError, Endpoint, Limits, Proxy, Server
 from doorpool._streams import Stream
 
 PATIENCE = 20.0
-A, B = 6701, 6702
+A, B, C = 6701, 6702, 6703
 DATA = 2
 
 pytestmark = pytest.mark.usefixtures("root_only")
@@ -520,6 +520,50 @@ def call_for(path: str, size: int) -> int:
     return len(call_once(path, size))
 
 
+@pytest.mark.ids("F23")
+def test_many_uids_send_no_more_than_all_strangers_may_and_our_own_sends(serving, actor, path):
+    """One of them begins a request that would be too large beside another of his, and counts for no more."""
+    server, one, two, three = serving(bytes=3 * MIB, total_bytes=5 * MIB), actor(A), actor(B), actor(C)
+    one(send_half, path, 4 * MIB)
+    settle(server, A, bytes=4 * MIB)
+    two(send_half, path, 2 * MIB)
+    settle(server, B, bytes=2 * MIB)
+    with pytest.raises(BusyError) as caught:
+        three(call_with, path, 2 * MIB)
+    assert not caught.value.may_have_run
+    for text in (path, "bytes in flight", f"uid {C}", f"limit together is {5 * MIB}", "other users have"):
+        assert text in str(caught.value)
+    assert "limit together" in sole_line(server, "bytes in flight")
+    assert three(call_with, path, 1000) == 1000
+    with pytest.raises(BusyError, match="limit together"):
+        three(call_for, f"{path}.much", 2 * MIB)
+    assert three(call_for, f"{path}.much", 1000) == 1000
+    assert actor(0)(call_with, path, 2 * MIB) == 2 * MIB
+    one(disconnect)
+    settle_gone(server, A)
+    assert three(call_with, path, 2 * MIB) == 2 * MIB
+    assert three(call_for, f"{path}.much", 2 * MIB) == 2 * MIB
+
+
+def settle_gone(server: Any, uid: int) -> None:
+    wait_until(lambda: server(usage, uid).get("bytes", 0) == 0, timeout=PATIENCE)
+
+
+@pytest.mark.ids("F23")
+def test_many_uids_read_no_results_up_to_what_all_strangers_may_have(serving, actor, path):
+    server, one, two, three = serving(bytes=3 * MIB, total_bytes=5 * MIB), actor(A), actor(B), actor(C)
+    for stranger, uid in ((one, A), (two, B)):
+        stranger(learn_request)
+        stranger(ask_and_not_read, f"{path}.much", 2 * MIB)
+        wait_until(lambda uid=uid: server(usage, uid).get("bytes", 0) >= 2 * MIB, timeout=PATIENCE)
+    with pytest.raises(BusyError, match=f"uid {C}, and their limit together is {5 * MIB}") as caught:
+        three(call_for, f"{path}.much", 2 * MIB)
+    assert caught.value.may_have_run
+    two(disconnect)
+    settle_gone(server, B)
+    assert three(call_for, f"{path}.much", 2 * MIB) == 2 * MIB
+
+
 def test_our_own_user_and_root_have_no_share(actor, place):
     """They are trusted, and pass none of what counts the others."""
     path = str(place / "own.door")
@@ -563,14 +607,14 @@ def test_statistics_show_the_limits_that_are_in_force(set_nofile):
     set_nofile(1000)
     with Server(max_threads=32) as server:
         limits = server.statistics().limits
-        assert limits == Limits(running=8, descriptors=375)
+        assert limits == Limits(running=8, descriptors=375, total_bytes=2**30)
         set_nofile(800)
         assert server.statistics().limits == attrs.evolve(limits, descriptors=300)
     with Server(max_threads=2) as small:
         assert small.statistics().limits.running == 1
-    given = Limits(channels=5, running=6, queued=7, bytes=8, descriptors=9, greetings=10)
+    given = Limits(channels=5, running=6, queued=7, bytes=8, total_bytes=9, descriptors=10, greetings=11)
     with Server(limits=given) as server:
         assert server.statistics().limits == given
     with Server(max_threads=4, limits=Limits(running=6, descriptors=601)) as server:
         limits = server.statistics().limits
-        assert limits == Limits(running=3, descriptors=600), "all strangers together may have no more"
+        assert (limits.running, limits.descriptors) == (3, 600), "all strangers together may have no more"
