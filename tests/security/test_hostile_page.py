@@ -1,8 +1,8 @@
 """
-A shared page in bad hands: a process of our own user that writes whatever it likes into it.
+Whatever is written into a shared page: no crash, no wait beyond its time, no run with bytes that were not posted, no leak.
 
-The invariant: the other side answers, refuses or ends the channel; it never crashes, never waits
-beyond its time, and never runs a procedure with bytes that were not posted as a request.
+It is in bad hands: a process of our own user writes what it likes into it, at any moment.  The other side
+answers, refuses or ends the channel.
 """
 
 from __future__ import annotations
