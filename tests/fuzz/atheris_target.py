@@ -1,5 +1,5 @@
 """
-The other side parses or refuses: no crash, no hang, nothing imported or run, nothing that nobody sent; for runs of hours.
+The other side parses or refuses: no crash, no hang, nothing run, nothing that nobody sent; for runs of hours.
 
     pip install -e '.[test,fuzz]'
     python tests/fuzz/atheris_target.py wire CORPUS -max_total_time=3600

@@ -1,5 +1,5 @@
 """
-Batches of streams are parsed as pickle does, or left to it: no crash, no hang, no value that nobody wrote, no leak.
+Batches of streams are parsed as pickle does, or left to it: no crash or hang, no value nobody wrote, no leak.
 
 What is meant is the compiled reader of ``_batches.c``.
 """

@@ -1,5 +1,5 @@
 """
-Whatever is written into a shared page: no crash, no wait beyond its time, no run with bytes that were not posted, no leak.
+Whatever is written into a shared page: no crash, no wait without end, no run with bytes that nobody posted.
 
 It is in bad hands: a process of our own user writes what it likes into it, at any moment.  The other side
 answers, refuses or ends the channel.
