@@ -47,12 +47,20 @@ from doorpool._credentials import Credentials, is_strange
 from doorpool._descriptor import Descriptor
 from doorpool._door import crossing_bar, door_made_with
 from doorpool._endpoint import Endpoint, answering
-from doorpool._errors import BrokenDoorError, CallTimeoutError, ClosedError, MarshalError, NotADoorError
+from doorpool._errors import (
+    BrokenDoorError,
+    BusyError,
+    CallTimeoutError,
+    ClosedError,
+    MarshalError,
+    NotADoorError,
+)
 from doorpool._handle import Handle, deadline_after
 from doorpool._info import describe
 from doorpool._objects import CALL
 from doorpool._passing import Departure, Recipe
 from doorpool._proxy import SPOKEN, DataLine, Line, Proxy, proxy_of
+from doorpool._shares import ShareError
 from doorpool._wire import Attribute, Codec
 
 #: Seconds for the first knock at a door that arrived, as for opening a path.
@@ -184,7 +192,7 @@ def depart(door: Endpoint | Proxy, uid: int | None, departure: Departure) -> Non
     elif uid == os.geteuid():
         departure.give_later(partial(_copy, door))
     else:
-        departure.give_later(partial(fresh, door), door._line.handle.server.uid)
+        departure.give_later(partial(_relay, door, uid, answering.endpoint), door._line.handle.server.uid)
 
 
 def _copy(proxy: Proxy) -> Descriptor:
@@ -195,9 +203,22 @@ def _copy(proxy: Proxy) -> Descriptor:
     return Descriptor(os.dup(number))
 
 
-def fresh(proxy: Proxy) -> Descriptor:
+def _relay(proxy: Proxy, uid: int | None, giver: Endpoint | None) -> Descriptor:
+    """Get a descriptor for somebody: in a result (of ``giver``) as his, otherwise as our own."""
+    if giver is None or not is_strange(uid):
+        return fresh(proxy, os.geteuid())
+    try:
+        return fresh(proxy, uid)
+    except BusyError as error:  # whose server has logged it, and said why
+        raise ShareError(str(error)) from None
+
+
+def fresh(proxy: Proxy, uid: int | None) -> Descriptor:
     """
     Have the server of a door make a descriptor of it that shares its fate with no other.
+
+    Args:
+        uid: whose it will be; None: nobody knows.
 
     Raises:
         DoorError: it did not.
@@ -205,7 +226,7 @@ def fresh(proxy: Proxy) -> Descriptor:
     line = proxy._line
     deadline = deadline_after(_OPENING if proxy._timeout is None else proxy._timeout)
     line.renew(deadline)
-    return Descriptor(line.handle.ask_descriptor(deadline))
+    return Descriptor(line.handle.ask_descriptor(deadline, uid))
 
 
 def _reduce(door: Any, departure: Departure) -> Recipe:

@@ -492,12 +492,21 @@ class Gate:
 
     @staticmethod
     def _answer_ping(served: Served, frame: Frame) -> None:
-        """Say that we are here, and hand out a descriptor if one was asked for and can be had."""
+        """
+        Say that we are here, and hand out a descriptor if one was asked for and can be had.
+
+        Our own user and root say truly for whom they ask; of others each asks for himself.
+        """
         channel, door = served.channel, served.door
-        number = -1
-        if frame.data == _wire.HAND_OUT:
-            with contextlib.suppress(OSError, ClosedError, ShareError):
-                number = door.open_for(channel.peer.uid)
+        number, uid = -1, channel.peer.uid
+        if _wire.is_hand_out(frame.data):
+            try:
+                number = door.open_for(uid if is_strange(uid) else _wire.decode_hand_out(frame.data, uid))
+            except ShareError as error:
+                channel.say(Kind.FAILURE, frame.number, Refusal(Reason.BUSY, str(error)).encode())
+                return
+            except (OSError, ClosedError):
+                number = -1
         if number < 0:
             channel.say(Kind.PONG, frame.number, door.limits().encode())
             return

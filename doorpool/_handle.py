@@ -701,14 +701,17 @@ class Handle:
         """Open a channel and keep it for the next call: it is known then who the server is."""
         self._give_back(self._dial(deadline))
 
-    def ask_descriptor(self, deadline: float | None) -> int:
+    def ask_descriptor(self, deadline: float | None, uid: int | None) -> int:
         """
         Have the server make a descriptor of the door that shares its fate with no other.
+
+        Args:
+            uid: whose it will be, of whom a server of our own user counts it; None: nobody knows.
 
         Raises:
             DoorError: it did not.
         """
-        came = self.call_until(deadline, _wire.HAND_OUT, kind=_PING)
+        came = self.call_until(deadline, _wire.encode_hand_out(uid), kind=_PING)
         descriptors = came[2] if isinstance(came, tuple) else []
         if len(descriptors) != 1:
             close_all(descriptors, self.server.uid)

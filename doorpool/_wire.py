@@ -110,8 +110,11 @@ FAREWELL_MAGIC = b"dpBY"
 
 BELL = b"B"
 
-#: The data of a ping whose answer shall bring a fresh descriptor of the door.
+#: The data of a ping whose answer shall bring a fresh descriptor of the door; behind it may be for whom.
 HAND_OUT = b"open"
+
+_UID = struct.Struct("<I")
+_NO_UID = 2**32 - 1
 
 
 class Codec(IntEnum):
@@ -347,6 +350,25 @@ def decode_refusal(data: bytes | bytearray) -> Refusal:
     except ValueError:
         raise ProtocolError(f"a refusal for the unknown reason {reason}: {text}", may_have_run=True) from None
     return Refusal(known, text, may_have_run != 0, limit, value)
+
+
+def encode_hand_out(uid: int | None) -> bytes:
+    """Write a wish for a descriptor that somebody else will have; None: nobody knows who."""
+    return HAND_OUT + _UID.pack(_NO_UID if uid is None else uid)
+
+
+def is_hand_out(data: bytes | bytearray) -> bool:
+    """Tell whether a ping has such a wish."""
+    return data[: len(HAND_OUT)] == HAND_OUT
+
+
+def decode_hand_out(data: bytes | bytearray, asker: int | None) -> int | None:
+    """Read whose the descriptor will be: the asker's own, if he says nothing."""
+    said = bytes(data[len(HAND_OUT) :])
+    if len(said) != _UID.size:
+        return asker
+    uid: int = _UID.unpack(said)[0]
+    return None if uid == _NO_UID else uid
 
 
 @attrs.frozen

@@ -438,13 +438,13 @@ def test_a_fresh_descriptor_shares_its_fate_with_no_other(far):
     """S13: who holds one may shut it down, and the others notice nothing."""
     backend = far("backend")()
     assert backend.pid() == far.child.pid
-    with doors.fresh(backend) as descriptor:
+    with doors.fresh(backend, os.geteuid()) as descriptor:
         other = socket.socket(fileno=os.dup(descriptor.fileno()))
         with other, Proxy(descriptor) as second:
             assert second == backend
             assert second.pid() == far.child.pid
             other.shutdown(socket.SHUT_RDWR)
-        doors.fresh(backend).close()
+        doors.fresh(backend, os.geteuid()).close()
     assert backend.pid() == far.child.pid
 
 
@@ -454,7 +454,7 @@ def test_a_server_without_descriptors_hands_none_out(far, serve, connect, monkey
     endpoint_door = proxy._line._find_home()._door
     monkeypatch.setattr(endpoint_door, "open_for", lambda uid: (_ for _ in ()).throw(OSError(24, "none")))
     with pytest.raises(BusyError, match="has made no descriptor"):
-        doors.fresh(proxy)
+        doors.fresh(proxy, os.geteuid())
     assert proxy(1) == 1
 
 

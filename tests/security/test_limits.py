@@ -15,6 +15,7 @@ from support import byhand, wait_until
 from support.actors import here, logged
 
 from doorpool import BusyError, Endpoint, Limits, Proxy, Server
+from doorpool._doors import fresh
 from doorpool._streams import Stream
 
 PATIENCE = 20.0
@@ -232,6 +233,54 @@ def use_kept() -> list[Any]:
     """Use the first of what was kept, and the last."""
     ends = here.kept[0], here.kept[-1]
     return [next(it) if isinstance(it, Stream) else it.hello() for it in ends]
+
+
+def serve_front(path: str, inner: str) -> None:
+    """Hand out somebody else's door."""
+    here.door, here.server = Proxy(inner, server={0}, timeout=PATIENCE), Server()
+    here.server.attach(lambda: here.door, path, name="front", codec="data", mode=0o666)
+    here.server.start()
+
+
+@pytest.mark.ids("F07")
+def test_a_door_that_a_front_hands_on_counts_as_that_of_who_gets_it(serving, actor, path):
+    """The front is of the server's own user, who has no share; the server is told whose it will be."""
+    server, front, one, other = serving(descriptors=20), actor(0), actor(A), actor(B)
+    outer = f"{path}.front"
+    front(serve_front, outer, path)
+    kept, refusals = one(keep_some, outer, 30)
+    assert kept == 20
+    for text in (outer, path, "20 descriptors", f"uid {A}", "limit is 20", "may_have_run=True"):
+        assert text in refusals[0]
+    assert server(usage, A)["descriptors"] == 20
+    assert f"uid {A}" in sole_line(server, "limit is 20")
+    assert not [line for line in front(logged) if "Traceback" in line]
+    assert other(keep_some, outer, 5) == (5, [])
+    one(disconnect)
+    wait_until(lambda: server(usage, A) == {}, timeout=PATIENCE)
+    assert one(keep_more, 5) == (5, [])
+
+
+def ask_often(path: str, uid: int) -> tuple[int, str]:
+    """Ask for descriptors of a door, for somebody; return how many came, and what was said then."""
+    here.giver, here.kept = Proxy(path, server={0}, timeout=PATIENCE), []
+    try:
+        while True:
+            here.kept.append(fresh(here.giver, uid))
+    except BusyError as error:
+        return len(here.kept), str(error)
+
+
+@pytest.mark.parametrize("claimed", [0, A, B])
+def test_a_stranger_asks_for_himself_whoever_he_says_it_is_for(serving, actor, path, claimed):
+    server, one = serving(descriptors=20), actor(A)
+    kept, refusal = one(ask_often, path, claimed)
+    assert kept == 17
+    for text in (path, "20 descriptors", f"uid {A}", "limit is 20"):
+        assert text in refusal
+    assert server(usage, A)["descriptors"] == 20
+    assert server(usage, B) == {}
+    assert actor(B)(call_once, path, "hello") == "hello"
 
 
 GIVEN = [("stream", [0, 0]), ("session", ["hello", "hello"])]
@@ -542,6 +591,7 @@ def test_many_uids_send_no_more_than_all_strangers_may_and_our_own_sends(serving
     one(disconnect)
     settle_gone(server, A)
     assert three(call_with, path, 2 * MIB) == 2 * MIB
+    settle_gone(server, C)  # the caller may have it all before the server knows
     assert three(call_for, f"{path}.much", 2 * MIB) == 2 * MIB
 
 
