@@ -51,7 +51,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from doorpool import _sockets, _wire
 from doorpool._channel import NOT, RECEIVE, Channel, Hangup, flat, process_is_gone
-from doorpool._credentials import Credentials
+from doorpool._credentials import Credentials, is_strange
 from doorpool._errors import ClosedError, DoorError, LimitError, ProtocolError
 from doorpool._impl import shuttle
 from doorpool._janitor import close_all, holds_up
