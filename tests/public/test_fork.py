@@ -375,13 +375,30 @@ FORKS_DURING_CALLS = """
 
 
 FORKING_SERVER = """
-    import ctypes, multiprocessing, os, signal, sys, time
+    import ctypes, multiprocessing, os, signal, sys, threading, time
     from doorpool import Server
 
     server = Server()
     context = multiprocessing.get_context("fork")
-    fork_in_c = ctypes.PyDLL(None).fork
+    fork_now = ctypes.PyDLL(None).fork
     kept = []
+
+    def idle(task):
+        "Whether a thread waits for events, and not for the interpreter's lock."
+        try:
+            with open(f"/proc/self/task/{task}/wchan") as file:
+                return "poll" in file.read()
+        except OSError:
+            return True  # it has ended
+
+    def fork_in_c():
+        "Fork while no thread asks for that lock: a child that CPython knows nothing of might never get it."
+        me = str(threading.get_native_id())
+        for _ in range(1000):
+            if all(task == me or idle(task) for task in os.listdir("/proc/self/task")):
+                break
+            time.sleep(0.001)
+        return fork_now()
 
     @server.endpoint("echo.door")
     def echo(value):
