@@ -1048,7 +1048,7 @@ def interrupted_before(step, work):
 @pytest.mark.parametrize("what", ["mapped", "moved"])
 def test_ctrl_c_while_memory_is_mapped_leaves_none_mapped(what):
     """At each step: a range whose address got lost would stay for good."""
-    for step in itertools.count(1):
+    for step in itertools.chain([sys.maxsize], itertools.count(1)):  # the first time CPython 3.12 has none
         holder = _memory.memfd(64 * KIB)
         make = partial(_memory.Mapping.of, holder.fileno(), 64 * KIB)
         if what == "moved":
@@ -1057,7 +1057,7 @@ def test_ctrl_c_while_memory_is_mapped_leaves_none_mapped(what):
         del make
         holder.close()
         assert not memfd_maps(), step
-        if not came:
+        if not came and step != sys.maxsize:
             break
     assert step > 20
 
