@@ -124,22 +124,49 @@ def by_timeout(call, number, seconds, work, ballast):
     return RESULT
 
 
-def by_interrupt(call, number, seconds, work, ballast):
-    """Give up by Ctrl-C, which a clock sends at that moment."""
-    try:
+class AlarmClock:
+    """Sends one Ctrl-C, a while after it was set."""
+
+    def __init__(self):
+        self._rang = True
+
+    def set(self, seconds):
+        self._rang = False
         signal.setitimer(signal.ITIMER_REAL, seconds)
-        try:
+
+    def ring(self, *_):
+        """Be the handler of the signal."""
+        self._rang = True
+        raise KeyboardInterrupt
+
+    def wait(self):
+        """
+        Let it ring, here at the latest.
+
+        Stopping it would not do: the interpreter may run a handler long after the signal came, which
+        would then interrupt a call that nobody gives up.
+        """
+        wait_until(lambda: self._rang, "the alarm clock rings")
+
+
+def by_interrupt(clock):
+    """Return how to give up by Ctrl-C, which the clock sends at that moment."""
+
+    def give_up(call, number, seconds, work, ballast):
+        told = INTERRUPTED
+        with contextlib.suppress(KeyboardInterrupt):
+            clock.set(seconds)
             assert call(number, work, ballast) == number
-        finally:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-    except KeyboardInterrupt:
-        return INTERRUPTED
-    return RESULT
+            told = RESULT
+            clock.wait()
+        return told
+
+    return give_up
 
 
 @pytest.fixture
 def ctrl_c(monkeypatch):
-    """Have the alarm clock do what Ctrl-C does."""
+    """Have an alarm clock do what Ctrl-C does, and return it."""
 
     def unraisable(lost):
         # One that comes up in a finalizer has no effect; it is not what is under test.
@@ -148,8 +175,9 @@ def ctrl_c(monkeypatch):
 
     default = sys.unraisablehook
     monkeypatch.setattr(sys, "unraisablehook", unraisable)
-    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
-    yield
+    clock = AlarmClock()
+    before = signal.signal(signal.SIGALRM, clock.ring)
+    yield clock
     signal.setitimer(signal.ITIMER_REAL, 0)
     signal.signal(signal.SIGALRM, before)
 
@@ -260,7 +288,7 @@ def test_giving_up_by_interrupt(journaled, door_dir, many, ctrl_c, kind):
     server, books = journaled(**options)
     rounds = many(600, 20_000)
     with contextlib.closing(face(door_dir / "note.door")) as call:
-        race(rounds, Racer(call, by_interrupt, books).round, books, RESULT, INTERRUPTED)
+        race(rounds, Racer(call, by_interrupt(ctrl_c), books).round, books, RESULT, INTERRUPTED)
     kinds = finish(server, books, rounds // 25, RESULT, INTERRUPTED)
     assert min(kinds[INTERRUPTED, 0], kinds[INTERRUPTED, 1]) >= rounds // 50, kinds
 
