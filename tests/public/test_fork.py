@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pytest
 import support
-from support import run_as_uid
+from support import fork_in_c, run_as_uid
 
 from doorpool import BrokenDoorError, ClosedError, Endpoint, Proxy, Server
 from doorpool._keeper import keeper
@@ -119,12 +119,12 @@ def test_forks_while_other_threads_call(server, door_dir, many):
 
 
 FORKS_IN_C = """
-    import ctypes, os
+    import os
     from doorpool import Proxy
 
     with Proxy("pid.door") as proxy:
         before = proxy("before")
-        child = ctypes.PyDLL(None).fork()
+        child = fork_in_c()
         if child == 0:
             os._exit(0 if proxy("child") == (before[0], ("child",)) else 1)
         code = os.waitpid(child, 0)[1]
@@ -203,11 +203,6 @@ def test_a_child_that_comes_out_of_a_procedure_answers_nothing(server, door_dir,
 # -- a client with many threads
 
 
-def fork_in_c() -> int:
-    """Fork past Python's hooks; no other thread must want to run Python just now."""
-    return int(ctypes.PyDLL(None).fork())
-
-
 FORKS = {"os": os.fork, "C": fork_in_c}
 
 
@@ -272,7 +267,7 @@ def test_forks_of_a_client_whose_threads_call(server, door_dir, many):
     path = door_dir / "pid.door"
     with Proxy(path, timeout=30) as proxy, threads_that_call(proxy, 8) as calls:
         holders: list[int] = []
-        pause = ctypes.PyDLL(None).pause  # as ``fork``, it keeps the one thread that is left in C
+        libc = ctypes.PyDLL(None)  # which keeps the one thread of such a child in C
         for number in range(many(20, 500)):
             if (child := os.fork()) == 0:
                 status = 1
@@ -284,8 +279,8 @@ def test_forks_of_a_client_whose_threads_call(server, door_dir, many):
                 finally:
                     os._exit(status)
             assert ended(child) == 0
-            if (holder := fork_in_c()) == 0:
-                pause()
+            if (holder := libc.fork()) == 0:
+                libc.pause()
             holders.append(holder)
             if len(holders) > 3:
                 end_holder(holders.pop(0))
@@ -339,11 +334,11 @@ HELD = """
 """
 
 FORKS_DURING_CALLS = """
-    import ctypes, os, sys, time, traceback
+    import os, sys, time, traceback
     from concurrent.futures import ThreadPoolExecutor
     from doorpool import Proxy
 
-    fork = {"os": os.fork, "C": ctypes.PyDLL(None).fork}[sys.argv[1]]
+    fork = {"os": os.fork, "C": fork_in_c}[sys.argv[1]]
     with Proxy("held.door", timeout=30) as held, Proxy("echo.door", timeout=30) as echo:
         echo("before")
         with ThreadPoolExecutor(8) as threads, Proxy("running.door") as running:
@@ -375,30 +370,12 @@ FORKS_DURING_CALLS = """
 
 
 FORKING_SERVER = """
-    import ctypes, multiprocessing, os, signal, sys, threading, time
+    import multiprocessing, os, signal, sys, time
     from doorpool import Server
 
     server = Server()
     context = multiprocessing.get_context("fork")
-    fork_now = ctypes.PyDLL(None).fork
     kept = []
-
-    def idle(task):
-        "Whether a thread waits for events, and not for the interpreter's lock."
-        try:
-            with open(f"/proc/self/task/{task}/wchan") as file:
-                return "poll" in file.read()
-        except OSError:
-            return True  # it has ended
-
-    def fork_in_c():
-        "Fork while no thread asks for that lock: a child that CPython knows nothing of might never get it."
-        me = str(threading.get_native_id())
-        for _ in range(1000):
-            if all(task == me or idle(task) for task in os.listdir("/proc/self/task")):
-                break
-            time.sleep(0.001)
-        return fork_now()
 
     @server.endpoint("echo.door")
     def echo(value):

@@ -12,11 +12,11 @@ from support.rawdoor import PATIENCE
 from doorpool.door import Handle
 
 SERVER = """
-    import ctypes, os, select, signal, sys, threading
+    import os, select, signal, sys, threading
     from doorpool._errors import ClosedError
     from doorpool.door import Door, Gate
 
-    fork = {"os": os.fork, "C": ctypes.PyDLL(None).fork}[sys.argv[1]]
+    fork = {"os": os.fork, "C": fork_in_c}[sys.argv[1]]
     gate = Gate(lingers=True)
     door = Door(gate)
     door.listen("a.door")

@@ -8,12 +8,11 @@ there would be unpickled as root.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 from collections.abc import Callable
 
 import pytest
-from support import become, byhand, wait_until
+from support import become, byhand, fork_in_c, wait_until
 from support.actors import logged
 from support.marker import Marker
 from support.strangers import frames_with
@@ -24,7 +23,7 @@ from doorpool._errors import DoorError
 
 M = 6602
 
-FORKS: dict[str, Callable[[], int]] = {"os": os.fork, "C": lambda: int(ctypes.PyDLL(None).fork())}
+FORKS: dict[str, Callable[[], int]] = {"os": os.fork, "C": fork_in_c}
 
 
 def fork_a_worker_that_writes(how: str, copied: bool, uid: int | None, frames: list[bytes]) -> list[str]:

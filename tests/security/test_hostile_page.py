@@ -17,14 +17,13 @@ import random
 import re
 import select
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from support import byhand
+from support import byhand, fork_in_c
 from support.rawdoor import PATIENCE
 
 import doorpool
@@ -382,15 +381,7 @@ def test_a_page_is_not_there_in_a_forked_child(opened, kept, how):
     proxy, _, _ = opened
     page = proxy._line.handle._idle[0].page
     reader, writer = os.pipe()
-    # A thread that has asked for the interpreter's lock in vain is not there in a child of a fork in C, which
-    # would wait for it to take the lock.
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(60)
-    time.sleep(2 * interval)  # who waits by the old interval has had the lock then, or waits by the new one
-    try:
-        child = os.fork() if how == "os.fork" else ctypes.PyDLL(None).fork()  # with the lock held
-    finally:
-        sys.setswitchinterval(interval)
+    child = os.fork() if how == "os.fork" else fork_in_c()
     if child == 0:
         try:
             page.post(b"from the child", 0, 0)

@@ -13,6 +13,7 @@ from support.child import (
     count_unpickling,
     enter_pid_namespace,
     enter_user_namespace,
+    fork_in_c,
     unpickling_counts,
 )
 from support.leaks import Holdings
@@ -43,6 +44,7 @@ __all__ = [
     "count_unpickling",
     "enter_pid_namespace",
     "enter_user_namespace",
+    "fork_in_c",
     "run_as_uid",
     "run_python",
     "start_python",

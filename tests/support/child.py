@@ -13,6 +13,8 @@ import logging
 import os
 import pickle
 import sys
+import threading
+import time
 from typing import Any
 
 # On standard error, where the test finds them: warnings and errors of the library, which by itself is silent.
@@ -104,6 +106,37 @@ def become(uid: int, gid: int | None = None, groups: tuple[int, ...] = ()) -> No
     os.setresuid(uid, uid, uid)
     # As if the process had been started by that user: /proc/self is its own again.
     _libc.prctl(_PR_SET_DUMPABLE, 1, 0, 0, 0)
+
+
+def fork_in_c() -> int:
+    """
+    Fork past Python's hooks, when no other thread wants the interpreter's lock.
+
+    CPython cannot clear up in a child that it knows nothing of, where those threads are not.  One that has
+    waited for as long as the switch interval has its holder wait for it when it gives the lock up: the
+    child would for ever, and so it would where one holds the lock's own mutex.
+    """
+    interval, own = sys.getswitchinterval(), str(threading.get_native_id())
+    sys.setswitchinterval(60)
+    try:
+        time.sleep(2 * interval)  # who waits by the old one has had the lock then, or waits by the new one
+        for _ in range(1000):
+            if all(task == own or _sleeps(task) for task in os.listdir("/proc/self/task")):
+                break
+            time.sleep(0.001)
+        return int(ctypes.PyDLL(None).fork())  # with the lock held
+    finally:
+        sys.setswitchinterval(interval)
+
+
+def _sleeps(task: str) -> bool:
+    """Whether a thread waits for something, but not for a lock."""
+    try:
+        with open(f"/proc/self/task/{task}/wchan") as file:
+            where = file.read()
+    except OSError:
+        return True  # it has ended
+    return where not in ("", "0") and "futex" not in where
 
 
 def enter_user_namespace(*ranges: tuple[int, int, int]) -> None:

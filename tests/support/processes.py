@@ -35,7 +35,7 @@ READY_TIMEOUT = 20.0  # seconds; an interpreter with NumPy and cloudpickle on a 
 RUN_TIMEOUT = 40.0  # seconds; below the 60 that a test may take, so that this one tells what happened
 
 _HEADER = (
-    "from support.child import ready, result, become, count_unpickling, unpickling_counts, "
+    "from support.child import ready, result, become, count_unpickling, unpickling_counts, fork_in_c, "
     "enter_pid_namespace, enter_user_namespace\n"
 )
 
