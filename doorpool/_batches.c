@@ -1,7 +1,7 @@
 /*
  * Batches of streams: taking items from an iterator, and pickling many small ones.
  *
- * A stream sends up to 1024 items at a time (see _streams.py), so the call that carries them counts for little,
+ * A stream sends up to 8192 items at a time (see _streams.py), so the call that carries them counts for little,
  * and what is done for each of them counts.  In Python the loop that takes them takes 0.06 us an item, and
  * `pickle.dumps` 0.05 more for a string, for a memo that nobody looks into again.
  *
