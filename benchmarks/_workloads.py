@@ -148,10 +148,17 @@ def _count_up() -> Iterator[int]:
     yield from count()
 
 
+@cache
+def _log() -> Any:
+    log = tempfile.TemporaryFile("w")  # noqa: SIM115 - there for as long as the process
+    log.writelines(f"{n:07} a line of the log, say\n" for n in range(LINES))
+    log.flush()
+    return log
+
+
 def _read_log() -> Iterator[str]:
     """Return the lines of a log, which begins anew at its end."""
-    with tempfile.TemporaryFile("w+") as log:
-        log.writelines(f"{n:07} a line of the log, say\n" for n in range(LINES))
+    with open(f"/proc/self/fd/{_log().fileno()}") as log:
         while log.seek(0) == 0:
             yield from log
 

@@ -66,12 +66,14 @@ class Call:
     @property
     def cancelled(self) -> bool:
         """
-        Whether the caller has given up or is dead; False once the call was answered.
+        Whether the caller has given up or is dead; False once the call was answered (in a generator that
+        streams its items: whether the caller who pulls is gone).
 
         Looks at the channel and at the caller's process each time it is asked, and is true
         at once.  Nothing is ever interrupted: a procedure that wants to stop early asks.
         """
-        return not self._invocation.answered and self._invocation.cancelled
+        invocation = self._invocation
+        return (not invocation.answered or getattr(invocation, "goes_on", False)) and invocation.cancelled
 
 
 def current_call() -> Call:

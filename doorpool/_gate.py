@@ -545,6 +545,13 @@ class Gate:
         else:
             self._park(served)
 
+    def part(self) -> None:
+        """Let go of the channel that this thread keeps, which does not come back soon."""
+        served = getattr(self._local, "last", None)
+        if served is not None:
+            self._local.last = None
+            self._park(served)
+
     def _park(self, served: Served) -> None:
         # step: parking
         events = self._events_for(served)
@@ -693,6 +700,7 @@ class Invocation:
         descriptors: the numbers that came along; the invocation owns those that are not
             taken out of the list.
         line: the channel it came by; in its ``memo`` the layer above may keep something.
+        goes_on: set, and true, if its procedure goes on with its work after the answer.
         credentials: who is calling, as of the opening of its channel.
         words: what the caller says of itself (a claim).
         call, listener: the layer above may keep something here, too.
@@ -704,10 +712,11 @@ class Invocation:
     _sent: int
     _taken: int
     listener: Any  # not set for an everyday call
+    goes_on: bool  # likewise
 
     __slots__ = (
         "_gate", "_nanoseconds", "_open", "_sent", "_taken", "buffers", "call", "data", "descriptors",
-        "door", "line", "listener",
+        "door", "goes_on", "line", "listener",
     )  # fmt: skip
 
     def __init__(self, gate: Gate, served: Served) -> None:
@@ -826,6 +835,16 @@ class Invocation:
         if self._open:
             refusal = Refusal(reason, text, may_have_run, limit, value)
             self._answer(Kind.FAILURE, refusal.encode())
+
+    @property
+    def may_part(self) -> bool:
+        """Whether another thread waits, who could take the channel's next call."""
+        return self._gate.waiting > 0
+
+    def part(self) -> None:
+        """Having answered, go on for a while: the channel's next call is another thread's."""
+        self.goes_on = True
+        self._gate.part()
 
     def cut(self) -> None:
         """

@@ -16,7 +16,11 @@ What is a stream, decided by the type:
 
 Reading ahead.  A batch ends with whatever comes first: as many items again as the stream has sent so far (so
 the first is sent alone, and the second with the third), ``_ITEMS`` items, ``_BYTES`` bytes, or ``_TIME``
-seconds.  Nothing runs between two calls.  So the iterator is at most one batch ahead of the receiver.
+seconds.  The iterator is at most one batch ahead of the receiver, and nothing runs between two calls.
+
+    But where one full batch of small items comes after the other, the thread that has sent the third makes
+    the next one at once, so that with two CPUs both sides work at the same time: the iterator is two batches
+    ahead then, and as ever no further than the receiver has come.
 
     An iterator may block in the middle of a batch, as one does that follows a log.  What there is of the
     batch must not wait for it.  So a thread looks after the batches that are being made:
@@ -25,7 +29,8 @@ seconds.  Nothing runs between two calls.  So the iterator is at most one batch 
          channel free for the next call, which waits for its turn with the iterator.
       3. The iterator goes on.  The server thread finds its call answered, and leaves what it has made
          since for the next one.
-    A lock decides between 2 and the server thread's own answer.
+    A lock decides between 2 and the server thread's own answer.  A batch that is made at once is nobody's
+    answer, until the next call has come.
 
     A file, or what else crosses as itself, ends a batch, for ``with open(...) as file: yield file`` closes
     it when it goes on.
@@ -67,6 +72,7 @@ import msgspec
 
 from doorpool import _data, _passing, _proxy, _sockets
 from doorpool._call import current
+from doorpool._credentials import is_strange
 from doorpool._descriptor import Descriptor
 from doorpool._doors import arrive
 from doorpool._endpoint import Endpoint, Marshalled, answering, marshal_error, peer_of
@@ -85,8 +91,8 @@ __all__ = ["Stream"]
 log = logging.getLogger("doorpool")
 
 #: Of a batch: items, bytes, seconds.  With two CPUs each side sleeps while the other works, and to wake both
-#: takes as long as some hundreds of small items: with 1024 in a batch that was a quarter of all the time.  And a
-#: receiver that stops has wasted no more than this.
+#: takes as long as some hundreds of small items: with 1024 in a batch that was a quarter of all the time.
+#: And a receiver that stops has wasted no more than this, twice.
 _ITEMS = 8192
 _BYTES = 256 * 1024
 _TIME = 0.002
@@ -154,7 +160,8 @@ class Pump:
 
     __slots__ = (
         "__weakref__", "_closing", "_codec", "_error", "_held", "_iterator", "_left", "_limit", "_lock",
-        "_making", "_making_batch", "_returned", "_settling", "_spent", "endpoint", "item", "listener",
+        "_making", "_making_batch", "_returned", "_sent", "_settling", "_slow", "_spent", "endpoint", "item",
+        "listener",
     )  # fmt: skip
 
     def __init__(self, iterator: Iterator[Any], codec: str) -> None:
@@ -163,9 +170,11 @@ class Pump:
         self._lock = threading.Lock()  # held while the iterator runs
         self._making = threading.RLock()  # held while the door is made
         self._limit = 1  # items of the next batch
-        self._making_batch: tuple[list[Any], Invocation] | None = None
+        self._sent = 0  # items, up to now
+        self._making_batch: tuple[list[Any], Invocation | None] | None = None  # and whose answer it is
         self._settling = threading.Lock()  # held by who decides what becomes of that
         self._left: list[Any] = []  # items that were made behind an answer
+        self._slow = False  # they took all the time there is
         self._held: deque[Any] = deque()  # items that could not be sent together
         self._spent = False  # the iterator has come to its end, by itself or not
         self._error: BaseException | None = None  # by this, which is still to be raised
@@ -220,18 +229,36 @@ class Pump:
             invocation.listener = self.listener
         if close:
             self._closing = True
-        left = -1.0 if invocation.deadline is None else max(0.0, invocation.deadline - time.monotonic())
-        if not self._lock.acquire(timeout=left):
-            invocation.wait_cancelled(_FIRST)
-            busy = BusyError("another pull of this stream is still running", may_have_run=False)
-            return self._refusal(busy, invocation)
+        if not self._lock.acquire(blocking=False) and not self._wait_for_turn(invocation, join=not close):
+            return self._refuse_busy(invocation)
         try:
+            if invocation.answered:  # by the watcher
+                return Marshalled(None)
             if not close:
                 return self._answer(invocation)
             self._close()
             return None
         finally:
             self._lock.release()
+
+    def _wait_for_turn(self, invocation: Invocation, *, join: bool) -> bool:
+        """Wait for the iterator, until the caller gives up; return whether it is this call's turn."""
+        if join:
+            with self._settling:
+                if self._making_batch is not None and self._making_batch[1] is None:
+                    self._making_batch = self._making_batch[0], invocation
+        left = -1.0 if invocation.deadline is None else max(0.0, invocation.deadline - time.monotonic())
+        return self._lock.acquire(timeout=left)
+
+    def _refuse_busy(self, invocation: Invocation) -> Marshalled:
+        with self._settling:
+            if self._making_batch is not None and self._making_batch[1] is invocation:
+                self._making_batch = self._making_batch[0], None
+        if invocation.answered:
+            return Marshalled(None)
+        invocation.wait_cancelled(_FIRST)
+        busy = BusyError("another pull of this stream is still running", may_have_run=False)
+        return self._refusal(busy, invocation)
 
     def end(self) -> None:
         """Let go of the iterator."""
@@ -249,18 +276,21 @@ class Pump:
 
     def _answer(self, invocation: Invocation) -> Marshalled:
         if not self._held and (self._left or not self._spent):
-            items, late = (self._left, True) if self._left else self._take(invocation)
+            items, late = (self._left, self._slow) if self._left else self._take(invocation)
             self._left = []
             if invocation.answered:  # by the watcher; what was made since then is for the next call
-                self._left = items
+                self._left, self._slow = items, True
                 return Marshalled(None)
             if items or self._error is None:
                 try:
-                    return self._send(items, invocation, late=late)
+                    sent = self._send(items, invocation, late=late)
                 except Exception as error:
                     if not items or (len(items) == 1 and not self._spent):
                         self.end()
                         return self._refusal(error, invocation)
+                else:
+                    pays = not late and self._pays(len(items), sent, invocation)
+                    return self._go_on(sent, invocation) if pays else sent
             self._held.extend(items)
         if self._held:
             self._limit = 1
@@ -295,26 +325,57 @@ class Pump:
         finally:
             del error  # or this frame and the error's traceback hold one another
 
+    def _pays(self, count: int, sent: Marshalled, invocation: Invocation) -> bool:
+        """Tell whether to make the next batch while the receiver goes through this one."""
+        full = self._limit <= count <= self._sent // 3 and count >= _MANY
+        return (
+            full
+            and not (self._spent or self._closing or sent.parcel[2])
+            and invocation.may_part
+            and not is_strange(invocation.credentials.uid)  # whose threads are counted by their calls
+        )
+
+    def _go_on(self, sent: Marshalled, invocation: Invocation) -> Marshalled:
+        """Send a batch, and make the next one."""
+        items: list[Any] = []
+        self._making_batch = items, None  # the next call may come as soon as this one is answered
+        try:
+            invocation.reply(*sent.parcel)
+            invocation.part()
+            self._slow = self._make(items)
+        finally:
+            _data.release(sent.parcel)
+            self._end_batch()
+        self._left = items
+        return Marshalled(None)
+
     def _take(self, invocation: Invocation) -> tuple[list[Any], bool]:
         """Take a batch from the iterator; return it, and whether that has taken all the time there is."""
         items: list[Any] = []
+        self._making_batch = items, invocation
+        try:
+            return items, self._make(items)
+        finally:
+            self._end_batch()
+
+    def _end_batch(self) -> None:
+        with self._settling:
+            self._making_batch = None
+
+    def _make(self, items: list[Any]) -> bool:
         iterator = self._iterator
         if iterator is None:  # let go of this very moment
-            return items, False
-        late = False
-        self._making_batch = items, invocation
+            return False
         _watcher.watch(self)
         try:
-            late = self._fill(items, iterator)
+            return self._fill(items, iterator)
         except StopIteration as stop:
             self._spent, self._returned, self._iterator = True, stop.value, None
         except BaseException as error:
             self._spent, self._iterator, self._error = True, None, error
         finally:
             _watcher.forget(self)
-            with self._settling:
-                self._making_batch = None
-        return items, late
+        return False
 
     def send_early(self) -> None:
         """Answer with what there is of a batch whose next item is long in coming; for the watcher."""
@@ -323,17 +384,19 @@ class Pump:
                 return
             items, invocation = self._making_batch
             batch = items[:]
-            if not batch:
+            if not batch or invocation is None:
                 return
-            self._making_batch = None
             try:
                 parcel = self._pack(batch, invocation)
             except Exception:
+                self._making_batch = None
                 return  # whoever makes the batch will come to the same, and tell
+            self._making_batch = items, None
             del items[: len(batch)]
             self._limit = 1
             try:
                 invocation.reply(*parcel)
+                invocation.part()
             except Exception as error:
                 log.exception("a batch of a stream could not be sent")
                 invocation.fail(text=f"the server failed to answer: {error}", may_have_run=True)
@@ -379,6 +442,7 @@ class Pump:
             self.end()
         elif items:
             size, count = _bytes_of(parcel), len(items)
+            self._sent += count
             limit = min(_ITEMS, count if late else 2 * self._limit, _BYTES * count // size)
             if parcel[2]:
                 limit = min(limit, _DESCRIPTORS * count // len(parcel[2]))
@@ -516,8 +580,9 @@ class Stream:
     Iterate over what another process makes; arrives where a generator or an iterator was passed.
 
     Each item is pulled when it is wanted, with a batch of those behind it: never more than have
-    been taken so far, 8192 items, 256 KiB or 2 ms.  Any number of threads may take items; each gets
-    other ones.  A forked child sees what was read ahead once more, and pulls from the same iterator.
+    been taken so far, 8192 items, 256 KiB or 2 ms, and where the iterator is fast, another such batch is
+    made meanwhile.  Any number of threads may take items; each gets other ones.  A forked child sees what
+    was read ahead once more, and pulls from the same iterator.
 
     What ``return`` gives in a generator is the value of ``yield from``.  What is raised over there
     is raised here, behind all items before it.  Either ends the stream, and so does an error of a

@@ -29,6 +29,7 @@ from doorpool import (
     Proxy,
     RemoteError,
     RevokedError,
+    current_call,
 )
 from doorpool import _streams as streams
 from doorpool._data import Plan
@@ -375,8 +376,138 @@ def test_never_more_is_read_ahead_than_was_taken(far):
         if taken & (taken - 1) == 0 or taken % 1000 == 0:
             made = len(look())
             assert made <= 2 * taken
-            assert made <= taken + streams._ITEMS
+            assert made <= taken + 2 * streams._ITEMS
     stream.close()
+
+
+@pytest.fixture
+def ahead(monkeypatch) -> list[int]:
+    """Have full batches be small ones; return how many items were sent before each that was made ahead."""
+    after: list[int] = []
+    go_on = streams.Pump._go_on
+
+    def count(pump: streams.Pump, *args: Any) -> Any:
+        after.append(pump._sent)
+        return go_on(pump, *args)
+
+    monkeypatch.setattr(streams, "_ITEMS", FULL)
+    monkeypatch.setattr(streams.Pump, "_go_on", count)
+    return after
+
+
+FULL = 512
+FIRST = 4 * FULL - 1  #: Items that are sent until one is made ahead: 1, 2, 4 ... and three full batches.
+
+
+def take(stream: Iterator[Any], count: int) -> list[Any]:
+    return list(itertools.islice(stream, count))
+
+
+def take_until_ahead(stream: Iterator[Any], ahead: list[int]) -> int:
+    """Take batches until one is made ahead, for which another thread must wait; return how many items."""
+    taken = len(take(stream, FIRST))
+    while not ahead:
+        taken += len(take(stream, FULL))
+        assert taken < 1000 * FULL, "another thread was waiting not once"
+    return taken
+
+
+@pytest.mark.parametrize("codec", ["pickle", "data"])
+@pytest.mark.parametrize("more", [0, 1, 100, FULL - 1, FULL, FULL + 1, 3 * FULL])
+def test_what_was_made_ahead_does_not_wait_for_what_comes_next(serve, connect, ahead, codec, more):
+    """The iterator blocks in a batch that nobody has asked for, and what it has made by then is asked for."""
+    go = threading.Event()
+
+    def numbers() -> Iterator[int]:
+        yield from range(FIRST + more)
+        assert go.wait(PATIENCE)
+        yield from range(FIRST + more, 10 * FULL)
+        raise KeyError("end")
+
+    serve(numbers, codec=codec)
+    stream = connect()()
+    assert take(stream, FIRST + more) == list(range(FIRST + more))
+    assert not go.is_set()
+    go.set()
+    got = []
+    with pytest.raises(KeyError, match="end"):
+        for number in stream:
+            got.append(number)
+    assert got == list(range(FIRST + more, 10 * FULL))
+    assert not ahead or min(ahead) >= FIRST
+
+
+def test_a_fast_iterator_is_two_batches_ahead(serve, connect, ahead):
+    made = 0
+
+    def numbers() -> Iterator[int]:
+        nonlocal made
+        for number in itertools.count():
+            made = number + 1
+            yield number
+
+    serve(numbers)
+    stream = connect()()
+    taken = take_until_ahead(stream, ahead)
+    wait_until(lambda: made == taken + FULL, timeout=PATIENCE)
+    assert take(stream, 3 * FULL) == list(range(taken, taken + 3 * FULL)), "and it is what comes next"
+    stream.close()
+
+
+@pytest.mark.parametrize("end", ["StopIteration", "KeyError", "MarshalError"])
+@pytest.mark.parametrize("more", [0, 1, FULL - 1, FULL])
+def test_an_end_that_was_made_ahead_comes_in_its_place(serve, connect, ahead, end, more):
+    def numbers() -> Any:
+        yield from range(FIRST + more)
+        if end == "KeyError":
+            raise KeyError("end")
+        if end == "MarshalError":
+            yield threading.Lock()
+        return "the end"
+
+    serve(numbers)
+    ends: list[Any] = []
+
+    def go_through() -> Any:
+        try:
+            ends.append((yield from connect()()))
+        except (KeyError, MarshalError) as error:
+            ends.append(type(error).__name__)
+
+    assert list(go_through()) == list(range(FIRST + more))
+    assert ends == ["the end" if end == "StopIteration" else end]
+
+
+def test_a_generator_that_hangs_ahead_hears_that_nobody_pulls_any_more(serve, connect, ahead):
+    heard = []
+
+    def numbers() -> Iterator[int]:
+        for number in itertools.count():
+            if ahead:
+                call, until = current_call(), time.monotonic() + PATIENCE
+                heard.append(call.cancelled)
+                while not call.cancelled and time.monotonic() < until:
+                    time.sleep(0.001)
+                heard.append(call.cancelled)
+                return
+            yield number
+
+    serve(numbers)
+    stream = connect()()
+    take_until_ahead(stream, ahead)
+    wait_until(lambda: heard == [False], timeout=PATIENCE)
+    del stream
+    wait_until(lambda: heard == [False, True], timeout=PATIENCE)
+
+
+@pytest.mark.parametrize("why", ["one thread", "a stranger"])
+def test_nothing_is_made_ahead(serve, connect, ahead, monkeypatch, why):
+    """Where nobody else could take the next call, and for whoever is only counted while his call runs."""
+    if why == "a stranger":
+        monkeypatch.setattr(streams, "is_strange", lambda uid: True)
+    serve(lambda: map(int, range(20 * FULL)), server={"max_threads": 1} if why == "one thread" else {})
+    assert list(connect()()) == list(range(20 * FULL))
+    assert ahead == []
 
 
 def test_what_is_read_ahead_is_bounded_in_bytes(far):

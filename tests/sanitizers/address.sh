@@ -13,7 +13,7 @@ suffix=$(python3 -c 'import sysconfig; print(sysconfig.get_config_var("EXT_SUFFI
 "${CC:-cc}" -std=gnu17 -O1 -g $flags -Wall -Wextra -Wconversion -Werror -Wno-unused-function -pthread \
     tests/sanitizers/handoff.c -o "$build/handoff"
 "$build/handoff" 200000
-cp -r pyproject.toml README.md CHANGELOG.md docs doorpool tests benchmarks examples "$build"
+cp -r .ci pyproject.toml LICENSE README.md CHANGELOG.md docs doorpool tests benchmarks examples "$build"
 rm -f "$build"/doorpool/_shuttle.*.so
 "${CC:-cc}" -shared -fPIC -O1 -g $flags -Wall -Wextra -Wconversion -Werror -I"$includes" \
     doorpool/_shuttle.c doorpool/_atoms.c doorpool/_batches.c -o "$build/doorpool/_shuttle$suffix"
