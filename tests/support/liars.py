@@ -29,7 +29,7 @@ from support.rawdoor import Background
 
 SOON = rawpeer.PATIENCE / 2  # seconds; a call that takes longer has missed what was said to it
 
-DESCRIPTOR, STREAM = 1, 4  # extensions of MessagePack
+DESCRIPTOR, PROXY, STREAM = 1, 3, 4  # extensions of MessagePack
 
 
 # -- the clients ----------------------------------------------------------------------------------
@@ -111,12 +111,32 @@ def without_files(value: Any) -> Any:
 
 
 def open_stream(number: int, codec: Codec = Codec.DATA) -> Stream:
-    return Stream(arrive(Descriptor(number), os.geteuid(), codecs=(codec,)))
+    descriptor = Descriptor(number)
+    try:
+        return Stream(arrive(descriptor, os.geteuid(), codecs=(codec,)))
+    except BaseException:
+        descriptor.take()
+        raise
 
 
 def _pull(stream: Stream, seconds: float) -> Any:
     stream.timeout = seconds
     return next(stream)
+
+
+def pull_all(stream: Stream, seconds: float) -> list[Any]:
+    """Pull till the end; return the items, and behind them what the stream has returned, or its error."""
+    stream.timeout = seconds
+    came: list[Any] = []
+    try:
+        while True:
+            came.append(without_files(next(stream)))
+    except StopIteration as end:
+        came.append(("returned", end.value))
+    except DoorError as error:
+        came.append(_failed(error))
+    assert list(stream) == []
+    return came
 
 
 def data(value: Any) -> bytes:
@@ -174,7 +194,8 @@ def numbered(reply: bytes, number: int) -> bytes:
     return reply[:8] + struct.pack("<Q", number) + reply[16:]
 
 
-def _ask_all(kind: Kind, number: int, times: Sequence[float]) -> list[Any]:
+def ask_all(kind: Kind, number: int, times: Sequence[float]) -> list[Any]:
+    """Ask once for each of some times, in seconds; return what came of each, or that there is no door."""
     try:
         client = kind.open(number)
     except DoorError as error:
@@ -209,16 +230,19 @@ class Liar(rawpeer.RawServer):
         kind: what it is asked, and what is right.
         say: says something to each question on the first channel; is given the server and the
             number of the question.  It may close the channel.
-        words: the greeting.
-        admit: answers the first knock, is given the server.
+        words: the greeting: messages, each with its number of descriptors.
+        admit: answers the first knock; is given the server.
         files: descriptors to go along with right answers.
     """
 
     def __init__(
         self, kind: Kind, say: Callable[[Liar, int], None], file: int, *,
-        words: bytes | None = None, admit: Callable[[Liar], None] | None = None,
+        words: Sequence[tuple[bytes, int]] | None = None, admit: Callable[[Liar], None] | None = None,
     ) -> None:  # fmt: skip
-        super().__init__(rawpeer.greeting(codec=kind.codec) if words is None else words)
+        super().__init__(b"")
+        for message, files in [(rawpeer.greeting(codec=kind.codec), 0)] if words is None else words:
+            rawpeer.send(self.port, message, [file] * files)
+        self.asked: rawpeer.Received
         self.kind = kind
         self._say = say
         self._admit = admit
@@ -259,22 +283,29 @@ class Liar(rawpeer.RawServer):
     def answer_question(self) -> None:
         """Hear a question and answer it, or close the channel if that has ended."""
         try:
-            question = self.receive().number
+            self.asked = self.receive()
         except (EOFError, ConnectionError):
             self.channel.close()
             return
         with contextlib.suppress(ConnectionError):
             if self._channels == 1:
-                self._say(self, question)
+                self._say(self, self.asked.number)
             else:
-                self.answer_right(question)
+                self.answer_right(self.asked.number)
+
+    def admit_with(self, words: bytes, gifts: Sequence[int | None]) -> None:
+        """Answer a knock with these descriptors, None being the channel."""
+        with self.make_channel() as theirs:
+            numbers = [theirs.fileno() if gift is None else gift for gift in gifts]
+            rawpeer.send(self.knock_socket, words, numbers)
 
     def answer_right(self, question: int) -> None:
         self.send(numbered(self.kind.reply, question), [self._file] * self.kind.files)
 
 
 def converse(
-    kind: Kind, say: Callable[[Liar, int], None], file: int, times: Sequence[float] = (SOON, SOON), **options: Any
+    kind: Kind, say: Callable[[Liar, int], None], file: int, times: Sequence[float] = (SOON, SOON),
+    **options: Any,
 ) -> list[Any]:  # fmt: skip
     """
     Have a client ask some questions; return what came of each: a value, or ``Failed``.
@@ -287,7 +318,7 @@ def converse(
         options: of the ``Liar``.
     """
     with Liar(kind, say, file, **options) as liar:
-        client = Background(_ask_all, kind, liar.descriptor, times)
+        client = Background(ask_all, kind, liar.descriptor, times)
         liar.serve()
         outcomes: list[Any] = client.result()
     return outcomes
@@ -297,7 +328,7 @@ def converse(
 def asking(kind: Kind, file: int, seconds: float) -> Iterator[tuple[Liar, Background]]:
     """Have a client ask one question, and leave it to the test to answer it."""
     with Liar(kind, Liar.answer_right, file) as liar:
-        client = Background(_ask_all, kind, liar.descriptor, (seconds,))
+        client = Background(ask_all, kind, liar.descriptor, (seconds,))
         liar.answer_knock()
         with contextlib.suppress(EOFError):  # its time may be over already
             liar.receive()
