@@ -937,7 +937,7 @@ class Handle:
         if frame.kind == Kind.GOODBYE:
             channel.close()
             refusal = _wire.decode_refusal(frame.data)
-            if refusal.reason is Reason.IDLE and not fresh:
+            if refusal.reason is Reason.IDLE and not fresh and not refusal.may_have_run:
                 raise _StaleChannel
         elif frame.kind == Kind.FAILURE and frame.number == channel.number:
             try:

@@ -659,6 +659,8 @@ class Stream:
                 self._end()
             if type(came) is not list:
                 raise ProtocolError(f"{self!r}: what arrived is no batch of items", may_have_run=True)
+            if not came and not self._ended:  # or who sends nothing for ever would keep us asking for ever
+                raise ProtocolError(f"{self!r}: a batch of nothing arrived", may_have_run=True)
         except BaseException:  # whatever was on its way is lost
             self._end()
             raise

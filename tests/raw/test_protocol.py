@@ -409,6 +409,22 @@ def test_doubled_reply_is_not_taken_for_the_next(called):
     assert isinstance(error, ProtocolError)
 
 
+def test_a_channel_closed_as_idle_by_a_server_that_may_have_run_the_call_is_not_replaced(called):
+    """No honest server says both; a call is made again only if it certainly did not run."""
+    server, handle, call = called
+    server.send(rawpeer.frame(rawpeer.REPLY, 1))
+    call.result()
+    second = Background(handle.call)
+    server.receive()
+    server.send(rawpeer.frame(rawpeer.GOODBYE, 0, rawpeer.refusal(rawpeer.IDLE, may_have_run=True)))
+    error = second.error()
+    assert isinstance(error, BusyError)
+    assert error.may_have_run
+    server.port.setblocking(False)
+    with pytest.raises(BlockingIOError):  # nobody has knocked
+        server.port.recv(1)
+
+
 @pytest.mark.ids("E06", "E07")
 def test_late_reply_is_not_taken_for_the_next(called):
     server, handle, call = called

@@ -345,15 +345,19 @@ class RawServer(_Peer):
         self.knock_socket = socket.socket(fileno=descriptors[0])
         return words
 
-    def admit(self, words: bytes | None = None, extra: Sequence[int] = ()) -> None:
-        """Answer a knock that was heard."""
+    def make_channel(self) -> socket.socket:
+        """Make a channel, in place of the last; return the client's end."""
         ours, theirs = pair(socket.SOCK_SEQPACKET)
         ours.setsockopt(socket.SOL_SOCKET, SO_PASSPIDFD, 0)
         theirs.setsockopt(socket.SOL_SOCKET, SO_PASSPIDFD, 0)
         if self.channel is not self.port:
             self.channel.close()
         self.channel = ours
-        with theirs:
+        return theirs
+
+    def admit(self, words: bytes | None = None, extra: Sequence[int] = ()) -> None:
+        """Answer a knock that was heard."""
+        with self.make_channel() as theirs:
             send(self.knock_socket, answer() if words is None else words, [theirs.fileno(), *extra])
 
     def accept(self) -> None:
