@@ -68,6 +68,19 @@ def test_the_table_has_all_that_the_library_can_fail(run_python: Callable[..., A
     assert run_python(code, env=faults.preloading(library)).value == []
 
 
+@pytest.mark.ids("H06")
+@pytest.mark.skipif(_impl.NAME != "c", reason="without pages there are calls that nobody makes")
+def test_each_call_of_the_table_is_made_by_some_scenario(
+    run_python: Callable[..., Any], library: Path
+) -> None:
+    """What no scenario does is never seen to fail, whatever the table says of it."""
+    code = """
+        from support import faults
+        result(faults.never_made())
+    """
+    assert run_python(code, env=faults.preloading(library)).value == []
+
+
 def test_a_call_that_is_made_to_fail_fails_and_no_other(
     run_python: Callable[..., Any], library: Path
 ) -> None:

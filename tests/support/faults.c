@@ -184,6 +184,9 @@ CALL(read, "read")
 CALL(write, "write")
 CALL(pwrite64, "pwrite")
 CALL(pread64, "pread")
+CALL(preadv64, "preadv")
+CALL(preadv64v2, "preadv")
+CALL(lseek64, "lseek")
 CALL(poll, "poll")
 CALL(ppoll, "ppoll")
 CALL(epoll_create1, "epoll_create1")
@@ -244,6 +247,10 @@ CALL(sched_getaffinity, "sched_getaffinity")
 CALL(waitid, "waitid")
 CALL(capget, "capget")
 CALL(getrandom, "getrandom")
+CALL(getrlimit64, "getrlimit")
+CALL(prlimit64, "getrlimit")
+CALL(getresuid, "getresuid")
+CALL(getresgid, "getresgid")
 
 /* Sockets, pidfds and the like have nothing to flush: for them the kernel knows no error of close(). */
 static int
@@ -272,6 +279,7 @@ HEAD(close)
 SAYS(pthread_create, "pthread_create", errno)
 SAYS(opendir, "opendir", 0)
 SAYS(fdopendir, "opendir", 0)
+SAYS(readdir64, "readdir", 0)
 
 /* By number, with one argument more. */
 
