@@ -58,6 +58,22 @@ def test_whatever_fails_is_an_error_or_a_success_and_nothing_else(
     assert report["cases"] - report["outcomes"].get("not reached", 0) > 0, "something failed"
 
 
+@pytest.mark.ids("H07")
+@pytest.mark.skipif(_impl.NAME != "c", reason="without pages there is nobody who looks before he waits")
+def test_slow_calls_and_short_reads_and_writes_change_no_result(
+    run_python: Callable[..., Any], library: Path, many: Callable[..., Any]
+) -> None:
+    """Each call waits before it is made, or takes longer, up to 2 ms: other things come first then."""
+    code = """
+        import sys
+        from support import faults
+        result(faults.slowly(int(sys.argv[1])))
+    """
+    seeds = many(1, 200)
+    report = run_python(code, seeds, env=faults.preloading(library), timeout=many(50.0, 3000.0)).value
+    assert report == {"plays": 27 * seeds, "wrong": []}
+
+
 def test_the_table_has_all_that_the_library_can_fail(run_python: Callable[..., Any], library: Path) -> None:
     """What is made to fail is in the table, and what is in the table can be made to fail."""
     code = """

@@ -228,6 +228,7 @@ class _Library:
         self._c = ctypes.CDLL(None)
         self._c.fault_name.restype = ctypes.c_char_p
         self._c.fault_count.restype = ctypes.c_long
+        self._c.fault_slow.argtypes = [ctypes.c_long]
         self._c.fault_arm.argtypes = [ctypes.c_char_p, ctypes.c_int, ctypes.c_long, ctypes.c_long]
         self._told: list[str] = []
         self._teller = _Teller(self._tell)
@@ -239,6 +240,11 @@ class _Library:
         self._c.fault_tell(self._nobody if call in ("mmap", "munmap", "madvise") else self._teller)
         at = self._c.fault_arm(call.encode(), error, first, last)
         assert (at >= 0) == bool(call), f"faults.c does not know {call!r}"
+
+    def dawdle(self, seed: int) -> None:
+        """Fail nothing, and have all calls be slow, by a dice, until ``disarm``."""
+        self._c.fault_slow(seed)
+        self.arm("", 0, 1, 0)
 
     def knows(self, call: str) -> bool:
         """Tell whether a call can be made to fail."""
@@ -278,6 +284,11 @@ def _begin() -> None:
 def arm(call: str = "", error: str = "EIO", first: int = 1, last: int = 0) -> None:
     """Count from now on; let calls first to last of one name fail."""
     here.library.arm(call, getattr(errno, error), first, last)
+
+
+def dawdle(seed: int) -> None:
+    """Have all calls be slow from now on."""
+    here.library.dawdle(seed)
 
 
 def disarm() -> tuple[int, str]:
@@ -424,7 +435,7 @@ def _segments(number: int) -> Any:
     try:
         with Proxy(f"{here.folder}/echo", open_timeout=PATIENCE) as door:
             sent = memoryview(bytearray(b"sent" * (64 << 10))), buffer(_shelf.LARGE)
-            sent[1][:4] = b"lent"
+            sent[1][:] = b"lent" * (_shelf.LARGE // 4)
             answer, came = door(number, sent)
             return answer if came == sent else "other bytes"
     finally:
@@ -798,6 +809,40 @@ def never_made() -> list[str]:
     finally:
         stage.close()
     return [call for call in ERRORS if call not in made and call not in ELSEWHERE]
+
+
+def slowly(seeds: int) -> dict[str, Any]:
+    """
+    Play all scenarios with every call of one side being slow, and then of both.
+
+    Returns:
+        ``plays``: how many; ``wrong``: what is.
+    """
+    stage, wrong, plays = Stage(), [], 0
+    # Whose time is short may be given up before anything is sent.
+    scenarios = [name for name in (*SCENARIOS, LIFE) if name != "given up"]
+    try:
+        for scenario in scenarios:
+            stage._play(scenario, stage._next())
+        stage.before = stage._at_rest()
+        for seed in range(1, seeds + 1):
+            for slow in ([stage.server], [stage.client], [stage.server, stage.client]):
+                for actor in slow:
+                    actor(dawdle, seed)
+                for scenario in scenarios:
+                    number = stage._next()
+                    outcome, count = stage._play(scenario, number), stage.server(runs, number)
+                    plays += 1
+                    if outcome.error or not outcome.right or count != (scenario != LIFE):
+                        wrong.append(f"{scenario}, seed {seed}: ran {count} times: {outcome}")
+                for actor in slow:
+                    actor(disarm)
+        if not stage._settled():
+            wrong += [*stage._grown(), f"not settled: {stage.server(server_state)}"]
+        wrong += [f"logged: {line}" for actor in (stage.server, stage.client) for line in actor(complaints)]
+    finally:
+        stage.close()
+    return {"plays": plays, "wrong": wrong}
 
 
 def sweep(scenario: str, side: str, *, short: bool, only: str = "") -> dict[str, Any]:
