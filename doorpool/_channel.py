@@ -230,14 +230,17 @@ class Channel:
 
         Raises:
             ProtocolError: the manifest is untrue, or there may be none.
+            OSError: a segment cannot be had; never BlockingIOError.
         """
         if self.shelf is None:
             close_all(descriptors, self.peer.uid)
             raise ProtocolError("a manifest on a channel without segments")
         try:
             return self.shelf.unload(manifest, buffers, descriptors)
-        except BaseException:
+        except BaseException as error:
             close_all(descriptors, self.peer.uid)
+            if isinstance(error, BlockingIOError):  # whoever reads would take it for "nothing has come yet"
+                raise OSError(f"a segment cannot be had: {error}") from error
             raise
 
     def doze(self, seconds: float) -> None:

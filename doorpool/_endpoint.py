@@ -464,7 +464,8 @@ class Endpoint:
 
         It can be inherited (``pass_fds``), sent through a socket, and opened with
         ``Proxy(number)`` by whoever holds it, with no permission on any path.  Give each
-        receiver one of its own: copies of one share a fate.
+        receiver one of its own: copies of one share a fate.  It counts as yours, whoever gets
+        it: to give a stranger a door in a result, return the endpoint, which counts as his.
 
         Raises:
             ClosedError: the endpoint or its server is closed, or it was revoked.

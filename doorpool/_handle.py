@@ -618,16 +618,27 @@ class Handle:
             self._refuse(f"uid {server.uid} answers now, and uid {self._believed[0]} did before")
 
     def _share(self, opened: _opening.Opened) -> None:
-        """Map the page that came with an answer; if there is no memory for it, ask again, for none."""
+        """
+        Map the page that came with an answer; if there is no memory for it, ask again, for none.
+
+        Raises:
+            ProtocolError: it is not the page that was asked for, or promised, or none.
+            EOFError: there is no memory for it.
+        """
         if opened.segments:
             opened.channel.use_segments()
         if opened.page < 0:
             return
+        if opened.page_size != self._words.page:  # that its memory has this size is looked at as it is mapped
+            raise ProtocolError(
+                f"{self.name} promised a shared page of {opened.page_size} bytes, and was asked for one "
+                f"of {self._words.page}"
+            )
         try:
             opened.channel.share(opened.page, self._spin)
+        except ProtocolError as error:
+            raise ProtocolError(f"{self.name}: {error}") from None
         except OSError as error:
-            if isinstance(error, DoorError):
-                raise
             self._words = attrs.evolve(self._words, page=0)
             raise EOFError(f"no memory for the shared page: {error.strerror}") from None
 

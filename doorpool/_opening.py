@@ -173,12 +173,14 @@ class Opened:
 
     Attributes:
         page: the memory of its shared page, -1 for none; owned by whoever has this.
+        page_size: what it is said to have, in bytes.
         segments: segments may be used.
     """
 
     channel: Channel
     codec: Codec
     page: int = -1
+    page_size: int = 0
     segments: bool = False
 
     def close(self) -> None:
@@ -230,7 +232,7 @@ def _opened_by(letter: Letter, answer: Answer) -> Opened:
             raise ProtocolError("the answer to a knock promised a page, and brought none")
         page = letter.descriptors.pop()
     try:
-        return Opened(_channel_of(letter), answer.codec, page, answer.segments)
+        return Opened(_channel_of(letter), answer.codec, page, answer.page, answer.segments)
     except BaseException:
         if page >= 0:
             letter.descriptors.append(page)

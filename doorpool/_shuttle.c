@@ -89,6 +89,9 @@
 #ifndef MFD_NOEXEC_SEAL
 #define MFD_NOEXEC_SEAL 0x0008U
 #endif
+#ifndef F_SEAL_FUTURE_WRITE
+#define F_SEAL_FUTURE_WRITE 0x0010
+#endif
 #ifndef MADV_WIPEONFORK
 #define MADV_WIPEONFORK 18
 #endif
@@ -756,7 +759,7 @@ shuttle_objection(int fd)
 {
     struct stat status;
     struct statfs system;
-    int seals;
+    int seals, flags;
 
     errno = 0;
     if (fstatfs(fd, &system) != 0 || fstat(fd, &status) != 0)
@@ -772,6 +775,11 @@ shuttle_objection(int fd)
     }
     if ((seals & SEALS) != SEALS)
         return "it is not sealed";
+    flags = fcntl(fd, F_GETFL);
+    if (flags < 0)
+        return NULL;
+    if ((flags & O_ACCMODE) != O_RDWR || (seals & (F_SEAL_WRITE | F_SEAL_FUTURE_WRITE)) != 0)
+        return "it cannot be written"; /* mmap() would say so, too, but as it does of a want of rights */
     return NULL;
 }
 

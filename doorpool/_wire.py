@@ -19,13 +19,16 @@ peeked at): what the door says of itself.  A claim, good for choosing how to mar
 *Knock* (client -> server on a descriptor, one message, with one end of a fresh stream
 pair and the client's credentials attached):
 
-     0  4  "dpKN"                              6  2  Python major, minor
-     4  2  version                             8 16  identity of __main__
+     0  4  "dpKN"                              8 16  identity of __main__
+     4  2  version                            24  4  size of the page to be shared (0: none)
+     6  2  Python major, minor                28  4  1 if segments may be used
+
+The last two are left out where both are 0.
 
 *Answer* (server -> client on that pair, one message, with one end of the private pair, the
 shared page if there is one, and the server's credentials attached; a refusal brings neither):
 
-     0  4  "dpAN"                              8  4  size of the shared page (0: none)
+     0  4  "dpAN"                              8  4  size of the shared page: as asked for, or 0: none
      4  2  version                            12  4  1 if segments may be used
      6  1  0 accepted, 1 refused              16  …  refusal, where the answer is one
      7  1  codec

@@ -58,12 +58,41 @@ def test_whatever_fails_is_an_error_or_a_success_and_nothing_else(
     assert report["cases"] - report["outcomes"].get("not reached", 0) > 0, "something failed"
 
 
+@pytest.mark.ids("H07")
+@pytest.mark.skipif(_impl.NAME != "c", reason="without pages there is nobody who looks before he waits")
+def test_slow_calls_and_short_reads_and_writes_change_no_result(
+    run_python: Callable[..., Any], library: Path, many: Callable[..., Any]
+) -> None:
+    """Each call waits before it is made, or takes longer, up to 2 ms: other things come first then."""
+    code = """
+        import sys
+        from support import faults
+        result(faults.slowly(int(sys.argv[1])))
+    """
+    seeds = many(1, 200)
+    report = run_python(code, seeds, env=faults.preloading(library), timeout=many(50.0, 3000.0)).value
+    assert report == {"plays": 27 * seeds, "wrong": []}
+
+
 def test_the_table_has_all_that_the_library_can_fail(run_python: Callable[..., Any], library: Path) -> None:
     """What is made to fail is in the table, and what is in the table can be made to fail."""
     code = """
         from support import faults
         library = faults._Library()
         result([name for name in faults.ERRORS if not library.knows(name)])
+    """
+    assert run_python(code, env=faults.preloading(library)).value == []
+
+
+@pytest.mark.ids("H06")
+@pytest.mark.skipif(_impl.NAME != "c", reason="without pages there are calls that nobody makes")
+def test_each_call_of_the_table_is_made_by_some_scenario(
+    run_python: Callable[..., Any], library: Path
+) -> None:
+    """What no scenario does is never seen to fail, whatever the table says of it."""
+    code = """
+        from support import faults
+        result(faults.never_made())
     """
     assert run_python(code, env=faults.preloading(library)).value == []
 

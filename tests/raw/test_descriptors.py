@@ -127,6 +127,117 @@ def fd_is_socket(number):
         return False
 
 
+#: Starts programs in four ways while descriptors cross in both directions; each lists what it has inherited.
+RACE = """
+    import multiprocessing, os, re, shutil, subprocess, sys, threading
+    from concurrent.futures import ThreadPoolExecutor
+
+    LISTING = [shutil.which("ls"), "-l", "/proc/self/fd"]
+    OUTPUT = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+
+    def by_subprocess():
+        return subprocess.run(LISTING, close_fds=False, stdout=subprocess.PIPE, check=True, text=True).stdout
+
+    def by_posix_spawn():
+        actions = [(os.POSIX_SPAWN_OPEN, 1, "spawned", OUTPUT, 0o600)]
+        return said(os.posix_spawn(LISTING[0], LISTING, os.environ, file_actions=actions), "spawned")
+
+    def by_fork():
+        pid = os.fork()
+        if pid == 0:
+            try:
+                os.dup2(os.open("forked", OUTPUT, 0o600), 1)
+                os.execv(LISTING[0], LISTING)
+            finally:
+                os._exit(127)
+        return said(pid, "forked")
+
+    def said(pid, name):
+        assert os.waitpid(pid, 0)[1] == 0
+        with open(name) as output:
+            return output.read()
+
+    def by_multiprocessing():
+        context = multiprocessing.get_context("spawn")
+        reader, writer = context.Pipe(duplex=False)
+        with reader, writer:
+            process = context.Process(target=tell, args=(writer,))
+            process.start()
+            text = reader.recv()
+            process.join()
+            process.close()
+        return text
+
+    def tell(writer):
+        assert "doorpool" not in sys.modules
+        lines = []
+        for number in os.listdir("/proc/self/fd"):
+            try:
+                lines.append(f"{number} -> {os.readlink('/proc/self/fd/' + number)}")
+            except FileNotFoundError:  # of the listing itself
+                continue
+        writer.send("\\n".join(lines))
+
+    def kinds(text):
+        found = [line.partition(" -> ")[2] for line in text.splitlines() if " -> " in line]
+        return sorted(re.sub(r"(?<=[/[])\\d+", "N", target) for target in found)
+
+    def swap(file, more):
+        with file:
+            assert file.read() == "there"
+        return take(open("carried-back")), more
+
+    def call():
+        calls = 0
+        more = bytes(100_000)  # which has a segment
+        while calls < 10 or not over.is_set():
+            with Proxy("a.door", timeout=30) as door:
+                for _ in range(5):
+                    with open("carried-there") as file:
+                        back, again = door(file, more)
+                    with back:
+                        assert (back.read(), again) == ("back", more)
+                    calls += 1
+        return calls
+
+    def begin_and_look(way, quiet, times):
+        return [odd for _ in range(times) if (odd := kinds(way())) != quiet]
+
+    if __name__ == "__main__":
+        WAYS = {by_subprocess: 32, by_posix_spawn: 32, by_fork: 32, by_multiprocessing: 4}
+        for word in ("there", "back"):
+            with open(f"carried-{word}", "w") as file:
+                file.write(word)
+        quiet = {way: kinds(way()) for way in WAYS}
+        with open("carried-there") as file:
+            os.set_inheritable(file.fileno(), True)
+            seen = kinds(by_subprocess())
+        from doorpool import Proxy, Server, take
+        over = threading.Event()
+        with Server(max_threads=3) as server, ThreadPoolExecutor(7) as threads:
+            server.attach(swap, "a.door")
+            callers = [threads.submit(call) for _ in range(3)]
+            try:
+                looks = [
+                    threads.submit(begin_and_look, way, quiet[way], count * int(sys.argv[1]))
+                    for way, count in WAYS.items()
+                ]
+                odd = {way.__name__: look.result() for way, look in zip(WAYS, looks)}
+            finally:
+                over.set()
+            result((quiet[by_subprocess], seen, odd, [caller.result() for caller in callers]))
+"""
+
+
+@pytest.mark.ids("C05")
+def test_no_program_inherits_what_crosses_while_it_is_started(run_python, door_dir, many):
+    """Neither what was sent, nor what arrived, nor what the library has for a call."""
+    quiet, seen, odd, calls = run_python(RACE, many(1, 20), cwd=door_dir, timeout=many(60, 600)).value
+    assert seen == sorted([*quiet, f"{door_dir}/carried-there"]), "what is inherited is listed"
+    assert odd == {f"by_{way}": [] for way in ("subprocess", "posix_spawn", "fork", "multiprocessing")}
+    assert min(calls) >= 10
+
+
 def test_those_that_the_procedure_does_not_take_are_closed(serve, files):
     (ours,) = files()
     handle = serve(lambda invocation: invocation.reply()).handle()

@@ -10,8 +10,11 @@ chmod 755 "$build" # the tests become other users, who must find the library
 flags="-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer"
 includes=$(python3 -c 'import sysconfig; print(sysconfig.get_path("include"))')
 suffix=$(python3 -c 'import sysconfig; print(sysconfig.get_config_var("EXT_SUFFIX"))')
-"${CC:-cc}" -std=gnu17 -O1 -g $flags -Wall -Wextra -Wconversion -Werror -Wno-unused-function -pthread \
-    tests/sanitizers/handoff.c -o "$build/handoff"
+for program in handoff waiting; do
+    "${CC:-cc}" -std=gnu17 -O1 -g $flags -Wall -Wextra -Wconversion -Werror -Wno-unused-function -pthread \
+        "tests/sanitizers/$program.c" -o "$build/$program"
+done
+"$build/waiting"
 "$build/handoff" 200000
 cp -r .ci pyproject.toml LICENSE README.md CHANGELOG.md docs doorpool tests benchmarks examples "$build"
 rm -f "$build"/doorpool/_shuttle.*.so

@@ -14,7 +14,7 @@ import pytest
 from support import byhand, wait_until
 from support.actors import here, logged
 
-from doorpool import BusyError, Endpoint, Limits, Proxy, Server
+from doorpool import BusyError, Endpoint, Limits, Proxy, Server, take
 from doorpool._doors import fresh
 from doorpool._streams import Stream
 
@@ -46,6 +46,11 @@ def room() -> Any:
     return here.server.attach(Session(), name="room", codec="data")
 
 
+def bare() -> Any:
+    """Give out a bare descriptor of the echo."""
+    return take(here.echo.open())
+
+
 class Session:
     """It may be entered, and whoever has done so has a lease."""
 
@@ -70,10 +75,10 @@ def serve(path: str, threads: int = 64, **limits: int) -> None:
 
     here.server = Server(max_threads=threads, limits=Limits(**limits))
     options: dict[str, Any] = {"codec": "data", "mode": 0o666}
-    here.server.attach(lambda value: value, path, name="echo", **options)
+    here.echo = here.server.attach(lambda value: value, path, name="echo", **options)
     here.server.attach(wait, f"{path}.wait", name="wait", **options)
     here.server.attach(lambda size: b"x" * size, f"{path}.much", name="much", **options)
-    for kind in (stream, session, room, sessions):
+    for kind in (stream, session, room, sessions, bare):
         here.server.attach(kind, f"{path}.{kind.__name__}", **options)
     here.server.attach(
         lambda: "hello", f"{path}.asked", name="asked", callers=let_in_when_told, codec="data", mode=0o666
@@ -317,6 +322,15 @@ def test_our_own_user_keeps_as_many_doors_and_streams_as_there_is_room_for(servi
         assert own(keep_some, f"{path}.{kind}", 20) == (20, [])
         assert own(use_kept) == said
     assert server(usage, 0) == {}
+
+
+@pytest.mark.ids("F07")
+def test_a_bare_descriptor_of_a_door_counts_as_its_makers(serving, actor, path):
+    """Not as that of who gets it, for whose it would be was not known when it was made: docs/security.md."""
+    server, one = serving(descriptors=10), actor(A)
+    assert one(keep_some, f"{path}.bare", 20) == (20, [])
+    settle(server, A, descriptors=3)  # for the way to the door that gives them out
+    one(disconnect)
 
 
 def keep_from_stream(path: str) -> tuple[int, str]:

@@ -6,6 +6,9 @@
  * errno: exactly that one, in whichever thread it comes, and no other.  strace can do the same from outside, for
  * some hundred times the time, and takes the right to trace.
  *
+ * Or all calls are slow: each waits for a while, by a dice that has a seed, before it is made or after it was,
+ * and what is read from a file or written to one is cut short.
+ *
  * All arguments and results are longs: that is how the machines that faults.py admits pass integers and
  * pointers, also to functions with "..." (x86-64 and arm64, System V).
  */
@@ -14,9 +17,12 @@
 #include <dlfcn.h>
 #include <errno.h>
 #include <stdatomic.h>
+#include <stdint.h>
 #include <string.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
+#include <sys/uio.h>
+#include <time.h>
 
 #define MOST 128
 
@@ -30,6 +36,8 @@ static atomic_int number;      /* with this errno */
 static atomic_int fired;
 static void (*tell)(void);     /* is called when it does, in the same thread */
 static _Thread_local int spared;
+static atomic_long seed;        /* of the dice; 0: nothing is slow */
+static _Thread_local long owed; /* nanoseconds that the call that is made is to take longer */
 
 static int
 index_of(const char *name)
@@ -54,6 +62,44 @@ enlist(const char *name)
     return at;
 }
 
+static void
+nap(long nanoseconds)
+{
+    struct timespec time = {nanoseconds / 1000000000, nanoseconds % 1000000000};
+    int before = errno;
+
+    while (nanosleep(&time, &time) != 0)
+        continue;
+    errno = before;
+}
+
+/* Wait before a call or have it take longer: half of them each, up to 2 ms, most of them less than one. */
+static void
+dawdle(int at, long nth)
+{
+    uint64_t dice = (uint64_t)atomic_load(&seed) * 0x9e3779b97f4a7c15u + (uint64_t)(at * 65536 + nth);
+
+    dice = (dice ^ (dice >> 30)) * 0xbf58476d1ce4e5b9u;
+    dice = (dice ^ (dice >> 27)) * 0x94d049bb133111ebu;
+    long time = (long)(dice >> 32 & 1023) * (long)(dice >> 42 & 1023) * 2;
+    if (dice >> 60 & 1)
+        nap(time);
+    else
+        owed = time;
+}
+
+/* Return what a call has returned, when it is time. */
+static long
+later(long value)
+{
+    if (!atomic_load(&seed)) /* a sanitizer makes calls before any thread may look at what is its own */
+        return value;
+    if (owed > 0)
+        nap(owed);
+    owed = 0;
+    return value;
+}
+
 /* Count a call; return whether it is to fail, errno being set then. */
 static int
 fails(int at)
@@ -61,6 +107,8 @@ fails(int at)
     if (!atomic_load(&armed) || spared)
         return 0;
     long nth = atomic_fetch_add(&counts[at], 1) + 1;
+    if (atomic_load(&seed))
+        dawdle(at, nth);
     if (at != atomic_load(&which) || nth < atomic_load(&from) || nth > atomic_load(&to))
         return 0;
     atomic_fetch_add(&fired, 1);
@@ -89,10 +137,18 @@ fault_arm(const char *name, int error, long first, long last)
     return atomic_load(&which);
 }
 
+/* From the next arming on, until the end of that, all calls are slow. */
+void
+fault_slow(long with_seed)
+{
+    atomic_store(&seed, with_seed);
+}
+
 /* Return how often it failed. */
 int
 fault_disarm(void)
 {
+    atomic_store(&seed, 0);
     atomic_store(&armed, 0);
     return atomic_load(&fired);
 }
@@ -152,7 +208,7 @@ typedef long (*real_t)(long, long, long, long, long, long);
     REAL(symbol, name)                                                                      \
     HEAD(symbol)                                                                            \
     {                                                                                       \
-        return fails(at_##symbol) ? -1L : get_##symbol()(a, b, c, d, e, f);                  \
+        return fails(at_##symbol) ? -1L : later(get_##symbol()(a, b, c, d, e, f));           \
     }
 
 /* Returns its error, or a null pointer. */
@@ -182,8 +238,8 @@ CALL(recv, "recv")
 CALL(recvfrom, "recv")
 CALL(read, "read")
 CALL(write, "write")
-CALL(pwrite64, "pwrite")
 CALL(pread64, "pread")
+CALL(lseek64, "lseek")
 CALL(poll, "poll")
 CALL(ppoll, "ppoll")
 CALL(epoll_create1, "epoll_create1")
@@ -196,6 +252,35 @@ CALL(memfd_create, "memfd_create")
 CALL(ftruncate64, "ftruncate")
 CALL(fcntl64, "fcntl")
 CALL(ioctl, "ioctl")
+
+#define SHORT 50000 /* bytes; less, and many a call would be made */
+
+REAL(pwrite64, "pwrite")
+
+HEAD(pwrite64)
+{
+    if (fails(at_pwrite64))
+        return -1;
+    if (atomic_load(&seed) && c > SHORT)
+        c = SHORT;
+    return later(get_pwrite64()(a, b, c, d, e, f));
+}
+
+#define READS(symbol)                                                                       \
+    REAL(symbol, "preadv")                                                                  \
+    HEAD(symbol)                                                                            \
+    {                                                                                       \
+        struct iovec first = *(struct iovec *)b;                                            \
+        if (fails(at_##symbol))                                                             \
+            return -1;                                                                      \
+        if (!atomic_load(&seed) || first.iov_len <= SHORT)                                  \
+            return later(get_##symbol()(a, b, c, d, e, f));                                 \
+        first.iov_len = SHORT;                                                              \
+        return later(get_##symbol()(a, (long)&first, 1, d, e, f));                          \
+    }
+
+READS(preadv64)
+READS(preadv64v2)
 
 /* A mapping of no file is nearly always an arena of the interpreter's allocator. */
 #define MAPS(symbol)                                                                        \
@@ -244,6 +329,10 @@ CALL(sched_getaffinity, "sched_getaffinity")
 CALL(waitid, "waitid")
 CALL(capget, "capget")
 CALL(getrandom, "getrandom")
+CALL(getrlimit64, "getrlimit")
+CALL(prlimit64, "getrlimit")
+CALL(getresuid, "getresuid")
+CALL(getresgid, "getresgid")
 
 /* Sockets, pidfds and the like have nothing to flush: for them the kernel knows no error of close(). */
 static int
@@ -263,7 +352,7 @@ REAL(close, "close")
 HEAD(close)
 {
     int failed = may_fail_to_close((int)a) && fails(at_close), error = errno;
-    long value = get_close()(a, b, c, d, e, f);
+    long value = later(get_close()(a, b, c, d, e, f));
     if (failed)
         errno = error;
     return failed ? -1L : value;
@@ -272,6 +361,7 @@ HEAD(close)
 SAYS(pthread_create, "pthread_create", errno)
 SAYS(opendir, "opendir", 0)
 SAYS(fdopendir, "opendir", 0)
+SAYS(readdir64, "readdir", 0)
 
 /* By number, with one argument more. */
 
