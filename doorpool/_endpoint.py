@@ -637,11 +637,35 @@ class Endpoint:
             del call, args, kwargs
         return self._finish(invocation, outcome)
 
+    def _answer_late(self, invocation: Invocation, procedure: Callable[[], Marshalled]) -> None:
+        """Answer an invocation, whose own thread has left it, with what a procedure marshals or raises."""
+        token = current.set(invocation)
+        interrupt: BaseException | None = None
+        try:
+            parcel, returned = procedure().parcel, True
+            if self._generation != _sockets.here():
+                _leave_forked_child(None)
+        except BaseException as error:
+            if self._generation != _sockets.here():
+                _leave_forked_child(error)
+            if self._plan is None:
+                parcel, returned, interrupt = self._failure(invocation, error)
+            else:
+                self._log(invocation, error)
+                parcel, returned, interrupt = self._pack_error(error, invocation), False, _interrupt(error)
+        finally:
+            current.reset(token)
+            invocation.call = None
+        if parcel is not None:
+            finish: Any = self._finish if self._plan is None else self._finish_data
+            finish(invocation, (parcel, returned, interrupt))
+
     def _finish(self, invocation: Invocation, outcome: _Outcome) -> bool:
         """Answer with what has been marshalled; return whether the procedure returned."""
         (data, buffers, descriptors), returned, interrupt = outcome
         try:
-            invocation.reply(data, buffers, descriptors)
+            if not invocation.answered:  # what was raised behind an answer, by a signal, is for ``run``
+                invocation.reply(data, buffers, descriptors)
         except LimitError as error:
             # A frame of the raw layer's, which no limit holds up.
             self._report(invocation, logging.ERROR, error, error)
@@ -692,11 +716,15 @@ class Endpoint:
 
     def _serve_data(self, invocation: Invocation, plan: _data.Plan) -> bool:
         """Answer one invocation of a data door, as ``_serve`` does."""
-        parcel, returned, interrupt = self._invoke_data(invocation, plan)
+        return self._finish_data(invocation, self._invoke_data(invocation, plan))
+
+    def _finish_data(self, invocation: Invocation, outcome: _DataOutcome) -> bool:
+        parcel, returned, interrupt = outcome
         if parcel is None:  # it has been answered
             return returned
         try:
-            invocation.reply(*parcel)
+            if not invocation.answered:
+                invocation.reply(*parcel)
         except LimitError as error:
             self._report(invocation, logging.ERROR, error, error)
             invocation.fail(Reason.REPLY_TOO_LARGE, str(error), limit=error.limit, value=error.value)
@@ -869,6 +897,8 @@ def _interrupt(error: BaseException) -> BaseException | None:
     """
     if threading.current_thread() is not threading.main_thread():
         return None
+    if isinstance(error, Interrupt):  # of a call that was answered behind this one
+        return error.error
     ctrl_c = isinstance(error, KeyboardInterrupt) and (
         signal.getsignal(signal.SIGINT) is signal.default_int_handler
     )

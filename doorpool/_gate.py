@@ -93,8 +93,8 @@ class Served:
     """A channel as its gate sees it: see "Who may touch a channel" above."""
 
     __slots__ = (
-        "bytes", "channel", "claim", "door", "doomed", "fd", "limit", "memo", "poll", "share", "turn",
-        "watched", "words",
+        "bytes", "channel", "claim", "door", "doomed", "fd", "goes_on", "limit", "memo", "poll", "share",
+        "turn", "watched", "words",
     )  # fmt: skip
 
     def __init__(self, channel: Channel, door: Door, words: Knock) -> None:
@@ -109,6 +109,7 @@ class Served:
         self.watched = False  # the caller's process, by the keeper
         self.share: Share | None = None  # a stranger's: see ``doorpool._shares``
         self.turn = False
+        self.goes_on = False  # a procedure that has answered goes on with its work
         self.bytes = 0
         self.poll = select.poll()
         self.poll.register(self.fd, _GONE)
@@ -613,7 +614,7 @@ class Gate:
         for served in list(self._served.values()):
             if count <= 0:
                 return
-            if served.channel.number and served.claim.acquire(blocking=False):
+            if served.channel.number and not served.goes_on and served.claim.acquire(blocking=False):
                 if _sockets.unread(served.channel.socket):
                     self._park(served)
                 else:
@@ -843,7 +844,7 @@ class Invocation:
 
     def part(self) -> None:
         """Having answered, go on for a while: the channel's next call is another thread's."""
-        self.goes_on = True
+        self.goes_on = self.line.goes_on = True
         self._gate.part()
 
     def cut(self) -> None:

@@ -26,11 +26,13 @@ seconds.  The iterator is at most one batch ahead of the receiver, and nothing r
     batch must not wait for it.  So a thread looks after the batches that are being made:
       1. The server thread is stuck in the iterator; the items so far are in a list that both know.
       2. After ``_TICK`` the watcher takes them out, and answers the call with them.  That sets the
-         channel free for the next call, which waits for its turn with the iterator.
-      3. The iterator goes on.  The server thread finds its call answered, and leaves what it has made
-         since for the next one.
+         channel free for the next call.
+      3. The next call finds the iterator at work, and for nobody.  It joins: what is made from now on is its
+         answer, and its thread goes back to the pool.
+      4. The iterator goes on.  The server thread finds its own call answered, and answers the one that has
+         joined, or leaves what it has made for the next one.
     A lock decides between 2 and the server thread's own answer.  A batch that is made at once is nobody's
-    answer, until the next call has come.
+    from its beginning, so that calls join it likewise.
 
     A file, or what else crosses as itself, ends a batch, for ``with open(...) as file: yield file`` closes
     it when it goes on.
@@ -68,6 +70,7 @@ from collections.abc import Generator, Iterator
 from functools import lru_cache, partial
 from typing import Any, NoReturn
 
+import attrs
 import msgspec
 
 from doorpool import _data, _passing, _proxy, _sockets
@@ -145,8 +148,27 @@ class _StreamEndpoint(Endpoint):
 
     def _let_iterator_go(self) -> None:
         pump: Pump = self.target.__self__
+        pump._gone = True
         pump.end()
         pump.endpoint = None  # or the two hold one another
+
+
+@attrs.define(eq=False)
+class _Making:
+    """
+    A batch that is being made.
+
+    Attributes:
+        items: it, up to now.
+        maker: the call whose thread makes it.
+        asker: the call that it is to answer; None: nobody has asked yet.
+        unfit: it could not be marshalled as it was.
+    """
+
+    items: list[Any]
+    maker: Invocation
+    asker: Invocation | None = None
+    unfit: bool = False
 
 
 class Pump:
@@ -159,9 +181,9 @@ class Pump:
     """
 
     __slots__ = (
-        "__weakref__", "_closing", "_codec", "_error", "_held", "_iterator", "_left", "_limit", "_lock",
-        "_making", "_making_batch", "_returned", "_sent", "_settling", "_slow", "_spent", "endpoint", "item",
-        "listener",
+        "__weakref__", "_closing", "_codec", "_error", "_full", "_gone", "_held", "_iterator", "_joined",
+        "_left", "_limit", "_lock", "_making", "_making_batch", "_returned", "_sent", "_settling", "_slow",
+        "_spent", "endpoint", "item", "listener",
     )  # fmt: skip
 
     def __init__(self, iterator: Iterator[Any], codec: str) -> None:
@@ -171,10 +193,13 @@ class Pump:
         self._making = threading.RLock()  # held while the door is made
         self._limit = 1  # items of the next batch
         self._sent = 0  # items, up to now
-        self._making_batch: tuple[list[Any], Invocation | None] | None = None  # and whose answer it is
+        self._making_batch: _Making | None = None
         self._settling = threading.Lock()  # held by who decides what becomes of that
         self._left: list[Any] = []  # items that were made behind an answer
         self._slow = False  # they took all the time there is
+        self._full = False  # the last batch was as large as can be, and many small items
+        self._joined: Invocation | None = None  # whose answer what is left is to be
+        self._gone = False  # the door is closed
         self._held: deque[Any] = deque()  # items that could not be sent together
         self._spent = False  # the iterator has come to its end, by itself or not
         self._error: BaseException | None = None  # by this, which is still to be raised
@@ -229,36 +254,32 @@ class Pump:
             invocation.listener = self.listener
         if close:
             self._closing = True
-        if not self._lock.acquire(blocking=False) and not self._wait_for_turn(invocation, join=not close):
-            return self._refuse_busy(invocation)
-        try:
-            if invocation.answered:  # by the watcher
+        if not self._lock.acquire(blocking=False):
+            if not close and self._join(invocation):
                 return Marshalled(None)
-            if not close:
-                return self._answer(invocation)
-            self._close()
-            return None
+            left = -1.0 if invocation.deadline is None else max(0.0, invocation.deadline - time.monotonic())
+            if not self._lock.acquire(timeout=left):
+                invocation.wait_cancelled(_FIRST)
+                busy = BusyError("another pull of this stream is still running", may_have_run=False)
+                return self._refusal(busy, invocation)
+        try:
+            if close:
+                self._close()
+                return None
+            return self._answer_all(invocation)
         finally:
+            joined, self._joined = self._joined, None
             self._lock.release()
+            if joined is not None:  # a signal's exception came in between
+                joined.fail(text="the pull before has failed", may_have_run=True)
 
-    def _wait_for_turn(self, invocation: Invocation, *, join: bool) -> bool:
-        """Wait for the iterator, until the caller gives up; return whether it is this call's turn."""
-        if join:
-            with self._settling:
-                if self._making_batch is not None and self._making_batch[1] is None:
-                    self._making_batch = self._making_batch[0], invocation
-        left = -1.0 if invocation.deadline is None else max(0.0, invocation.deadline - time.monotonic())
-        return self._lock.acquire(timeout=left)
-
-    def _refuse_busy(self, invocation: Invocation) -> Marshalled:
+    def _join(self, invocation: Invocation) -> bool:
+        """Leave a call to the thread that has the iterator, if it is at work for nobody."""
         with self._settling:
-            if self._making_batch is not None and self._making_batch[1] is invocation:
-                self._making_batch = self._making_batch[0], None
-        if invocation.answered:
-            return Marshalled(None)
-        invocation.wait_cancelled(_FIRST)
-        busy = BusyError("another pull of this stream is still running", may_have_run=False)
-        return self._refusal(busy, invocation)
+            if self._making_batch is None or self._making_batch.asker is not None:
+                return False
+            self._making_batch.asker = invocation
+            return True
 
     def end(self) -> None:
         """Let go of the iterator."""
@@ -274,23 +295,48 @@ class Pump:
         if callable(close):
             close()
 
+    def _answer_all(self, invocation: Invocation) -> Marshalled:
+        """Answer a call, and those that join while the iterator is at work for nobody."""
+        sent = self._answer_and_go_on(invocation)
+        while self._joined is not None:
+            joined, self._joined = self._joined, None
+            endpoint = self.endpoint
+            if endpoint is None:
+                self._say_gone(joined)
+            elif joined.cancelled:
+                joined.fail(text="nobody waits for it")  # and the items are for who asks next
+            else:
+                endpoint._answer_late(joined, partial(self._answer_and_go_on, joined))
+        return sent
+
+    def _answer_and_go_on(self, invocation: Invocation) -> Marshalled:
+        """Answer a call; make the next batch, too, if that pays."""
+        try:
+            sent = self._answer(invocation)
+            if sent.parcel is not None and self._pays(sent, invocation):
+                self._go_on(sent, invocation)
+            return sent
+        finally:
+            invocation.line.goes_on = False
+
     def _answer(self, invocation: Invocation) -> Marshalled:
+        if self._gone:
+            return self._say_gone(invocation)
         if not self._held and (self._left or not self._spent):
             items, late = (self._left, self._slow) if self._left else self._take(invocation)
             self._left = []
             if invocation.answered:  # by the watcher; what was made since then is for the next call
                 self._left, self._slow = items, True
                 return Marshalled(None)
+            if not items and self._gone:
+                return self._say_gone(invocation)
             if items or self._error is None:
                 try:
-                    sent = self._send(items, invocation, late=late)
+                    return self._send(items, invocation, late=late)
                 except Exception as error:
                     if not items or (len(items) == 1 and not self._spent):
                         self.end()
                         return self._refusal(error, invocation)
-                else:
-                    pays = not late and self._pays(len(items), sent, invocation)
-                    return self._go_on(sent, invocation) if pays else sent
             self._held.extend(items)
         if self._held:
             self._limit = 1
@@ -325,42 +371,52 @@ class Pump:
         finally:
             del error  # or this frame and the error's traceback hold one another
 
-    def _pays(self, count: int, sent: Marshalled, invocation: Invocation) -> bool:
+    @staticmethod
+    def _say_gone(invocation: Invocation) -> Marshalled:
+        invocation.fail(Reason.REVOKED, "the stream was let go of over there", may_have_run=True)
+        return Marshalled(None)
+
+    def _pays(self, sent: Marshalled, invocation: Invocation) -> bool:
         """Tell whether to make the next batch while the receiver goes through this one."""
-        full = self._limit <= count <= self._sent // 3 and count >= _MANY
         return (
-            full
+            self._full
             and not (self._spent or self._closing or sent.parcel[2])
             and invocation.may_part
             and not is_strange(invocation.credentials.uid)  # whose threads are counted by their calls
         )
 
-    def _go_on(self, sent: Marshalled, invocation: Invocation) -> Marshalled:
+    def _go_on(self, sent: Marshalled, invocation: Invocation) -> None:
         """Send a batch, and make the next one."""
+        parcel, sent.parcel = sent.parcel, None
         items: list[Any] = []
-        self._making_batch = items, None  # the next call may come as soon as this one is answered
+        self._left, self._slow = items, False
+        self._making_batch = _Making(items, invocation)  # whoever is answered may ask again at once
         try:
-            invocation.reply(*sent.parcel)
+            try:
+                invocation.reply(*parcel)
+            finally:
+                _data.release(parcel)
+                del parcel
             invocation.part()
             self._slow = self._make(items)
         finally:
-            _data.release(sent.parcel)
-            self._end_batch()
-        self._left = items
-        return Marshalled(None)
+            self._end_batch(None)
 
     def _take(self, invocation: Invocation) -> tuple[list[Any], bool]:
         """Take a batch from the iterator; return it, and whether that has taken all the time there is."""
         items: list[Any] = []
-        self._making_batch = items, invocation
+        self._making_batch = _Making(items, invocation, invocation)
         try:
             return items, self._make(items)
         finally:
-            self._end_batch()
+            self._end_batch(invocation)
 
-    def _end_batch(self) -> None:
+    def _end_batch(self, asker: Invocation | None) -> None:
+        """Let nobody join any more; who has joined, and did not ask for this batch, is answered next."""
         with self._settling:
-            self._making_batch = None
+            making, self._making_batch = self._making_batch, None
+        if making is not None and making.asker is not asker:
+            self._joined = making.asker
 
     def _make(self, items: list[Any]) -> bool:
         iterator = self._iterator
@@ -380,23 +436,22 @@ class Pump:
     def send_early(self) -> None:
         """Answer with what there is of a batch whose next item is long in coming; for the watcher."""
         with self._settling:
-            if self._making_batch is None:
+            making = self._making_batch
+            if making is None or making.unfit or making.asker is None or not making.items:
                 return
-            items, invocation = self._making_batch
-            batch = items[:]
-            if not batch or invocation is None:
-                return
+            batch, invocation = making.items[:], making.asker
             try:
                 parcel = self._pack(batch, invocation)
             except Exception:
-                self._making_batch = None
+                making.unfit = True
                 return  # whoever makes the batch will come to the same, and tell
-            self._making_batch = items, None
-            del items[: len(batch)]
+            making.asker = None
+            del making.items[: len(batch)]
             self._limit = 1
             try:
                 invocation.reply(*parcel)
-                invocation.part()
+                if invocation is making.maker:
+                    invocation.part()
             except Exception as error:
                 log.exception("a batch of a stream could not be sent")
                 invocation.fail(text=f"the server failed to answer: {error}", may_have_run=True)
@@ -436,7 +491,8 @@ class Pump:
         Raises:
             Exception: it cannot cross; nothing is changed.
         """
-        ended = self._spent and self._error is None
+        ended = self._spent and self._error is None and not self._gone
+        self._full = False
         parcel = self._pack({_LAST: items, _VALUE: self._returned} if ended else items, invocation)
         if ended:
             self.end()
@@ -447,6 +503,7 @@ class Pump:
             if parcel[2]:
                 limit = min(limit, _DESCRIPTORS * count // len(parcel[2]))
             self._limit = max(1, limit)
+            self._full = not late and self._limit <= count <= self._sent // 3 and count >= _MANY
         return Marshalled(parcel)
 
     def _pack(self, value: Any, invocation: Invocation) -> Any:
@@ -489,8 +546,8 @@ class _Watcher:
         if not self._runs:
             with self._lock:
                 if not self._runs:
-                    self._runs = True
                     threading.Thread(target=self._run, name="doorpool-streams", daemon=True).start()
+                    self._runs = True
 
     def forget(self, pump: Pump) -> None:
         """Look after it no longer."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 import gc
 import itertools
 import os
+import queue
 import signal
 import threading
 import time
@@ -498,6 +499,100 @@ def test_a_generator_that_hangs_ahead_hears_that_nobody_pulls_any_more(serve, co
     wait_until(lambda: heard == [False], timeout=PATIENCE)
     del stream
     wait_until(lambda: heard == [False, True], timeout=PATIENCE)
+
+
+def test_an_iterator_that_calls_a_door_of_its_own_server_needs_one_thread_more(
+    serve, connect, ahead, door_dir
+):
+    """Pulls that come while it is at work hold no thread, so the second is free for what it calls."""
+    server = serve(lambda start: list(range(start, start + 700)), "chunk.door", server={"max_threads": 2})
+
+    def numbers() -> Iterator[int]:
+        with Proxy(door_dir / "chunk.door", timeout=PATIENCE) as chunk:
+            for start in range(0, 70_000, 700):
+                yield from chunk(start)
+
+    server.attach(numbers, door_dir / "a.door")
+    assert list(connect(timeout=PATIENCE)()) == list(range(70_000))
+    assert ahead
+
+
+def test_a_slow_iterator_keeps_one_thread_however_often_it_is_asked(serve, connect):
+    """Its items go out one by one, to calls whose threads have left them to the one that it has."""
+    go: queue.SimpleQueue[None] = queue.SimpleQueue()
+    running = []
+
+    def numbers() -> Iterator[int]:
+        yield from range(2 * streams._MANY)  # after which the time is looked at now and then
+        for number in range(2 * streams._MANY, 3 * streams._MANY):
+            running.append(server.statistics().running)
+            go.get(timeout=PATIENCE)
+            yield number
+
+    server = serve(numbers)
+    stream = connect()()
+    assert take(stream, 2 * streams._MANY) == list(range(2 * streams._MANY))
+    for number in range(2 * streams._MANY, 2 * streams._MANY + 6):
+        go.put(None)
+        assert next(stream) == number
+    for _ in range(streams._MANY):
+        go.put(None)
+    assert len(list(stream)) == streams._MANY - 6
+    assert max(running) <= 2, "that of the iterator, and one that has just been asked"
+
+
+def test_a_shortage_of_descriptors_does_not_cancel_who_pulls(serve, connect, ahead):
+    """It closes idle channels; that of a generator that is at work ahead is none."""
+    heard, gates = [], []
+    go = threading.Event()
+
+    def numbers() -> Iterator[int]:
+        for number in itertools.count():
+            if ahead and not heard:
+                gates.append(current_call()._invocation._gate)
+                assert go.wait(PATIENCE)
+                heard.append(current_call().cancelled)
+            yield number
+
+    serve(numbers)
+    stream = connect()()
+    taken = take_until_ahead(stream, ahead)
+    wait_until(lambda: gates, timeout=PATIENCE)
+    gates.pop().spare(1000)
+    go.set()
+    assert take(stream, FULL) == list(range(taken, taken + FULL))
+    assert heard == [False]
+    stream.close()
+
+
+def test_a_server_that_closes_in_the_middle_is_no_end(serve, connect):
+    """Nobody is told that there were no more items."""
+    go = threading.Event()
+
+    def numbers() -> Iterator[int]:
+        for number in itertools.count():
+            if number == 3:
+                closing.start()
+                assert go.wait(PATIENCE)
+            yield number
+
+    server = serve(numbers)
+    closing = threading.Thread(target=server.close)
+    got = []
+    pump_end = streams.Pump.end
+
+    def end(pump: streams.Pump) -> None:
+        pump_end(pump)
+        go.set()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(streams.Pump, "end", end)
+        with pytest.raises(DoorError):
+            for number in connect()():
+                got.append(number)
+    closing.join(PATIENCE)
+    assert got == list(range(len(got)))
+    assert len(got) >= 3
 
 
 @pytest.mark.parametrize("why", ["one thread", "a stranger"])
