@@ -106,6 +106,15 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
     return report
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    try:
+        return (yield)
+    except KeyboardInterrupt:  # or what a test leaves behind would be all that is said of the run
+        item.stash[_failed] = True
+        raise
+
+
 def pytest_collection_finish() -> None:
     """
     Have the collector pass over what is there for good: the tests, and all that they import.
