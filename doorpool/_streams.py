@@ -105,6 +105,9 @@ _TIME = 0.002
 _MANY = 256
 _FEW = 8
 
+#: Batches that a thread makes ahead before it goes back to its pool, which may want it for something else.
+_ROUNDS = 16
+
 #: Seconds after which what there is of a batch is sent, and between two looks; how many looks at nothing
 #: the thread that looks stays for.
 _TICK = 0.02
@@ -182,8 +185,8 @@ class Pump:
 
     __slots__ = (
         "__weakref__", "_closing", "_codec", "_error", "_full", "_gone", "_held", "_iterator", "_joined",
-        "_left", "_limit", "_lock", "_making", "_making_batch", "_returned", "_sent", "_settling", "_slow",
-        "_spent", "endpoint", "item", "listener",
+        "_left", "_limit", "_lock", "_making", "_making_batch", "_returned", "_rounds", "_sent", "_settling",
+        "_slow", "_spent", "_waiting", "endpoint", "item", "listener",
     )  # fmt: skip
 
     def __init__(self, iterator: Iterator[Any], codec: str) -> None:
@@ -200,6 +203,8 @@ class Pump:
         self._full = False  # the last batch was as large as can be, and many small items
         self._joined: Invocation | None = None  # whose answer what is left is to be
         self._gone = False  # the door is closed
+        self._waiting = 0  # calls, for their turn with the iterator
+        self._rounds = 0  # batches that this turn has made ahead
         self._held: deque[Any] = deque()  # items that could not be sent together
         self._spent = False  # the iterator has come to its end, by itself or not
         self._error: BaseException | None = None  # by this, which is still to be raised
@@ -257,8 +262,7 @@ class Pump:
         if not self._lock.acquire(blocking=False):
             if not close and self._join(invocation):
                 return Marshalled(None)
-            left = -1.0 if invocation.deadline is None else max(0.0, invocation.deadline - time.monotonic())
-            if not self._lock.acquire(timeout=left):
+            if not self._wait_for_turn(invocation):
                 invocation.wait_cancelled(_FIRST)
                 busy = BusyError("another pull of this stream is still running", may_have_run=False)
                 return self._refusal(busy, invocation)
@@ -272,6 +276,16 @@ class Pump:
             self._lock.release()
             if joined is not None:  # a signal's exception came in between
                 joined.fail(text="the pull before has failed", may_have_run=True)
+
+    def _wait_for_turn(self, invocation: Invocation) -> bool:
+        left = -1.0 if invocation.deadline is None else max(0.0, invocation.deadline - time.monotonic())
+        with self._settling:
+            self._waiting += 1
+        try:
+            return self._lock.acquire(timeout=left)
+        finally:
+            with self._settling:
+                self._waiting -= 1
 
     def _join(self, invocation: Invocation) -> bool:
         """Leave a call to the thread that has the iterator, if it is at work for nobody."""
@@ -297,6 +311,7 @@ class Pump:
 
     def _answer_all(self, invocation: Invocation) -> Marshalled:
         """Answer a call, and those that join while the iterator is at work for nobody."""
+        self._rounds = 0
         sent = self._answer_and_go_on(invocation)
         while self._joined is not None:
             joined, self._joined = self._joined, None
@@ -380,6 +395,8 @@ class Pump:
         """Tell whether to make the next batch while the receiver goes through this one."""
         return (
             self._full
+            and self._rounds < _ROUNDS
+            and not self._waiting
             and not (self._spent or self._closing or sent.parcel[2])
             and invocation.may_part
             and not is_strange(invocation.credentials.uid)  # whose threads are counted by their calls
@@ -387,6 +404,7 @@ class Pump:
 
     def _go_on(self, sent: Marshalled, invocation: Invocation) -> None:
         """Send a batch, and make the next one."""
+        self._rounds += 1
         parcel, sent.parcel = sent.parcel, None
         items: list[Any] = []
         self._left, self._slow = items, False

@@ -541,6 +541,28 @@ def test_a_slow_iterator_keeps_one_thread_however_often_it_is_asked(serve, conne
     assert max(running) <= 2, "that of the iterator, and one that has just been asked"
 
 
+def test_two_receivers_of_one_fast_iterator_both_get_on(serve, connect, ahead):
+    """The thread that has it does not answer the one of them for ever."""
+    endless = itertools.count()
+    serve(lambda: endless)
+    ones, others = connect()(), connect()()
+    over, seen = threading.Event(), []
+
+    def go_through() -> None:
+        for number in ones:
+            seen.append(number)
+            if over.is_set():
+                break
+
+    thread = Background(go_through)
+    wait_until(lambda: ahead, timeout=PATIENCE)
+    got = take(others, 20 * FULL)
+    over.set()
+    thread.result()
+    assert got == sorted(set(got))
+    assert not {*got} & {*seen}
+
+
 def test_a_shortage_of_descriptors_does_not_cancel_who_pulls(serve, connect, ahead):
     """It closes idle channels; that of a generator that is at work ahead is none."""
     heard, gates = [], []
