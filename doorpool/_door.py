@@ -46,7 +46,7 @@ from doorpool._gate import SLOW, Gate, Served
 from doorpool._guests import guests
 from doorpool._keeper import keeper
 from doorpool._names import Name
-from doorpool._shares import ShareError
+from doorpool._shares import ShareError, Tempo
 from doorpool._sockets import MAX_DESCRIPTORS
 from doorpool._wire import Attribute, Codec, Frame, Reason, Refusal
 
@@ -185,6 +185,7 @@ class Door:
         self.max_request = max_request
         self.max_reply = max_reply
         self.max_descriptors = max_descriptors
+        self.tempo = Tempo()
         self._admit = admit
         self._consult = consult
         self._pending: Counter[int | None] = Counter()  # knocks about which the rule is being asked, by uid

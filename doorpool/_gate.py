@@ -56,7 +56,7 @@ from doorpool._errors import ClosedError, DoorError, LimitError, ProtocolError
 from doorpool._impl import shuttle
 from doorpool._janitor import close_all, holds_up
 from doorpool._keeper import keeper, report
-from doorpool._shares import Crowd, Limits, Share, ShareError, Turns, Usage, over
+from doorpool._shares import PROMPT, Crowd, Limits, Share, ShareError, Turns, Usage, over
 from doorpool._shelf import Totals
 from doorpool._sockets import MAX_DESCRIPTORS
 from doorpool._wire import Frame, Kind, Knock, Reason, Refusal
@@ -93,8 +93,8 @@ class Served:
     """A channel as its gate sees it: see "Who may touch a channel" above."""
 
     __slots__ = (
-        "bytes", "channel", "claim", "door", "doomed", "fd", "goes_on", "limit", "memo", "poll", "share",
-        "turn", "watched", "words",
+        "begun", "bytes", "channel", "claim", "door", "doomed", "fd", "goes_on", "limit", "memo", "poll",
+        "share", "turn", "watched", "words",
     )  # fmt: skip
 
     def __init__(self, channel: Channel, door: Door, words: Knock) -> None:
@@ -109,6 +109,7 @@ class Served:
         self.watched = False  # the caller's process, by the keeper
         self.share: Share | None = None  # a stranger's: see ``doorpool._shares``
         self.turn = False
+        self.begun: float = 0  # of a call that has the turn, nanoseconds; else 0; infinite if it is to come
         self.goes_on = False  # a procedure that has answered goes on with its work
         self.bytes = 0
         self.poll = select.poll()
@@ -311,9 +312,20 @@ class Gate:
         if served.doomed is not None:
             self.end(served, served.doomed)
             return False
-        for one in self._turns.hold(served, uid, lambda: self._served.get(served.fd) is served):
-            self._arm(one, _PARKED)
+        self._arm_next(self._turns.hold(served, uid, lambda: self._served.get(served.fd) is served))
         return False
+
+    def _arm_next(self, got: list[Served]) -> None:
+        """Arm the channels that have got a turn; others may have one as soon as what runs is not fresh."""
+        for one in got:
+            self._arm(one, _PARKED)
+        if self._turns.any_held and self._turns.is_to_be_looked_at():
+            keeper().after(PROMPT / 1e9, self._look_at_turns)
+
+    def _look_at_turns(self) -> None:
+        """In the keeper's thread."""
+        if not self._closed:
+            self._arm_next(self._turns.look())
 
     def _count_request(self, served: Served, frame: Frame | None) -> None:
         """Count what has come of a stranger's request; refuse one that is over his share."""
@@ -394,6 +406,8 @@ class Gate:
                 frame.kind == _REQUEST and frame.refusal is None and not frame.descriptors
             )
             if everyday or self._is_accepted(served, frame):  # type: ignore[arg-type]
+                if served.turn:
+                    served.begun = taken
                 invocation._open = True
                 return invocation
             # One at a time, as with calls: who sends them without end keeps nobody else waiting.
@@ -540,6 +554,9 @@ class Gate:
 
     def release(self, served: Served) -> None:
         """Let go of a channel whose call has been answered."""
+        if served.turn:
+            served.door.tempo.note(time.monotonic_ns() - served.begun)
+            served.begun = 0  # it may keep its turn for another call
         local = self._local
         if self._lingers and served.doomed is None and getattr(local, "last", self) is None:
             local.last = served
@@ -569,8 +586,7 @@ class Gate:
         """Let go of a stranger's turn, and arm the channel that gets it."""
         assert self.crowd is not None
         self.crowd.count(served, served.channel.begun)
-        for one in self._turns.give_back(served, served.channel.peer.uid):
-            self._arm(one, _PARKED)
+        self._arm_next(self._turns.give_back(served, served.channel.peer.uid))
 
     def _events_for(self, served: Served) -> int:
         """Park a page; return what the set shall report: at once, if there is a request already."""
