@@ -63,7 +63,7 @@ from doorpool._errors import (
 )
 from doorpool._exceptions import MAX_TRACEBACK, clip, name_of, text_of, traceback_of
 from doorpool._janitor import Open, close_all
-from doorpool._keys import Reader
+from doorpool._keys import Reader, Steps
 from doorpool._passing import Departure, Taken
 from doorpool._shares import ShareError
 
@@ -394,20 +394,20 @@ def convert_items(items: list[Any], item: Any) -> list[Any]:
     return msgspec.convert(items, list[item], dec_hook=_check_custom)
 
 
-def convert_item(name: str, value: Any, item: Any) -> Any:
+def convert_item(name: str, value: Any, item: Any, steps: Steps) -> Any:
     """Do so with one; a ``MarshalError`` says the name, and what is wrong in it and where."""
     try:
-        _check_keys(value, item)
+        _check_keys(value, item, steps)
         return msgspec.convert(value, item, dec_hook=_check_custom)
     except Exception as error:
         raise MarshalError(printable(_where(name, error)), may_have_run=True) from error
 
 
-def _check_keys(value: Any, kind: Any) -> None:
+def _check_keys(value: Any, kind: Any, steps: Steps | None = None) -> None:
     """Refuse to make of plain data what has keys that collide; those that it has were looked at."""
     reader = _reader_of(kind)
     if reader.makes_keys:
-        reader.check(_shape_encoder.encode(value))
+        reader.check(_shape_encoder.encode(value), steps)
 
 
 _reader_of = functools.lru_cache(256)(Reader)
@@ -512,9 +512,11 @@ class Plan:
         Raises:
             MarshalError: they do not fit; it names the parameter, the path in it and what it expects.
         """
+        steps = Steps()
         if self._signature is None:
-            positional = [_fit(f"args[{n}]", _read_plain, piece) for n, piece in enumerate(args)]
-            named = {name: _fit(f"kwargs[{name!r}]", _read_plain, piece) for name, piece in kwargs.items()}
+            fit = functools.partial(_fit, decoder=_read_plain, steps=steps)
+            positional = [fit(f"args[{n}]", piece=piece) for n, piece in enumerate(args)]
+            named = {name: fit(f"kwargs[{name!r}]", piece=piece) for name, piece in kwargs.items()}
             return tuple(positional), named
         try:
             bound = self._signature.bind(*args, **kwargs)
@@ -523,12 +525,12 @@ class Plan:
         given = bound.arguments
         for parameter in self._signature.parameters.values():
             if parameter.name in given:
-                given[parameter.name] = self._fit_parameter(parameter, given[parameter.name])
+                given[parameter.name] = self._fit_parameter(parameter, given[parameter.name], steps)
         return bound.args, bound.kwargs
 
-    def _fit_parameter(self, parameter: inspect.Parameter, given: Any) -> Any:
+    def _fit_parameter(self, parameter: inspect.Parameter, given: Any, steps: Steps) -> Any:
         name, decoder = parameter.name, self._decoders[parameter.name]
-        fit = functools.partial(_fit, decoder=decoder, hint=self._hints.get(name, ""))
+        fit = functools.partial(_fit, decoder=decoder, steps=steps, hint=self._hints.get(name, ""))
         if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
             return fit(name, piece=given)
         if name in self._joined:
@@ -717,10 +719,10 @@ def _fits(decoder: Reader, whole: Any) -> bool:
 _read_bare, _bare_encoder = Reader(Any), Encoder()
 
 
-def _fit(name: str, decoder: Reader, piece: Any, hint: str = "") -> Any:
+def _fit(name: str, decoder: Reader, piece: Any, steps: Steps | None = None, hint: str = "") -> Any:
     """Read one argument; what its type's own code does meanwhile is its own affair, but for errors."""
     try:
-        return decoder.decode(piece)
+        return decoder.decode(piece, steps)
     except Exception as error:
         raise _misfit(f"the argument {_where(name, error, decoder, piece)}{hint}") from error
 

@@ -4,11 +4,11 @@
  * Python's hashes of texts and bytes are keyed, and nobody can choose texts that collide.  All others can be
  * worked out: those of the 2**n tuples of -1 and -2 are equal, UUIDs that differ by 2**61 - 1 have one hash, and
  * numbers of 32 bits can be chosen that stand in one another's way, each with a hash of its own: the places that
- * a dict looks at are a sequence that begins anywhere (see `dict_step`).  A dict of n such keys takes n * n / 2
+ * a dict looks at are one sequence, wherever it begins (see `step`).  A dict of n such keys takes n * n / 2
  * steps, with the interpreter's lock held: 400 kB, two seconds.
  *
  * So before msgspec makes containers of a message, `keys_of` finds the large ones in its bytes, and writes their
- * keys (or items, which may be meant for a set) out; `_data.py` has msgspec read these, and `is_crowded` does with
+ * keys (or items, which may be meant for a set) out; `_keys.py` has msgspec read these, and `steps_of` does with
  * their hashes what a dict or a set will do, and counts.  Both take time in proportion to the bytes.  What is not
  * large needs no looking at: a map of up to 15 keys, all of which collide, takes no longer than its bytes explain.
  */
@@ -22,10 +22,8 @@
 
 #define LARGE 16            /* keys from which a container is looked at */
 #define CHUNK 64            /* keys that are written, and read, together */
-#define MOST_DEPTH (1 << 16)
+#define MOST_DEPTH (1 << 14) /* msgspec stops where the interpreter does, sooner */
 #define MOST_COPIES 8       /* of each byte: how often a key in a large container may hold large ones itself */
-#define SLACK 1024          /* steps that are free */
-#define STEPS_EACH 32       /* and those for each key; honest ones, the worst I know, take a fourth */
 #define STEPS_COMPARED 8    /* what comparing two keys of one hash counts */
 
 /* -- finding them ------------------------------------------------------------------------------ */
@@ -34,7 +32,7 @@ enum kind { NOTHING, PLAIN, OPEN, ARRAY, MAP }; /* OPEN: its hash is not keyed, 
 
 struct head {
     enum kind kind;
-    size_t size;    /* of the bytes before the parts, or of all */
+    uint64_t size;  /* of the bytes before the parts, or of all */
     uint64_t parts; /* of an array or a map: a key and its value are two */
 };
 
@@ -295,25 +293,30 @@ struct entry {
     PyObject *key; /* whoever calls holds it */
 };
 
+struct place {
+    int32_t entry; /* or -1: free */
+    uint32_t tag;  /* half of its hash, that few need be fetched which are not sought */
+};
+
 /* A dict or a set, of which only the places count. */
 struct table {
     bool dict;
     struct entry *entries;
-    int32_t *places; /* -1, or which of the entries stands there */
+    struct place *places;
     size_t used, mask;
     int64_t steps; /* that are left */
 };
 
 enum found { ABSENT, PRESENT, FAILED };
 
-/* Compare a key with the one at a place; ABSENT also if there is none. */
+/* Compare a key with the one at a place. */
 static enum found
-compare(struct table *t, const struct entry *sought, int32_t place)
+compare(struct table *t, const struct entry *sought, struct place place)
 {
-    struct entry *there = &t->entries[place];
+    struct entry *there = &t->entries[place.entry];
     int equal;
 
-    if (there->hash != sought->hash)
+    if (place.tag != (uint32_t)sought->hash || there->hash != sought->hash)
         return ABSENT;
     t->steps -= STEPS_COMPARED;
     if (there->key == sought->key)
@@ -339,11 +342,11 @@ seek(struct table *t, const struct entry *sought, bool only_free, size_t *free)
 
     for (; t->steps > 0; i = step(t, i, &rest)) {
         size_t more = !t->dict && i + 9 <= t->mask ? 9 : 0;
+        t->steps--; /* neighbours cost little */
         for (*free = i; *free <= i + more; ++*free) {
-            int32_t place = t->places[*free];
+            struct place place = t->places[*free];
             enum found found;
-            t->steps--;
-            if (place < 0)
+            if (place.entry < 0)
                 return ABSENT;
             found = only_free ? ABSENT : compare(t, sought, place);
             if (found != ABSENT)
@@ -357,7 +360,7 @@ static bool
 resize(struct table *t, size_t wanted)
 {
     size_t size = 8, free;
-    int32_t *places;
+    struct place *places;
 
     while (t->dict ? size < wanted : size <= wanted)
         size *= 2;
@@ -372,7 +375,7 @@ resize(struct table *t, size_t wanted)
     for (size_t n = 0; n < t->used; n++) {
         if (seek(t, &t->entries[n], true, &free) != ABSENT)
             return false;
-        places[free] = (int32_t)n;
+        places[free] = (struct place){(int32_t)n, (uint32_t)t->entries[n].hash};
     }
     return true;
 }
@@ -393,33 +396,34 @@ add(struct table *t, PyObject *key, Py_hash_t hash)
         if (!resize(t, 3 * t->used) || seek(t, entry, true, &free) != ABSENT)
             return false;
     }
-    t->places[free] = (int32_t)t->used++;
+    t->places[free] = (struct place){(int32_t)t->used++, (uint32_t)hash};
     if (!t->dict && t->used * 5 >= t->mask * 3)
         return resize(t, t->used * (t->used > 50000 ? 2 : 4));
     return true;
 }
 
-PyDoc_STRVAR(is_crowded_doc,
-"is_crowded(keys, is_map)\n--\n\n"
-"Tell whether a dict (else a set) of these keys would take many more steps than there are keys.\n\n"
+PyDoc_STRVAR(steps_of_doc,
+"steps_of(keys, is_map, most)\n--\n\n"
+"Count the steps that a dict (else a set) of these keys would take, to be made; more than `most` if these do not do.\n\n"
 "It looks no further than to one that cannot be hashed or compared: no container is made of that.");
 
 static PyObject *
-keys_is_crowded(PyObject *Py_UNUSED(module), PyObject *args)
+keys_steps_of(PyObject *Py_UNUSED(module), PyObject *args)
 {
     PyObject *keys;
     int dict;
     struct table t = {0};
     bool fine;
     Py_ssize_t count;
+    long long most;
 
-    if (!PyArg_ParseTuple(args, "O!p:is_crowded", &PyTuple_Type, &keys, &dict))
+    if (!PyArg_ParseTuple(args, "O!pL:steps_of", &PyTuple_Type, &keys, &dict, &most))
         return NULL;
     count = PyTuple_GET_SIZE(keys);
     if (count > INT32_MAX)
         return PyErr_Format(PyExc_OverflowError, "more than %d keys", INT32_MAX);
     t.dict = dict;
-    t.steps = SLACK + STEPS_EACH * (int64_t)count;
+    t.steps = most + 1;
     t.entries = PyMem_New(struct entry, (size_t)count + 1);
     fine = t.entries != NULL && resize(&t, 0);
     if (t.entries == NULL)
@@ -436,11 +440,11 @@ keys_is_crowded(PyObject *Py_UNUSED(module), PyObject *args)
             return NULL;
         PyErr_Clear();
     }
-    return PyBool_FromLong(t.steps <= 0);
+    return PyLong_FromLongLong(most + 1 - t.steps);
 }
 
 PyMethodDef doorpool_keys_methods[] = {
     {"keys_of", keys_keys_of, METH_VARARGS, keys_of_doc},
-    {"is_crowded", keys_is_crowded, METH_VARARGS, is_crowded_doc},
+    {"steps_of", keys_steps_of, METH_VARARGS, steps_of_doc},
     {NULL, NULL, 0, NULL},
 };

@@ -12,7 +12,7 @@ share one hash (numbers collide without); containers with another hash (a proced
 from __future__ import annotations
 
 import typing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from msgspec import inspect
@@ -24,6 +24,33 @@ from doorpool._impl import shuttle
 _SMALL = 32
 
 
+class Steps:
+    """
+    What may be spent on the keys of one message.
+
+    For each key there are some, for honest ones take up to 26 (multiples of 2**32), and some go to the
+    whole: the 729 points of six coordinates, each of which is -2, -1 or 0, take 127 each.
+    """
+
+    __slots__ = ("_left",)
+
+    def __init__(self) -> None:
+        self._left = 2**20
+
+    def take(self, keys: tuple[Any, ...], is_map: bool) -> None:
+        """
+        Take what it costs to make a dict or a set of keys.
+
+        Raises:
+            ValueError: that is more than there is.
+        """
+        most = self._left + 32 * len(keys)
+        self._left = most - shuttle.steps_of(keys, is_map, most)
+        if self._left < 0:
+            what = "keys of a dict" if is_map else "items of a set"
+            raise ValueError(f"{len(keys)} {what} collide: that takes more than {most} steps")
+
+
 class Reader:
     """
     A decoder, which refuses keys that collide.
@@ -33,43 +60,47 @@ class Reader:
         hooks: of ``Decoder``.
     """
 
-    __slots__ = ("_decode", "_maps", "_sets", "_texts")
+    __slots__ = ("_arrays", "_decode", "_maps", "_sets", "_texts", "decode")
+
+    #: Reads a message; raises as ``Decoder`` does, and as ``check``.
+    decode: Callable[..., Any]
 
     def __init__(self, hint: Any, **hooks: Any) -> None:
         self._decode = Decoder(hint, **hooks).decode
         maps, sets = _containers_in(hint)
         self._maps = [_decoder_of_keys(kind) for kind in maps]
         self._sets = [_decoder_of_keys(kind) for kind in sets]
+        self._arrays = bool(sets)
         self._texts = any(kind is not Any for kind in maps)
+        self.decode = self._check_and_decode if maps or sets else self._only_decode
 
     @property
     def makes_keys(self) -> bool:
         """Whether it makes keys of what is none yet."""
-        return bool(self._sets) or self._texts
+        return self._arrays or self._texts
 
-    def check(self, data: Any) -> None:
+    def check(self, data: Any, steps: Steps | None = None) -> None:
         """
         Refuse a message of which a container would be made whose keys collide.
+
+        Args:
+            steps: of the message, if this is but a part.
 
         Raises:
             ValueError: so it is.
         """
-        if len(data) <= _SMALL or not (self._maps or self._sets):
-            return
-        for is_map, chunks in shuttle.keys_of(data, bool(self._sets), self._texts):
+        steps = steps or Steps()
+        for is_map, chunks in shuttle.keys_of(data, self._arrays, self._texts):
             for decoder in self._maps if is_map else self._sets:
-                keys = _keys_in(chunks, decoder)
-                if shuttle.is_crowded(keys, is_map):
-                    what = "keys of a dict" if is_map else "items of a set"
-                    raise ValueError(f"{len(keys)} {what} collide: more than {_STEPS} steps for each")
+                steps.take(_keys_in(chunks, decoder), is_map)
 
-    def decode(self, data: Any) -> Any:
-        """Read a message, or raise as ``Decoder`` does, and ``check``."""
-        self.check(data)
+    def _check_and_decode(self, data: Any, steps: Steps | None = None) -> Any:
+        if len(data) > _SMALL:
+            self.check(data, steps)
         return self._decode(data)
 
-
-_STEPS = 32  # as in _keys.c
+    def _only_decode(self, data: Any, steps: Steps | None = None) -> Any:
+        return self._decode(data)
 
 
 def _keys_in(chunks: list[bytes], decoder: Decoder[list[dict[Any, None]]]) -> tuple[Any, ...]:
@@ -77,7 +108,7 @@ def _keys_in(chunks: list[bytes], decoder: Decoder[list[dict[Any, None]]]) -> tu
     keys: list[Any] = []
     try:
         for chunk in chunks:
-            keys += [key for each in decoder.decode(chunk) for key in each]
+            keys += [key for (key,) in decoder.decode(chunk)]
     except MemoryError:
         raise
     except Exception:

@@ -100,8 +100,8 @@ def pack_items(_items: list[Any]) -> None:
 
 
 #: As in ``_keys.c``, where all of this is told.
-_LARGE, _CHUNK, _MOST_DEPTH, _MOST_COPIES = 16, 64, 2**16, 8
-_SLACK, _STEPS_EACH, _STEPS_COMPARED = 1024, 32, 8
+_LARGE, _CHUNK, _MOST_DEPTH, _MOST_COPIES = 16, 64, 2**14, 8
+_STEPS_COMPARED = 8
 
 
 class _Frame:
@@ -258,8 +258,8 @@ class _Table:
         mask = len(self._places) - 1
         rest, i = number % 2**64, number & mask
         while self.steps > 0:
+            self.steps -= 1
             for place in range(i, i + (10 if not self._is_map and i + 9 <= mask else 1)):
-                self.steps -= 1
                 if self._places[place] < 0:
                     return place
                 if key is not None and self._is_equal(self._entries[self._places[place]], number, key):
@@ -288,23 +288,23 @@ class _Table:
             self._resize((count + 1) * (2 if count + 1 > 50_000 else 4))
 
 
-def is_crowded(keys: tuple[Any, ...], is_map: bool) -> bool:
+def steps_of(keys: tuple[Any, ...], is_map: bool, most: int) -> int:
     """
-    Tell whether a dict (else a set) of these keys would take many more steps than there are keys.
+    Count the steps that a dict (else a set) of keys would take; more than ``most`` if these do not do.
 
     It looks no further than to one that cannot be hashed or compared: no container is made of that.
     """
-    table = _Table(is_map, _SLACK + _STEPS_EACH * len(keys))
+    table = _Table(is_map, most + 1)
     try:
         for key in keys:
             table.add(key)
             if table.steps <= 0:
-                return True
+                break
     except MemoryError:
         raise
     except Exception:
         pass
-    return False
+    return most + 1 - table.steps
 
 
 def make_page() -> int:
