@@ -295,12 +295,10 @@ batches_pack_items(PyObject *Py_UNUSED(module), PyObject *list)
     w.bytes = PyMem_Malloc(w.room);
     if (w.bytes != NULL && put_items(&w, items))
         result = PyBytes_FromStringAndSize((const char *)w.bytes, (Py_ssize_t)w.size);
-    else
-        result = Py_NewRef(Py_None);
     PyErr_Clear(); /* of what cannot be written, pickle says why */
     PyMem_Free(w.bytes);
     Py_DECREF(items);
-    return result;
+    return result != NULL ? result : Py_NewRef(Py_None);
 }
 
 /* -- reading ----------------------------------------------------------------------------------- */
