@@ -317,7 +317,8 @@ push(struct reader *r, PyObject *value)
     if (value == NULL)
         return false;
     if (r->count == r->room) {
-        PyObject **values = PyMem_Resize(r->values, PyObject *, (size_t)r->room * 2);
+        /* Not PyMem_Resize, which forgets the old ones. */
+        PyObject **values = PyMem_Realloc(r->values, (size_t)r->room * 2 * sizeof *values);
         if (values == NULL) {
             Py_DECREF(value);
             return false;
