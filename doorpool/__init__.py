@@ -21,6 +21,7 @@ The rooms of the house, from the roof down; each leans only on those below it:
     _marshal     objects <-> bytes and buffers          _exceptions  what leaves a procedure
     _kinds       how files, sockets and the like cross
     _data        plain data <-> bytes, by annotations   _passing     take; what crosses with a descriptor
+    _keys        no dict or set of keys that collide
     door         the raw layer, public: bytes, buffers and descriptors
     _handle      the caller's side of it    _door       the server's: names, ports, knocks
     _gate        where server threads wait for calls
@@ -38,8 +39,8 @@ The rooms of the house, from the roof down; each leans only on those below it:
     _sockets     sockets that carry credentials
     _wire        every byte that is sent: frames, knocks, answers, greetings
     _shuttle     the page of memory by which two ends call each other, and pickles of what most calls
-                 consist of, and batches of streams (in C, the latter in _atoms.c and _batches.c;
-                 _impl has the choice of its twin)
+                 consist of, batches of streams, and keys (in C, the latter in _atoms.c, _batches.c and
+                 _keys.c; _impl has the choice of its twin)
     _callers     rules: who may call, whose server is believed
     _credentials, _descriptor, _errors
 """

@@ -295,12 +295,10 @@ batches_pack_items(PyObject *Py_UNUSED(module), PyObject *list)
     w.bytes = PyMem_Malloc(w.room);
     if (w.bytes != NULL && put_items(&w, items))
         result = PyBytes_FromStringAndSize((const char *)w.bytes, (Py_ssize_t)w.size);
-    else
-        result = Py_NewRef(Py_None);
     PyErr_Clear(); /* of what cannot be written, pickle says why */
     PyMem_Free(w.bytes);
     Py_DECREF(items);
-    return result;
+    return result != NULL ? result : Py_NewRef(Py_None);
 }
 
 /* -- reading ----------------------------------------------------------------------------------- */
@@ -319,7 +317,8 @@ push(struct reader *r, PyObject *value)
     if (value == NULL)
         return false;
     if (r->count == r->room) {
-        PyObject **values = PyMem_Resize(r->values, PyObject *, (size_t)r->room * 2);
+        /* Not PyMem_Resize, which forgets the old ones. */
+        PyObject **values = PyMem_Realloc(r->values, (size_t)r->room * 2 * sizeof *values);
         if (values == NULL) {
             Py_DECREF(value);
             return false;

@@ -63,6 +63,7 @@ from doorpool._errors import (
 )
 from doorpool._exceptions import MAX_TRACEBACK, clip, name_of, text_of, traceback_of
 from doorpool._janitor import Open, close_all
+from doorpool._keys import Reader, Steps
 from doorpool._passing import Departure, Taken
 from doorpool._shares import ShareError
 
@@ -389,16 +390,28 @@ def convert_items(items: list[Any], item: Any) -> list[Any]:
     Raises:
         Exception: one does not fit.
     """
+    _check_keys(items, list[item])
     return msgspec.convert(items, list[item], dec_hook=_check_custom)
 
 
-def convert_item(name: str, value: Any, item: Any) -> Any:
+def convert_item(name: str, value: Any, item: Any, steps: Steps) -> Any:
     """Do so with one; a ``MarshalError`` says the name, and what is wrong in it and where."""
     try:
+        _check_keys(value, item, steps)
         return msgspec.convert(value, item, dec_hook=_check_custom)
     except Exception as error:
         raise MarshalError(printable(_where(name, error)), may_have_run=True) from error
 
+
+def _check_keys(value: Any, kind: Any, steps: Steps | None = None) -> None:
+    """Refuse to make of plain data what has keys that collide; those that it has were looked at."""
+    reader = _reader_of(kind)
+    if reader.makes_keys:
+        reader.check(_shape_encoder.encode(value), steps)
+
+
+_reader_of = functools.lru_cache(256)(Reader)
+_shape_encoder = Encoder(enc_hook=lambda value: None)
 
 #: Annotations of what is iterated over, which msgspec does not look into.
 _ITERATED = (Iterator, Iterable, Generator)
@@ -410,7 +423,7 @@ def _item_of(kind: Any) -> Any:
 
 
 _encoder = Encoder(enc_hook=_write)
-_decoder_of = functools.partial(Decoder, ext_hook=_read_extension, dec_hook=_check_custom)
+_decoder_of = functools.partial(Reader, ext_hook=_read_extension, dec_hook=_check_custom)
 _read_plain = _decoder_of(Any)
 _read_call = Decoder(tuple[list[msgspec.Raw], dict[str, msgspec.Raw]])
 
@@ -464,7 +477,7 @@ class Plan:
         self.name = str(getattr(function, "__qualname__", None) or type(function).__qualname__)
         self._signature = _signature_of(function)
         hints = _hints_of(function)
-        self._decoders: dict[str, Decoder[Any]] = {}
+        self._decoders: dict[str, Reader] = {}
         self._hints: dict[str, str] = {}  # what messages say of each parameter
         self._joined: set[str] = set()  # variadic parameters of which one type says what all get together
         for parameter in self._signature.parameters.values() if self._signature else ():
@@ -480,7 +493,7 @@ class Plan:
         hint = _STAND_FOR.get(typing.get_origin(hint) or hint, hint)
         self._returns = None if hint in (Any, object) else self._decoder("the result", hint)
 
-    def _decoder(self, what: str, hint: Any) -> Decoder[Any]:
+    def _decoder(self, what: str, hint: Any) -> Reader:
         try:
             for item in _items_in(hint):
                 _decoder_of(item)
@@ -499,9 +512,11 @@ class Plan:
         Raises:
             MarshalError: they do not fit; it names the parameter, the path in it and what it expects.
         """
+        steps = Steps()
         if self._signature is None:
-            positional = [_fit(f"args[{n}]", _read_plain, piece) for n, piece in enumerate(args)]
-            named = {name: _fit(f"kwargs[{name!r}]", _read_plain, piece) for name, piece in kwargs.items()}
+            fit = functools.partial(_fit, decoder=_read_plain, steps=steps)
+            positional = [fit(f"args[{n}]", piece=piece) for n, piece in enumerate(args)]
+            named = {name: fit(f"kwargs[{name!r}]", piece=piece) for name, piece in kwargs.items()}
             return tuple(positional), named
         try:
             bound = self._signature.bind(*args, **kwargs)
@@ -510,12 +525,12 @@ class Plan:
         given = bound.arguments
         for parameter in self._signature.parameters.values():
             if parameter.name in given:
-                given[parameter.name] = self._fit_parameter(parameter, given[parameter.name])
+                given[parameter.name] = self._fit_parameter(parameter, given[parameter.name], steps)
         return bound.args, bound.kwargs
 
-    def _fit_parameter(self, parameter: inspect.Parameter, given: Any) -> Any:
+    def _fit_parameter(self, parameter: inspect.Parameter, given: Any, steps: Steps) -> Any:
         name, decoder = parameter.name, self._decoders[parameter.name]
-        fit = functools.partial(_fit, decoder=decoder, hint=self._hints.get(name, ""))
+        fit = functools.partial(_fit, decoder=decoder, steps=steps, hint=self._hints.get(name, ""))
         if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
             return fit(name, piece=given)
         if name in self._joined:
@@ -644,7 +659,7 @@ def printable(text: str) -> str:
     return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
-def _where(name: str, error: Exception, decoder: Decoder[Any] | None = None, piece: Any = b"") -> str:
+def _where(name: str, error: Exception, decoder: Reader | None = None, piece: Any = b"") -> str:
     """Say what is wrong, and where in something of a name; msgspec calls that ``$``."""
     text = text_of(error)
     found = _WHERE.fullmatch(text) if isinstance(error, msgspec.ValidationError) else None
@@ -660,7 +675,7 @@ def _where(name: str, error: Exception, decoder: Decoder[Any] | None = None, pie
     return f"{name}: {name_of(error)}: {text}"
 
 
-def _with_keys(path: str, decoder: Decoder[Any], piece: Any) -> str:
+def _with_keys(path: str, decoder: Reader, piece: Any) -> str:
     """
     Say in a path which keys lead to the misfit, if that can be found out.
 
@@ -681,7 +696,7 @@ def _with_keys(path: str, decoder: Decoder[Any], piece: Any) -> str:
     return told
 
 
-def _misfitting_key(place: dict[Any, Any], decoder: Decoder[Any], whole: Any) -> Any:
+def _misfitting_key(place: dict[Any, Any], decoder: Reader, whole: Any) -> Any:
     """Leave in a dict, a part of a whole, the one item for which the whole does not fit."""
     while len(place) > 1:
         items = list(place.items())
@@ -693,7 +708,7 @@ def _misfitting_key(place: dict[Any, Any], decoder: Decoder[Any], whole: Any) ->
     return next(iter(place))
 
 
-def _fits(decoder: Decoder[Any], whole: Any) -> bool:
+def _fits(decoder: Reader, whole: Any) -> bool:
     try:
         decoder.decode(_bare_encoder.encode(whole))
     except msgspec.ValidationError:
@@ -701,18 +716,18 @@ def _fits(decoder: Decoder[Any], whole: Any) -> bool:
     return True
 
 
-_read_bare, _bare_encoder = Decoder(), Encoder()
+_read_bare, _bare_encoder = Reader(Any), Encoder()
 
 
-def _fit(name: str, decoder: Decoder[Any], piece: Any, hint: str = "") -> Any:
+def _fit(name: str, decoder: Reader, piece: Any, steps: Steps | None = None, hint: str = "") -> Any:
     """Read one argument; what its type's own code does meanwhile is its own affair, but for errors."""
     try:
-        return decoder.decode(piece)
+        return decoder.decode(piece, steps)
     except Exception as error:
         raise _misfit(f"the argument {_where(name, error, decoder, piece)}{hint}") from error
 
 
-def _check_written(decoder: Decoder[Any], data: bytes, objects: list[Any]) -> None:
+def _check_written(decoder: Reader, data: bytes, objects: list[Any]) -> None:
     token = _arrivals.set(list(objects))
     try:
         decoder.decode(data)
@@ -925,7 +940,7 @@ def read_value(piece: Any) -> Any:
 
 
 _read_error = Decoder(tuple[str, str | None, str | None])
-_read_text = Decoder(str)
+_read_text = Reader(str)
 
 
 def _rebuild(name: str, text: str | None, trace: str | None) -> Exception:

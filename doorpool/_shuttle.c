@@ -1456,8 +1456,8 @@ static PyType_Spec Page_spec = {
 
 /* -- the module -- */
 
-/* Of _atoms.c and _batches.c, which are compiled into the same module. */
-extern PyMethodDef doorpool_atoms_methods[], doorpool_batches_methods[];
+/* Of _atoms.c, _batches.c and _keys.c, which are compiled into the same module. */
+extern PyMethodDef doorpool_atoms_methods[], doorpool_batches_methods[], doorpool_keys_methods[];
 
 PyDoc_STRVAR(make_page_doc,
 "make_page()\n--\n\n"
@@ -1509,7 +1509,8 @@ module_exec(PyObject *module)
     state->page_type = (PyTypeObject *)PyType_FromModuleAndSpec(module, &Page_spec, NULL);
     if (PyModule_AddObjectRef(module, "Page", (PyObject *)state->page_type) != 0
         || PyModule_AddFunctions(module, doorpool_atoms_methods) != 0
-        || PyModule_AddFunctions(module, doorpool_batches_methods) != 0)
+        || PyModule_AddFunctions(module, doorpool_batches_methods) != 0
+        || PyModule_AddFunctions(module, doorpool_keys_methods) != 0)
         return -1;
     if (PyModule_AddIntConstant(module, "NOTHING", NOTHING) != 0
         || PyModule_AddIntConstant(module, "BY_SOCKET", BY_SOCKET) != 0

@@ -82,6 +82,7 @@ from doorpool._endpoint import Endpoint, Marshalled, answering, marshal_error, p
 from doorpool._errors import BusyError, ClosedError, DoorError, LimitError, MarshalError, ProtocolError
 from doorpool._handle import deadline_after
 from doorpool._impl import shuttle
+from doorpool._keys import Steps
 from doorpool._marshal import pack_refusal, pack_result
 from doorpool._passing import Departure, Kind, Recipe
 from doorpool._proxy import Proxy
@@ -752,10 +753,11 @@ class Stream:
 
     def _convert_singly(self, items: list[Any]) -> list[Any]:
         good: list[Any] = []
+        steps = Steps()
         try:
             for item in items:
                 name = f"item {self._count + len(good)} of {self!r}"
-                good.append(_data.convert_item(name, item, self._item))
+                good.append(_data.convert_item(name, item, self._item, steps))
         except MarshalError as error:
             self._wrong, self._value = error, None
             self._end()

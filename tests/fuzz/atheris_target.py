@@ -4,14 +4,21 @@ The other side parses or refuses: no crash, no hang, nothing run, nothing that n
     pip install -e '.[test,fuzz]'
     python tests/fuzz/atheris_target.py wire CORPUS -max_total_time=3600
     python tests/fuzz/atheris_target.py data CORPUS -max_total_time=3600
+    python tests/fuzz/atheris_target.py pickles CORPUS -max_total_time=3600
 
 CORPUS is a folder: conversations that went well are written into it first, one a file, and what atheris (a
 libFuzzer for Python) finds to lead anywhere new goes there too, for the next run.  The rest of the words are
 libFuzzer's.  An input that breaks a rule is kept as ``crash-*``, one that takes over ten seconds as
 ``timeout-*``; either alone, in place of CORPUS, repeats it.
 
-An input begins with a byte that chooses who reads the rest.  The rules are those of ``test_wire.py`` and
-``test_data.py``; ``test_atheris.py`` runs the corpus through them.
+An input begins with a byte that chooses who reads the rest.  The rules are those of ``test_wire.py``,
+``test_data.py``, ``test_atoms.py`` and ``test_batches.py``; ``test_atheris.py`` runs the corpus through them.
+
+What strangers send is read by ``wire`` and ``data``, the latter with the help of ``_keys.c``.  No pickle of
+theirs is read, so ``_atoms.c`` and ``_batches.c`` see but those of our own user, who could do worse with one:
+what ``pickles`` looks for is a value that pickle itself would not have made.  What these write and take
+(``pack_call``, ``pack_value``, ``pack_items``, ``take_items``) are objects of this process, and no bytes.
+atheris sees no branches of C; it spoils what it has.
 """
 
 from __future__ import annotations
@@ -37,9 +44,11 @@ else:
     instrumented = contextlib.nullcontext()
 
 with instrumented:
-    from fuzz import test_data, test_sockets, test_wire
+    from fuzz import test_atoms, test_batches, test_data, test_sockets, test_wire
     from support import rawpeer, start_python
     from support.audit import audited
+
+    from doorpool import _impl
 
 #: For libFuzzer, where it is not told otherwise; no message of the corpus is as long.
 DEFAULTS = ["-max_len=4096", "-timeout=10", "-rss_limit_mb=2048"]
@@ -195,7 +204,14 @@ def _check_outcome(data: bytes) -> object:
     return test_data.check_outcome(data, audited)
 
 
-TARGETS = {"wire": wire, "data": plain}
+def pickles() -> Target:
+    """Pickles that the compiled part reads, of arguments, results and batches; or leaves to pickle."""
+    readers: list[Callable[[bytes], object]] = [test_atoms.check, test_batches.check]
+    atoms = [*test_atoms.PICKLES, *test_atoms.PACKED_CALLS, *test_atoms.FOREIGN]
+    return Target(readers, [(0, data) for data in atoms] + [(1, data) for data in test_batches.PICKLES])
+
+
+TARGETS = {"wire": wire, "data": plain} | ({"pickles": pickles} if _impl.NAME == "c" else {})
 
 
 def main(words: list[str]) -> None:

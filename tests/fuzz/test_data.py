@@ -12,6 +12,7 @@ import datetime
 import decimal
 import enum
 import functools
+import itertools
 import math
 import os
 import re
@@ -28,6 +29,7 @@ from support.mutations import spoilt
 
 from doorpool import Descriptor, Proxy, RemoteError, _data
 from doorpool._errors import BusyError, DoorError, MarshalError, ProtocolError
+from doorpool._keys import Steps
 
 pytestmark = pytest.mark.ids("H01", "H03")
 
@@ -345,6 +347,199 @@ def test_bombs(audited, bomb):
         assert tracemalloc.get_traced_memory()[1] < 200_000 + 160 * len(bomb)
     finally:
         tracemalloc.stop()
+
+
+# -- keys that were chosen, so that a dict or a set of them would take time squared
+
+
+def alike(count):
+    """Tuples that have one hash, as -1 and -2 have."""
+    return itertools.islice(itertools.product((-1, -2), repeat=count.bit_length()), count)
+
+
+def in_the_way(count, run=1):
+    """
+    Numbers, each at a place of its own in the way on which a dict looks for 0; and that, over and over.
+
+    Where 0 belongs, there is another.  A set looks at a run of ten places at each step.
+    """
+    size = size_of_dict(count) if run == 1 else size_of_set(count)
+    starts = itertools.accumulate(itertools.repeat(None), lambda place, _: (5 * place + 1) % size, initial=0)
+    places = ((start + more) % size for start in starts for more in range(run))
+    taken = dict.fromkeys(itertools.islice(places, count))
+    return [size, *list(taken)[1:], *[0] * count]
+
+
+def size_of_dict(count):
+    return 2 * 2 ** (count - 1).bit_length()
+
+
+def size_of_set(count):
+    size = 8
+    while 5 * count >= 3 * (size - 1):
+        size *= 4
+    return size
+
+
+def far_apart(count):
+    """Numbers that have one hash, of any length."""
+    return ((number + 1) * (2**61 - 1) for number in range(count))
+
+
+def uuids(count):
+    return (str(uuid.UUID(int=number)) for number in far_apart(count))
+
+
+def items(write, value):
+    """A map of these keys, or a list, which Python itself could not have made before it is written."""
+
+    def packed(count):
+        keys = [msgspec.msgpack.encode(key) for key in write(count)]
+        head = (b"\xdd" if value is None else b"\xdf") + len(keys).to_bytes(4, "big")
+        return head + b"".join(key + (value or b"") for key in keys)
+
+    return packed
+
+
+class Member(msgspec.Struct, frozen=True, array_like=True):
+    pair: tuple[int, ...]
+
+
+class Group(msgspec.Struct):
+    members: set[uuid.UUID] = msgspec.field(default_factory=set)
+
+
+def bare_set(given: set) -> None: ...
+def set_of_tuples(given: set[tuple[int, ...]]) -> None: ...
+def set_of_ints(given: set[int]) -> None: ...
+def set_of_uuids(given: frozenset[uuid.UUID]) -> None: ...
+def set_of_decimals(given: set[decimal.Decimal]) -> None: ...
+def set_of_structs(given: set[Member]) -> None: ...
+def set_in_a_struct(given: list[Group]) -> None: ...
+def dict_of_uuids(given: dict[uuid.UUID, int]) -> None: ...
+def dict_of_ints(given: dict[int | str, int]) -> None: ...
+def dict_of_tuples(given: dict[tuple[int, ...], int]) -> None: ...
+def dicts_in_dicts(given: dict[str, dict[str, Point]]) -> None: ...
+
+
+TUPLES, NUMBERS, UUIDS = items(alike, b"\1"), items(in_the_way, b"\1"), items(uuids, b"\1")
+
+
+#: Procedures, and bombs of a size.
+CROWDS = {
+    "dict of tuples": (anything, TUPLES),
+    "dict of numbers": (anything, NUMBERS),
+    "dict of tuples in dicts": (anything, lambda count: b"\x81\xa1a\x81\xa1b" + TUPLES(count)),
+    "dict of tuples behind a text": (
+        anything, lambda count: b"\xdf" + (count + 1).to_bytes(4, "big") + b"\xa0\1" + TUPLES(count)[5:]
+    ),
+    "dict of tuples and no key": (
+        anything, lambda count: b"\xdf" + (count + 1).to_bytes(4, "big") + TUPLES(count)[5:] + b"\x80\1"
+    ),
+    "typed dict of tuples": (dict_of_tuples, TUPLES),
+    "typed dict of numbers": (dict_of_ints, NUMBERS),
+    "typed dict of UUIDs": (dict_of_uuids, UUIDS),
+    "set of anything": (bare_set, items(alike, None)),
+    "set of tuples": (set_of_tuples, items(alike, None)),
+    "set of numbers": (set_of_ints, items(functools.partial(in_the_way, run=10), None)),
+    "set of UUIDs": (set_of_uuids, items(uuids, None)),
+    "set of decimals": (set_of_decimals, items(lambda count: map(str, far_apart(count)), None)),
+    "set of structs": (set_of_structs, items(lambda count: ([key] for key in alike(count)), None)),
+    "set in a struct": (
+        set_in_a_struct, lambda count: b"\x91\x81\xa7members" + items(uuids, None)(count)
+    ),
+    "what is skipped before a misfit": (
+        dicts_in_dicts,
+        lambda count: b"\x82\xa1a\x81\xa1b\x82\xa1x\1\xa1z" + TUPLES(count) + b"\xa1b\x81\xa1c\1",
+    ),
+}  # fmt: skip
+
+
+def seconds(read, times=3):
+    """Return what reading takes, of this thread's time, when nobody disturbs it."""
+    taken = []
+    for _ in range(times):
+        begun = time.thread_time()
+        read()
+        taken.append(time.thread_time() - begun)
+    return min(taken)
+
+
+@pytest.mark.parametrize(("procedure", "bomb"), CROWDS.values(), ids=CROWDS)
+def test_keys_that_collide(audited, procedure, bomb):
+    """They are refused, in time that grows as the bytes do; before, twice as many took four times as long."""
+    small, large = (b"\x92\x91" + bomb(count) + b"\x80" for count in (4096, 8192))
+    _data.plan_of(procedure)
+    with audited():
+        refusal = read(procedure, large)
+    assert isinstance(refusal, MarshalError)
+    assert re.search("collide: that takes more than [0-9]+ steps|, got `int`", str(refusal))
+    assert seconds(lambda: read(procedure, large)) < 3 * seconds(lambda: read(procedure, small)) + 0.02
+
+
+@pytest.mark.parametrize(
+    "bomb", [TUPLES, NUMBERS, lambda count: TUPLES(count)[:-1]], ids=["tuples", "numbers", "a beginning"]
+)
+def test_keys_that_collide_in_an_outcome(audited, bomb):
+    small, large = (b"V\x91" + bomb(count) for count in (4096, 8192))
+    refusal = outcome(large, audited)
+    assert type(refusal) is ProtocolError
+    assert "keys of a dict collide" in str(refusal)
+    quick = contextlib.nullcontext
+    assert seconds(lambda: outcome(large, quick)) < 3 * seconds(lambda: outcome(small, quick)) + 0.02
+
+
+def test_keys_that_collide_in_items_of_a_stream():
+    """What is a list, and goes over as one, is to be a set here."""
+    crowd = list(uuids(4096))
+    with pytest.raises(ValueError, match="4096 items of a set collide"):
+        _data.convert_items([[], crowd], set[uuid.UUID])
+    with pytest.raises(MarshalError, match=r"the third.*items of a set collide"):
+        _data.convert_item("the third", crowd, set[uuid.UUID], Steps())
+    few = crowd[:100]
+    assert _data.convert_items([few], set[uuid.UUID]) == [{uuid.UUID(each) for each in few}]
+
+
+def test_many_crowds_have_steps_in_common(audited):
+    """A message of many dicts of a few hundred keys each, any of which would do alone."""
+    one = TUPLES(512)[:1] + TUPLES(256)[1:]
+    assert not isinstance(read(anything, b"\x92\x91" + one + b"\x80"), MarshalError)
+    for many in (b"\x92\xdc\1\0" + one * 256 + b"\x80", b"\x92\x91\xdc\1\0" + one * 256 + b"\x80"):
+        with audited():
+            assert "collide" in str(read(anything, many))
+        assert seconds(lambda many=many: read(anything, many)) < 1.0  # 0.1; 0.8 if they were made
+
+
+def grid(low, high, dimensions):
+    return {point: len(point) for point in itertools.product(range(low, high), repeat=dimensions)}
+
+
+HONEST = {
+    "a plane": grid(-200, 200, 2),
+    "a space": grid(-20, 20, 3),
+    "a cube of six dimensions": grid(-2, 1, 6),
+    "numbers in order": dict.fromkeys(range(200_000), 1),
+    "negative ones": dict.fromkeys(range(-100_000, 0), 1),
+    "addresses": {number << 12: number for number in range(100_000)},
+    "bits far up": {number << 40: number for number in range(100_000)},
+    "times": {1_700_000_000.0 + number / 1000: number for number in range(50_000)},
+    "powers of two": {2.0**number: number for number in range(-1000, 1000)},
+    "of all kinds": {1: 1, None: 2, "a": 3, b"b": 4, (1, 2): 5, -2.5: 6, **grid(-2, 3, 3)},
+}
+
+
+@pytest.mark.parametrize("sent", HONEST.values(), ids=HONEST)
+def test_honest_keys_arrive(sent):
+    assert read(anything, given(sent))["args"] == (sent,)
+    assert outcome(b"V" + msgspec.msgpack.encode(sent), contextlib.nullcontext) == sent
+
+
+def test_honest_items_of_sets_arrive():
+    members = [str(uuid.UUID(int=number << 96)) for number in range(20_000)]
+    assert len(read(set_of_uuids, given(members))["given"]) == 20_000
+    assert read(set_of_ints, given([7] * 100_000))["given"] == {7}
+    assert read(set_of_ints, given(list(range(0, 2**50, 2**34))))["given"] == set(range(0, 2**50, 2**34))
+    assert len(read(bare_set, given(list(grid(-50, 50, 2))))["given"]) == 10_000
 
 
 # -- outcomes, at a caller

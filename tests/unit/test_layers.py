@@ -43,6 +43,7 @@ LAYERS = [
     {"_objects"},
     {"_exceptions"},
     {"_passing"},
+    {"_keys"},
     {"_data"},
     {"_kinds"},
     {"_marshal"},

@@ -23,6 +23,10 @@ SCRIPT = """
     ARGS = ([1, 2.5, "three", b"four", None], (True, -(2**40), {{"five": [6, ()]}}))
     KWARGS = {{"seven": 8.0, "nine": ["ten", b"eleven"]}}
     CALL, VALUE = shuttle.pack_call(ARGS, KWARGS), shuttle.pack_value([ARGS, KWARGS])
+    ITEMS = [1, -(2**40), 2.5, "six" * 20, b"seven", None, True, ("eight", 9)] * 10
+    BATCH = shuttle.pack_items([None] * 600 + ITEMS)  # too many for a small pickle
+    KEYS = tuple((-1 - number % 2, number) for number in range(40))
+    MESSAGE = b"\\xde\\0\\x80" + b"".join(b"\\x92\\xff" + bytes([number, 0]) for number in range(128))
     ME = struct.pack("3i", os.getpid(), os.geteuid(), os.getegid())
     ENDS = socket.socketpair()
     for end in ENDS:
@@ -43,6 +47,10 @@ SCRIPT = """
         finally:
             client.close()
             server.close()
+
+    def taken():
+        items = []
+        return shuttle.take_items(items, iter(ITEMS), 80, 10, 1 << 18, 1e18), items
 
     def work():
         return {work}
@@ -87,6 +95,11 @@ SCRIPT = """
         "shuttle.unpack_call(CALL)",
         "shuttle.pack_value([ARGS, KWARGS])",
         "shuttle.unpack_value(VALUE)",
+        "shuttle.pack_items(ITEMS)",
+        "shuttle.unpack_value(BATCH)",
+        "taken()",
+        "shuttle.keys_of(MESSAGE, True, True)",
+        "shuttle.steps_of(KEYS, True, 1000), shuttle.steps_of(KEYS, False, 1000)",
         "through_a_page()",
     ],
 )

@@ -1,0 +1,137 @@
+"""
+Keys of messages: they are found, as msgspec reads them, and their steps are counted; by both twins alike.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from doorpool import _impl, _shuttle_py
+
+pytestmark = pytest.mark.ids("H03")
+
+TWINS = [_shuttle_py, _impl.shuttle] if _impl.NAME == "c" else [_shuttle_py]
+
+NO_LIMIT = 2**40
+
+
+@pytest.fixture(params=TWINS, ids=lambda twin: twin.__name__.rpartition("_shuttle")[2] or "c")
+def twin(request):
+    return request.param
+
+
+def found(twin, data, arrays=False, texts=False):
+    """Return what is found, as lists of keys."""
+    decode = msgspec.msgpack.Decoder(list[dict], ext_hook=lambda code, body: (code, bytes(body))).decode
+    return [
+        (is_map, [key for chunk in chunks for (key,) in decode(chunk)])
+        for is_map, chunks in twin.keys_of(data, arrays, texts)
+    ]
+
+
+KEYS = [
+    0, 127, 128, 2**8, 2**16, 2**32, -1, -33, -129, -(2**15) - 1, -(2**31) - 1, 1.5, None, True, "", "a" * 40,
+    "a" * 300, "a" * 70_000, b"b", b"b" * 300, b"b" * 70_000, (), (1, (2, "c")), (0,) * 20, (0,) * 70_000,
+    *(msgspec.msgpack.Ext(5, b"e" * size) for size in (1, 2, 3, 4, 8, 16, 300, 70_000)),
+]  # fmt: skip
+
+
+def test_keys_of_each_kind_are_found(twin):
+    encode = msgspec.msgpack.encode
+    data = (
+        b"\xde" + len(KEYS).to_bytes(2, "big") + b"".join(encode(key) + b"\x93\xc0\x80\xc0" for key in KEYS)
+    )
+    right = [key if type(key) is not msgspec.msgpack.Ext else (5, key.data) for key in KEYS]
+    assert found(twin, data) == [(True, right)]
+    assert found(twin, b"\x91" + data + b"\0") == [(True, right)]
+    for key in KEYS:
+        if isinstance(key, str | bytes | bool | None):
+            continue
+        others = {f"{number}": number for number in range(15)}
+        data = b"\xde\0\x10" + encode(others)[1:] + encode(key) + b"\xc0"
+        assert [len(keys) for _, keys in found(twin, data)] == [16], "that key is reason enough"
+
+
+def test_what_needs_no_looking_at_is_not_found(twin):
+    texts = msgspec.msgpack.encode([{f"{number}": b"" for number in range(100)}, list(range(100))])
+    assert found(twin, texts) == []
+    assert found(twin, msgspec.msgpack.encode(dict.fromkeys(range(15), 1))) == []
+    assert [(is_map, len(keys)) for is_map, keys in found(twin, texts, texts=True)] == [(True, 100)]
+    assert [(is_map, len(keys)) for is_map, keys in found(twin, texts, arrays=True)] == [
+        (True, 100), (False, 100)
+    ]  # fmt: skip
+    assert found(twin, b"", True, True) == []
+
+
+def test_what_ends_too_soon_is_found_as_far_as_it_goes(twin):
+    data = msgspec.msgpack.encode({number: number for number in range(100)})
+    for end in range(3, len(data)):
+        ((_, keys),) = found(twin, data[:end]) or [(True, [])]
+        assert keys == list(range(len(keys)))
+        assert abs(len(keys) - (end - 3) // 2) <= 1
+    ((_, keys),) = found(twin, data[:43] + b"\xc1" + data[44:])
+    assert keys == list(range(20))
+
+
+def test_what_is_nested_too_deeply_is_refused(twin):
+    with pytest.raises(RecursionError):
+        twin.keys_of(b"\xdc\0\1" * 20_000, True, True)
+    row = b"\xdc\0\x10" + b"\0" * 15
+    assert len(twin.keys_of(row * 5 + b"\0", True, True)) == 5
+    with pytest.raises(ValueError, match="nested too deeply"):
+        twin.keys_of(row * 500 + b"\0", True, True)
+
+
+HASHES = st.integers(-(2**63), 2**63) | st.integers(-3, 3) | st.integers(0, 63).map(lambda shift: 1 << shift)
+LISTS = st.lists(HASHES | st.tuples(HASHES, HASHES) | st.just([]), max_size=300)
+
+
+@pytest.mark.skipif(_impl.NAME != "c", reason="there is one twin here")
+@given(LISTS, st.booleans(), st.integers(0, 2000) | st.just(NO_LIMIT))
+def test_twins_count_alike(keys, is_map, most):
+    steps = [twin.steps_of(tuple(keys), is_map, most) for twin in TWINS]
+    assert min(steps) > most or steps[0] == steps[1]
+
+
+@pytest.mark.skipif(_impl.NAME != "c", reason="there is one twin here")
+@given(st.binary(max_size=200) | st.lists(st.sampled_from(range(256)), max_size=200).map(bytes),
+       st.booleans(), st.booleans())  # fmt: skip
+def test_twins_find_alike(data, arrays, texts):
+    for prefix in (b"", b"\xde\0\x10", b"\xdc\0\x20"):
+        one, other = (twin.keys_of(prefix + data, arrays, texts) for twin in TWINS)
+        assert one == other
+
+
+def test_steps_are_few_for_honest_keys_and_many_for_others(twin):
+    for is_map in (True, False):
+        assert twin.steps_of(tuple(range(10_000)), is_map, NO_LIMIT) < 30_000
+        assert twin.steps_of((1,) * 10_000, is_map, NO_LIMIT) < 100_000
+        alike = tuple(itertools.product((-1, -2), repeat=8))
+        assert twin.steps_of(alike, is_map, NO_LIMIT) > 8 * 256 * 255 / 2
+        assert 1000 < twin.steps_of(alike, is_map, 1000) < 1100
+
+
+def test_what_cannot_be_hashed_or_compared_ends_the_counting(twin):
+    class Odd:
+        def __hash__(self):
+            return 1
+
+        def __eq__(self, other):
+            raise ZeroDivisionError
+
+    assert twin.steps_of((1, [], *[2] * 1000), True, NO_LIMIT) == 1
+    assert twin.steps_of((Odd(), Odd(), *[2] * 1000), True, NO_LIMIT) < 20
+
+    class Stop(Odd):
+        __hash__ = Odd.__hash__
+
+        def __eq__(self, other):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        twin.steps_of((Stop(), Stop()), True, NO_LIMIT)
