@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import os
 import resource
+import socket
 import statistics
 import threading
 import time
@@ -473,6 +474,98 @@ def test_one_uid_knocks_while_it_is_being_asked_about_and_another_is_let_in(serv
 def call(path: str) -> Any:
     with Proxy(path, server={0}, timeout=PATIENCE) as proxy:
         return proxy()
+
+
+def flood(path: str, count: int) -> tuple[int, set[str], int]:
+    """Open a door so often; return how often that went well, what was said otherwise, and how often."""
+    opened, refusals = open_some(path, count)
+    return opened, set(refusals), len(refusals)
+
+
+@pytest.mark.ids("F07")
+def test_one_uid_opens_as_many_channels_as_it_may_by_default_and_another_is_served(
+    serving, actor, path, set_nofile, many
+):  # fmt: skip
+    set_nofile(8_192)  # or its descriptors would be the uid's limit
+    server, one, other = serving(), actor(A), actor(B)
+    count = many(300, 5_000)
+    opened, refusals, times = one.begin(flood, path, count)(timeout=60 * PATIENCE)
+    assert (opened, times) == (256, count - 256)
+    assert server(usage, A)["channels"] == opened
+    (refusal,) = refusals
+    for text in (path, f"uid {A} has 256 channels", "limit is 256", "may_have_run=False"):
+        assert text in refusal
+    assert server(refused) == count - 256
+    assert other(call_once, path, "hello") == "hello"
+    assert f"uid={A}" in sole_line(server, "channels open")
+
+
+@pytest.mark.ids("F04")
+def test_hundreds_of_clients_call_at_once_and_each_is_answered_or_told(serving, actor, path, many):
+    """No more of each uid run and wait than may, and our own user is served meanwhile."""
+    users, clients = many(4, 8), many(75, 250)
+    most_threads, running, queued = 4 * users, 3, 16  # strangers have three quarters of them together
+    server = serving(threads=most_threads, running=running, queued=queued)
+    before = server(threads)
+    strangers = {A + number: actor(A + number) for number in range(users)}
+    for stranger in strangers.values():
+        stranger(begin_calls, f"{path}.wait", clients)
+    taken = running + queued
+    for uid, stranger in strangers.items():
+        settle(server, uid, running=running, queued=queued)
+        wait_until(lambda each=stranger: len(each(ended)[1]) == clients - taken, timeout=PATIENCE)
+    assert server(threads) <= before + most_threads
+    assert server(refused) == users * (clients - taken)
+    assert actor(0)(call_once, path, "hello") == "hello"
+    for uid in strangers:
+        assert f"uid={uid}" in sole_line(server, f"uid {uid} has {queued} calls waiting")
+    server(let_go)
+    for uid, stranger in strangers.items():
+        wait_until(lambda each=stranger: each(ended)[0] == taken, timeout=PATIENCE)
+        (said,) = set(stranger(ended)[1])
+        for text in ("BusyError", f"{path}.wait", f"uid {uid} has {queued} calls", f"limit is {queued}"):
+            assert text in said
+
+
+def claim_much(path: str, count: int, size: int) -> None:
+    """Begin requests that are to be so long, each on a channel of its own, and send no more than a packet."""
+    here.door = byhand.reach(path)
+    byhand.receive(here.door).close()
+    here.kept = [here.door]
+    for _ in range(count):
+        channel, answer = byhand.dial(here.door)
+        assert channel is not None, answer
+        here.kept.append(channel)
+        byhand.send(channel, rawpeer.frame(rawpeer.REQUEST, 1, bytes(1000), length=size))
+
+
+def told() -> tuple[int, set[tuple[int, str, tuple[int, int]]]]:
+    """On how many of those channels something came, and what; it is left there."""
+    came = [byhand.receive(it, flags=socket.MSG_PEEK).data for it in here.kept[1:] if byhand.readable(it, 0)]
+    frames = [rawpeer.Received(data[: rawpeer.HEAD], data[rawpeer.HEAD :]) for data in came]
+    return len(frames), {(frame.reason, frame.text, frame.limits) for frame in frames}
+
+
+@pytest.mark.ids("F08")
+def test_a_uid_claims_on_each_channel_as_much_as_a_request_may_have(serving, actor, path, set_nofile, many):
+    """What goes over its share is refused from the header alone; the others take a MiB each, and no more."""
+    set_nofile(8_192)
+    count, size, limit = many(Limits().channels, 1_000), 16 * MIB, Limits().bytes
+    server, one, other = serving(threads=1, channels=count), actor(A), actor(B)
+    assert other(call_once, path, "hello") == "hello"
+    memory = server(resident)
+    one(claim_much, path, count, size)
+    wait_until(lambda: one(told)[0] == count - limit // size, timeout=PATIENCE)
+    ((reason, said, numbers),) = one(told)[1]
+    assert (reason, numbers) == (rawpeer.BUSY, (limit, limit + size))
+    for text in ("bytes in flight", f"uid {A}", f"limit is {limit}"):
+        assert text in said
+    assert server(usage, A)["bytes"] == limit
+    assert other(call_once, path, "hello") == "hello"
+    assert server(resident) - memory < limit // size * MIB + 16 * MIB
+    assert f"uid={A}" in sole_line(server, "bytes in flight")
+    one(disconnect)
+    settle_gone(server, A)
 
 
 def begin_and_stop(path: str, count: int) -> None:
