@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import collections
 import ctypes
+import fcntl
 import functools
 import mmap
 import os
@@ -17,6 +18,7 @@ import random
 import re
 import select
 import socket
+import stat
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -27,7 +29,7 @@ from support import byhand, fork_in_c
 from support.rawdoor import PATIENCE
 
 import doorpool
-from doorpool import DoorError, Proxy, Server, _impl, _sockets
+from doorpool import DoorError, Proxy, Server, _impl, _memory, _sockets
 from doorpool._wire import Codec
 from doorpool.door import Door, Gate, Handle
 
@@ -358,15 +360,25 @@ def test_no_page_and_no_segment_where_no_pickle_is_spoken(door_dir, kept):
     assert kept.pages == []
 
 
+def exec_seal() -> int:
+    """Return the seal against execution; 0 where the kernel knows none (before 6.3)."""
+    try:
+        number = os.memfd_create("x", _memory._MFD_NOEXEC_SEAL)
+    except OSError:
+        return 0
+    os.close(number)
+    return 0x20  # F_SEAL_EXEC
+
+
 @pytest.mark.ids("D11", "D01")
 def test_a_page_is_sealed_and_small_and_not_to_be_run(kept):
     number = _impl.shuttle.make_page()
     try:
-        import fcntl
-
-        seals = fcntl.fcntl(number, fcntl.F_GET_SEALS)
-        wanted = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
-        assert seals & wanted == wanted
+        assert fcntl.fcntl(number, fcntl.F_GET_SEALS) == _memory.SEALS | exec_seal()
+        assert stat.S_IMODE(os.fstat(number).st_mode) == 0o600
+        if exec_seal():
+            with pytest.raises(PermissionError):
+                os.fchmod(number, 0o700)
         for size in (0, 1, PAGE + 1):
             with pytest.raises(PermissionError):
                 os.ftruncate(number, size)
