@@ -111,6 +111,10 @@ def usage(uid: int) -> dict[str, int]:
     return {} if found is None else attrs.asdict(found)
 
 
+def users() -> list[int | None]:
+    return list(here.server.statistics().users)
+
+
 def refused() -> int:
     return int(here.server.statistics().refused)
 
@@ -213,6 +217,22 @@ def test_one_uid_opens_channels_until_it_is_refused_and_another_is_served(servin
     lines = [line for line in server(logged) if "channels open" in line]
     assert len(lines) == 1, "an offender is named once, not for each event"
     assert f"uid={A}" in lines[0] or f"uid {A}" in lines[0]
+
+
+@pytest.mark.ids("B04")
+@pytest.mark.parametrize("uid", [2**31, 3_000_000_000, 2**32 - 3])
+def test_a_large_uid_has_a_share_of_its_own(serving, actor, path, uid):
+    """By the number that it is: neither by its negative twin, nor with all who are not named."""
+    server, one, other = serving(channels=3), actor(uid), actor(uid - 1)
+    opened, refusals = one(open_some, path, 5)
+    assert (opened, len(refusals)) == (3, 2)
+    assert f"uid {uid} has 3 channels" in refusals[0]
+    assert server(usage, uid)["channels"] == 3
+    assert server(users) == [uid]
+    assert other(call_once, path, "hello") == "hello"
+    assert f"uid={uid}" in sole_line(server, "channels open")
+    one(close_some, 3)
+    wait_until(lambda: server(users) == [], timeout=PATIENCE)
 
 
 @pytest.mark.ids("F07")
