@@ -6,8 +6,6 @@ from __future__ import annotations
 
 import contextlib
 import select
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -100,32 +98,3 @@ def test_a_stranger_is_named_once(actor, path, offend, how, said):
     lines = [line for line in server(logged) if said in line]
     assert f"uid={A}" in lines[0]
     assert all("more such" in line for line in lines[1:])  # those come in seconds, if at all
-
-
-PROGRAM = """
-import contextlib, logging, sys
-from doorpool import DoorError, Proxy, Server
-
-class Odd(BaseException):
-    pass
-
-def work():
-    raise Odd
-
-if sys.argv[2] == "sets it up":
-    logging.basicConfig(format="%(message)s")
-with Server() as server:
-    server.attach(work, sys.argv[1], name="work")
-    with Proxy(sys.argv[1]) as proxy, contextlib.suppress(DoorError, RuntimeError):
-        proxy()
-"""
-
-
-@pytest.mark.parametrize("how", ["sets it up", "does not"])
-def test_a_program_that_does_not_set_logging_up_prints_nothing(door_dir, how):
-    """A logger without any handler would print its warnings on stderr."""
-    command = [sys.executable, "-c", PROGRAM, str(door_dir / "a.door"), how]
-    ran = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=True)
-    assert ran.stdout == ""
-    assert ("no Exception" in ran.stderr) == (how == "sets it up")
-    assert ran.stderr == "" or how == "sets it up"
