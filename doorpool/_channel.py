@@ -28,6 +28,7 @@ read is said once, and before what the other side had sent.
 
 from __future__ import annotations
 
+import errno
 import math
 import select
 import socket
@@ -55,6 +56,9 @@ from doorpool._wire import BELL, HEADER, KINDS, VERSION, Assembly, Frame, Reason
 #: twice as many the kernel would want 64 KiB in one piece, which it may not have.
 PACKET = 65_536
 
+#: A packet of which any socket takes one: the least that a send buffer can be is 4,608.
+_LEAST = 4096
+
 _MAX_VECTOR = 512  # views in one sendmsg or recvmsg; IOV_MAX of Linux is 1,024
 
 _HEAD = HEADER.size
@@ -77,6 +81,7 @@ NOT, POLL, RECEIVE = range(3)
 _RECEIVE = _sockets.MSG_CMSG_CLOEXEC | _sockets.MSG_DONTWAIT
 _RECEIVE_WAITING = _sockets.MSG_CMSG_CLOEXEC
 _SEND = _sockets.DONTWAIT
+_NOT_AT_ONCE = frozenset({errno.EAGAIN, errno.EMSGSIZE})
 _TRUNCATED = _sockets.MSG_TRUNCATED | _sockets.MSG_CUT
 
 
@@ -310,8 +315,11 @@ class Channel:
             whole = _pack(kind, VERSION, 0, 0, number, len(data), nanoseconds, sent) + data
             try:
                 self.socket.send(whole, _SEND)
-            except BlockingIOError:
-                self._send_views([memoryview(whole)], (), patience, deadline)
+                return
+            except OSError as error:
+                if error.errno not in _NOT_AT_ONCE:
+                    raise
+            self._send_views([memoryview(whole)], (), patience, deadline)
             return
         if manifest:
             buffers = [memoryview(manifest), *buffers]
@@ -331,15 +339,21 @@ class Channel:
         if self._explicit:
             ancillary.append((socket.SOL_SOCKET, SCM_CREDENTIALS, own_ucred()))
         first = [*ancillary, rights(descriptors)] if descriptors else ancillary
+        most = PACKET
         while views:
             try:
-                sent = self.socket.sendmsg(_step(views), first, _SEND)
+                sent = self.socket.sendmsg(_step(views, most), first, _SEND)
             except BlockingIOError:
                 if self._has_room():
                     continue
                 if patience is None:
                     raise TimeoutError("the other side reads nothing") from None
                 patience(self, deadline)
+                continue
+            except OSError as error:
+                if error.errno != errno.EMSGSIZE or most <= _LEAST:
+                    raise
+                most //= 2  # the socket's buffer (SO_SNDBUF, net.core.wmem_default) is smaller than a packet
                 continue
             first = ancillary
             _advance(views, sent)
@@ -585,13 +599,13 @@ def flat(memory: memoryview) -> memoryview:
     return memory.cast("B") if memory.nbytes else memoryview(b"")
 
 
-def _step(views: list[memoryview]) -> list[memoryview]:
+def _step(views: list[memoryview], most: int = PACKET) -> list[memoryview]:
     """Return the next few views, no more bytes than go into one packet."""
     step, size = [], 0
     for view in views[:_MAX_VECTOR]:
-        step.append(view[: PACKET - size])
+        step.append(view[: most - size])
         size += step[-1].nbytes
-        if size >= PACKET:
+        if size >= most:
             break
     return step
 

@@ -262,6 +262,7 @@ _memfd_flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING | _MFD_NOEXEC_SEAL
 
 def memfd(size: int) -> select.epoll:
     holder = _new_memfd()
+    os.fchmod(holder.fileno(), 0o600)  # a new one anybody may open by /proc/PID/fd who may look there
     os.ftruncate(holder.fileno(), size)
     fcntl.fcntl(holder.fileno(), fcntl.F_ADD_SEALS, SEALS)
     return holder

@@ -745,7 +745,8 @@ shuttle_make(void)
         fd = memfd_create(name, MFD_CLOEXEC | MFD_ALLOW_SEALING);
     if (fd < 0)
         return -1;
-    if (ftruncate(fd, PAGE_BYTES) == 0 && fcntl(fd, F_ADD_SEALS, SEALS) == 0)
+    /* Only our own user may open it anew, by /proc/PID/fd; a new memfd's mode is for all. */
+    if (fchmod(fd, 0600) == 0 && ftruncate(fd, PAGE_BYTES) == 0 && fcntl(fd, F_ADD_SEALS, SEALS) == 0)
         return fd;
     int error = errno;
     close(fd);

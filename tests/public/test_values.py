@@ -13,6 +13,7 @@ import fractions
 import functools
 import pathlib
 import re
+import socket
 import sys
 import threading
 import types
@@ -504,6 +505,25 @@ def test_large_values_both_ways(echo):
         assert echo(blob)[2] == blob
     array = numpy.random.default_rng(1).random(1_000_000)
     assert numpy.array_equal(echo(array)[2], array)
+
+
+@pytest.mark.ids("H07", "D2", "D6")
+@pytest.mark.parametrize("codec", ["pickle", "data"])
+def test_values_cross_whole_by_sockets_with_the_smallest_buffers(serve, connect, codec):
+    """Such a socket takes no packet that is larger, and the default of the system may be small."""
+    server = serve(lambda value: value, codec=codec)
+    proxy = connect(timeout=10)
+    assert proxy(b"first") == b"first"
+    ends = [proxy._line.handle._idle[-1], *(it.channel for it in server.endpoints[0]._door._channels)]
+    assert len(ends) == 2
+    for end in ends:
+        end.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
+        assert end.socket.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) < 5_000
+    for size in (4_000, 5_000, 2**16 - 200, 2**16, 2**20, 5 * 2**20 + 1):
+        blob = bytes(range(256)) * (size // 256 + 1)
+        assert proxy(blob) == blob
+    assert server.statistics().channels == 1
+    assert proxy._line.handle._idle[-1] is ends[0], "on the channel that there was"
 
 
 @pytest.mark.ids("D1")

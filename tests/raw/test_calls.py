@@ -148,18 +148,19 @@ def test_calls_of_different_doors_run_at_the_same_time(serve):
 
 
 @pytest.mark.ids("L2", "G10")
+@pytest.mark.timeout(1800)  # the long form; a call that hangs is given up by itself
 @pytest.mark.parametrize("lingers", [False, True])
-def test_no_reply_goes_to_another_thread(serve, lingers):
+def test_no_reply_goes_to_another_thread(serve, lingers, many):
     serving = serve(threads=4, lingers=lingers)
     handle = serving.handle()
 
     def caller(name):
-        for i in range(200):
+        for i in range(many(200, 10_000)):
             words = b"%d of %d" % (i, name)
-            assert handle.call(words).data == words
+            assert handle.call(words, timeout=PATIENCE).data == words
 
     for call in [Background(caller, name) for name in range(16)]:
-        call.result()
+        call.result(many(PATIENCE, 600.0))
     assert len(handle._idle) <= MAX_IDLE
 
 

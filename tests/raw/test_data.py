@@ -8,6 +8,7 @@ import array
 import contextlib
 import ctypes
 import os
+import socket
 import time
 
 import pytest
@@ -246,3 +247,26 @@ def test_a_caller_who_reads_nothing_of_a_long_reply_gives_its_thread_back(serve,
                 read += len(piece)
         assert read < 1 << 20, "no more than the kernel keeps"
     assert serving.door.channels == 1
+
+
+@pytest.mark.ids("H07", "D2", "D6", "F1")
+@pytest.mark.parametrize("size", [4_000, 5_000, PACKET, 1 << 20])
+def test_a_frame_goes_whole_by_sockets_with_the_smallest_buffers(serve, size):
+    """With its descriptors, which go along with the first of its packets that is sent, and no other."""
+    serving = serve()
+    handle = serving.handle()
+    handle.call(b"first")
+    (served,) = serving.door._channels
+    for end in (handle._idle[-1], served.channel):
+        end.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
+    data, buffer = os.urandom(size), bytes(range(256)) * (size // 256)
+    number = os.open(os.devnull, os.O_RDONLY)
+    try:
+        with handle.call(data, [memoryview(buffer)], [number] * 3) as reply:
+            assert reply.data == data
+            assert [bytes(it) for it in reply.buffers] == [buffer]
+            assert [os.fstat(it).st_rdev for it in reply.descriptors] == [os.fstat(number).st_rdev] * 3
+        assert handle.call(data).data == data
+    finally:
+        os.close(number)
+    assert list(serving.door._channels) == [served]

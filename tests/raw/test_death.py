@@ -8,9 +8,12 @@ under test; what they say before is right.
 from __future__ import annotations
 
 import os
+import queue
 import signal
 import socket
+import statistics
 import textwrap
+import threading
 import time
 
 import pytest
@@ -303,3 +306,46 @@ def test_goodbye_then_death_is_a_revocation(staged):
     error, _ = failing(handle.call)
     assert isinstance(error, RevokedError)
     assert not error.may_have_run
+
+
+AT_ONCE = 0.1  # seconds (E04)
+
+CALLER = """
+    import threading
+    from doorpool.door import Handle
+
+    handle = Handle("a.door")
+    threading.Thread(target=handle.call, daemon=True).start()
+    ready()
+    threading.Event().wait()
+"""
+
+
+@pytest.mark.ids("E04")
+@pytest.mark.parametrize("how", ["is waited for", "is asked for"])
+def test_the_death_of_a_client_is_seen_at_once_while_its_call_runs(serve, spawn_python, door_dir, many, how):
+    """Whether the procedure waits for it or asks, not when it has done its work; by the median of a few."""
+    running, seen = threading.Semaphore(0), queue.SimpleQueue()
+
+    def procedure(invocation):
+        running.release()
+        if how == "is waited for":
+            assert invocation.wait_cancelled(PATIENCE)
+        else:
+            wait_until(lambda: invocation.cancelled, timeout=PATIENCE)
+        seen.put(time.monotonic())
+
+    times = many(3, 50)
+    serving = serve(procedure, threads=times)
+    serving.door.listen(door_dir / "a.door")
+    clients = [spawn_python(CALLER, cwd=door_dir) for _ in range(times)]
+    for client in clients:
+        client.wait_ready()
+        assert running.acquire(timeout=PATIENCE)
+    took = []
+    for client in clients:
+        began = time.monotonic()
+        client.kill()
+        took.append(seen.get(timeout=PATIENCE) - began)
+    assert statistics.median(took) < AT_ONCE
+    assert serving.errors == []

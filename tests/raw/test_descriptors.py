@@ -334,8 +334,8 @@ FULL_SERVER = """
 
     ran = []
     def procedure(invocation):
-        if invocation.data == b"fill":
-            free = only(3)
+        if invocation.data.startswith(b"fill"):
+            free = only(int(invocation.data[4:]))
             free.__enter__()
             keep.append(free)
         elif invocation.data == b"empty":
@@ -359,7 +359,8 @@ FULL_SERVER = """
 
 
 @pytest.mark.ids("F7", "F8", "C03")
-def test_no_room_at_the_server(spawn_server, door_dir, files):
+@pytest.mark.parametrize("free", [0, 1, 3, 9])
+def test_no_room_at_the_server(spawn_server, door_dir, files, free):
     """All or nothing: the procedure does not run, the caller hears of it, the channel goes on."""
     here = os.path.dirname(__file__)
     spawn_server(FULL_SERVER.format(here=here), cwd=door_dir)
@@ -367,12 +368,12 @@ def test_no_room_at_the_server(spawn_server, door_dir, files):
     with Handle(door_dir / "a.door") as handle:
         handle.call(descriptors=[ours] * 10)
         before = handle.call(b"open").data
-        handle.call(b"fill")
+        handle.call(b"fill %d" % free)
         for _ in range(5):
             with pytest.raises(BusyError, match="room") as caught:
                 handle.call(b"lost", descriptors=[ours] * 10, timeout=PATIENCE)
             assert not caught.value.may_have_run
-        handle.call(b"one", descriptors=[ours])  # what fits goes on going
+        handle.call(b"fits", descriptors=[ours] * free)
         handle.call(b"empty")
         assert handle.call(b"ran").data == b"2"
         wait_until(lambda: int(handle.call(b"open").data) <= int(before))  # of the lost ones none was kept

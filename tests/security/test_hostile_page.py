@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import collections
 import ctypes
+import fcntl
 import functools
 import mmap
 import os
@@ -17,6 +18,7 @@ import random
 import re
 import select
 import socket
+import stat
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -27,7 +29,7 @@ from support import byhand, fork_in_c
 from support.rawdoor import PATIENCE
 
 import doorpool
-from doorpool import DoorError, Proxy, Server, _impl, _sockets
+from doorpool import DoorError, Proxy, Server, _impl, _memory, _sockets
 from doorpool._wire import Codec
 from doorpool.door import Door, Gate, Handle
 
@@ -358,15 +360,111 @@ def test_no_page_and_no_segment_where_no_pickle_is_spoken(door_dir, kept):
     assert kept.pages == []
 
 
+TWO_PEERS = """
+    import numpy
+    from doorpool import Server
+
+    kept = {}
+
+    def swap(who, value):
+        # Keep an array, and give one like the last out.
+        kept[who], last = value, kept.get(who, value)
+        return last.copy()
+
+    def intact(who, byte):
+        return bool((kept[who] == byte).all())
+
+    with Server() as server:
+        server.attach(swap, "swap.door")
+        server.attach(intact, "intact.door")
+        ready()
+        server.run()
+"""
+
+SCRIBBLER = """
+    import mmap, os, select, sys
+    import numpy
+    from doorpool import Proxy, _memory, _segments
+
+    stop, secret = int(sys.argv[1]), int(sys.argv[2]).to_bytes(1) * 64
+    size, mine, maps = 1 << 20, 0xEE, []
+    check, make = _segments.check_memfd, _memory.memfd
+
+    def check_and_keep(number, size):
+        check(number, size)
+        maps.append(mmap.mmap(number, size))
+
+    def make_and_keep(size):
+        holder = make(size)
+        maps.append(mmap.mmap(holder.fileno(), size))
+        return holder
+
+    _segments.check_memfd, _memory.memfd = check_and_keep, make_and_keep
+    for _ in range(3):  # what is kept of the first two is of channels that are closed
+        with Proxy("swap.door") as proxy:
+            for _ in range(4):
+                assert (proxy("the scribbler", numpy.full(size, mine, "B")) == mine).all()
+    proxy = Proxy("swap.door")
+    for _ in range(4):
+        proxy("the scribbler", numpy.full(size, mine, "B"))
+    ready()
+    seen = rounds = 0
+    while not select.select([stop], [], [], 0)[0]:
+        for it in maps:
+            seen += it.find(secret) >= 0
+            it[:] = bytes([mine]) * len(it)
+        rounds += 1
+    proxy.close()
+    result((len(maps), rounds, seen))
+"""
+
+
+@pytest.mark.ids("D13t")
+def test_a_peer_that_keeps_its_mappings_sees_and_spoils_nothing_of_another(
+    spawn_server, spawn_python, door_dir, many
+):  # fmt: skip
+    """Both are of one uid, whose values cross in segments; those of a channel never become another's."""
+    numpy = pytest.importorskip("numpy")
+    spawn_server(TWO_PEERS, cwd=door_dir)
+    secret = 0x5C
+    wait, stop = os.pipe()
+    with open(stop, "wb") as stopper:
+        with open(wait, "rb"):
+            scribbler = spawn_python(SCRIBBLER, wait, secret, cwd=door_dir, pass_fds=[wait])
+        scribbler.wait_ready()
+        with Proxy(door_dir / "swap.door", timeout=PATIENCE) as swap:
+            with Proxy(door_dir / "intact.door", timeout=PATIENCE) as intact:
+                for _ in range(many(50, 5_000)):
+                    came = swap("the other", numpy.full(1 << 20, secret, "B"))
+                    assert (came == secret).all()
+                    assert intact("the other", secret)
+            stopper.close()
+            kept, rounds, seen = scribbler.finish().value
+            assert kept >= 8, "values crossed in segments, both ways"
+            assert rounds > 0
+            assert seen == 0
+            assert (came == secret).all()
+
+
+def exec_seal() -> int:
+    """Return the seal against execution; 0 where the kernel knows none (before 6.3)."""
+    try:
+        number = os.memfd_create("x", _memory._MFD_NOEXEC_SEAL)
+    except OSError:
+        return 0
+    os.close(number)
+    return 0x20  # F_SEAL_EXEC
+
+
 @pytest.mark.ids("D11", "D01")
 def test_a_page_is_sealed_and_small_and_not_to_be_run(kept):
     number = _impl.shuttle.make_page()
     try:
-        import fcntl
-
-        seals = fcntl.fcntl(number, fcntl.F_GET_SEALS)
-        wanted = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
-        assert seals & wanted == wanted
+        assert fcntl.fcntl(number, fcntl.F_GET_SEALS) == _memory.SEALS | exec_seal()
+        assert stat.S_IMODE(os.fstat(number).st_mode) == 0o600
+        if exec_seal():
+            with pytest.raises(PermissionError):
+                os.fchmod(number, 0o700)
         for size in (0, 1, PAGE + 1):
             with pytest.raises(PermissionError):
                 os.ftruncate(number, size)

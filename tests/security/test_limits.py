@@ -4,23 +4,28 @@ What each strange uid may have at one time: one that is at a limit is told so, a
 
 from __future__ import annotations
 
+import os
 import resource
+import socket
+import statistics
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import attrs
 import pytest
-from support import byhand, wait_until
+from support import byhand, rawpeer, wait_until
 from support.actors import here, logged
 
-from doorpool import BusyError, Endpoint, Limits, Proxy, Server, take
+from doorpool import BusyError, Endpoint, Limits, Proxy, Server, _guests, take
 from doorpool._doors import fresh
 from doorpool._streams import Stream
 
 PATIENCE = 20.0
 A, B, C = 6701, 6702, 6703
 DATA = 2
+MIB = 1 << 20
 
 pytestmark = pytest.mark.usefixtures("root_only")
 
@@ -91,9 +96,23 @@ def let_in_when_told(who: Any) -> bool:
     return who.uid != A or here.gate.wait(PATIENCE)
 
 
+def resident() -> int:
+    """How many bytes of memory this process has."""
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * resource.getpagesize()
+
+
+def threads() -> int:
+    return len(os.listdir("/proc/self/task"))
+
+
 def usage(uid: int) -> dict[str, int]:
     found = here.server.statistics().users.get(uid)
     return {} if found is None else attrs.asdict(found)
+
+
+def users() -> list[int | None]:
+    return list(here.server.statistics().users)
 
 
 def refused() -> int:
@@ -171,6 +190,14 @@ def serving(actor, path):
     return start
 
 
+@pytest.fixture
+def set_nofile() -> Iterator[Callable[[int], None]]:
+    """Set the soft limit of open files, and raise the hard one if need be; both are put back."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    yield lambda value: resource.setrlimit(resource.RLIMIT_NOFILE, (value, max(value, hard)))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
 @pytest.mark.ids("F07")
 def test_one_uid_opens_channels_until_it_is_refused_and_another_is_served(serving, actor, path):
     server, one, other = serving(channels=5), actor(A), actor(B)
@@ -190,6 +217,22 @@ def test_one_uid_opens_channels_until_it_is_refused_and_another_is_served(servin
     lines = [line for line in server(logged) if "channels open" in line]
     assert len(lines) == 1, "an offender is named once, not for each event"
     assert f"uid={A}" in lines[0] or f"uid {A}" in lines[0]
+
+
+@pytest.mark.ids("B04")
+@pytest.mark.parametrize("uid", [2**31, 3_000_000_000, 2**32 - 3])
+def test_a_large_uid_has_a_share_of_its_own(serving, actor, path, uid):
+    """By the number that it is: neither by its negative twin, nor with all who are not named."""
+    server, one, other = serving(channels=3), actor(uid), actor(uid - 1)
+    opened, refusals = one(open_some, path, 5)
+    assert (opened, len(refusals)) == (3, 2)
+    assert f"uid {uid} has 3 channels" in refusals[0]
+    assert server(usage, uid)["channels"] == 3
+    assert server(users) == [uid]
+    assert other(call_once, path, "hello") == "hello"
+    assert f"uid={uid}" in sole_line(server, "channels open")
+    one(close_some, 3)
+    wait_until(lambda: server(users) == [], timeout=PATIENCE)
 
 
 @pytest.mark.ids("F07")
@@ -408,6 +451,7 @@ def knock_often(path: str, count: int) -> None:
         here.kept += [door, byhand.knock(door)]
 
 
+@pytest.mark.ids("F05", "F07")
 def test_one_uid_leaves_answers_unread_up_to_its_limit_and_another_is_served(serving, actor, path):
     server, one, other = serving(greetings=4), actor(A), actor(B)
     one(knock_often, path, 10)
@@ -416,6 +460,7 @@ def test_one_uid_leaves_answers_unread_up_to_its_limit_and_another_is_served(ser
     assert opened == 0
     for text in (path, f"4 answers to uid {A}", "the limit is 4"):
         assert text in refusals[0]
+    assert f"uid={A}" in sole_line(server, "4 answers")
     assert other(call_once, path, "hello") == "hello"
     one(disconnect)
     wait_until(lambda: server(usage, A) == {}, timeout=PATIENCE)
@@ -451,6 +496,176 @@ def call(path: str) -> Any:
         return proxy()
 
 
+def flood(path: str, count: int) -> tuple[int, set[str], int]:
+    """Open a door so often; return how often that went well, what was said otherwise, and how often."""
+    opened, refusals = open_some(path, count)
+    return opened, set(refusals), len(refusals)
+
+
+@pytest.mark.ids("F07")
+def test_one_uid_opens_as_many_channels_as_it_may_by_default_and_another_is_served(
+    serving, actor, path, set_nofile, many
+):  # fmt: skip
+    set_nofile(8_192)  # or its descriptors would be the uid's limit
+    server, one, other = serving(), actor(A), actor(B)
+    count = many(300, 5_000)
+    opened, refusals, times = one.begin(flood, path, count)(timeout=60 * PATIENCE)
+    assert (opened, times) == (256, count - 256)
+    assert server(usage, A)["channels"] == opened
+    (refusal,) = refusals
+    for text in (path, f"uid {A} has 256 channels", "limit is 256", "may_have_run=False"):
+        assert text in refusal
+    assert server(refused) == count - 256
+    assert other(call_once, path, "hello") == "hello"
+    assert f"uid={A}" in sole_line(server, "channels open")
+
+
+@pytest.mark.ids("F04")
+def test_hundreds_of_clients_call_at_once_and_each_is_answered_or_told(serving, actor, path, many):
+    """No more of each uid run and wait than may, and our own user is served meanwhile."""
+    users, clients = many(4, 8), many(75, 250)
+    most_threads, running, queued = 4 * users, 3, 16  # strangers have three quarters of them together
+    server = serving(threads=most_threads, running=running, queued=queued)
+    before = server(threads)
+    strangers = {A + number: actor(A + number) for number in range(users)}
+    for stranger in strangers.values():
+        stranger(begin_calls, f"{path}.wait", clients)
+    taken = running + queued
+    for uid, stranger in strangers.items():
+        settle(server, uid, running=running, queued=queued)
+        wait_until(lambda each=stranger: len(each(ended)[1]) == clients - taken, timeout=PATIENCE)
+    assert server(threads) <= before + most_threads
+    assert server(refused) == users * (clients - taken)
+    assert actor(0)(call_once, path, "hello") == "hello"
+    for uid in strangers:
+        assert f"uid={uid}" in sole_line(server, f"uid {uid} has {queued} calls waiting")
+    server(let_go)
+    for uid, stranger in strangers.items():
+        wait_until(lambda each=stranger: each(ended)[0] == taken, timeout=PATIENCE)
+        (said,) = set(stranger(ended)[1])
+        for text in ("BusyError", f"{path}.wait", f"uid {uid} has {queued} calls", f"limit is {queued}"):
+            assert text in said
+
+
+def claim_much(path: str, count: int, size: int) -> None:
+    """Begin requests that are to be so long, each on a channel of its own, and send no more than a packet."""
+    here.door = byhand.reach(path)
+    byhand.receive(here.door).close()
+    here.kept = [here.door]
+    for _ in range(count):
+        channel, answer = byhand.dial(here.door)
+        assert channel is not None, answer
+        here.kept.append(channel)
+        byhand.send(channel, rawpeer.frame(rawpeer.REQUEST, 1, bytes(1000), length=size))
+
+
+def told() -> tuple[int, set[tuple[int, str, tuple[int, int]]]]:
+    """On how many of those channels something came, and what; it is left there."""
+    came = [byhand.receive(it, flags=socket.MSG_PEEK).data for it in here.kept[1:] if byhand.readable(it, 0)]
+    frames = [rawpeer.Received(data[: rawpeer.HEAD], data[rawpeer.HEAD :]) for data in came]
+    return len(frames), {(frame.reason, frame.text, frame.limits) for frame in frames}
+
+
+@pytest.mark.ids("F08")
+def test_a_uid_claims_on_each_channel_as_much_as_a_request_may_have(serving, actor, path, set_nofile, many):
+    """What goes over its share is refused from the header alone; the others take a MiB each, and no more."""
+    set_nofile(8_192)
+    count, size, limit = many(Limits().channels, 1_000), 16 * MIB, Limits().bytes
+    server, one, other = serving(threads=1, channels=count), actor(A), actor(B)
+    assert other(call_once, path, "hello") == "hello"
+    memory = server(resident)
+    one(claim_much, path, count, size)
+    wait_until(lambda: one(told)[0] == count - limit // size, timeout=PATIENCE)
+    ((reason, said, numbers),) = one(told)[1]
+    assert (reason, numbers) == (rawpeer.BUSY, (limit, limit + size))
+    for text in ("bytes in flight", f"uid {A}", f"limit is {limit}"):
+        assert text in said
+    assert server(usage, A)["bytes"] == limit
+    assert other(call_once, path, "hello") == "hello"
+    assert server(resident) - memory < limit // size * MIB + 16 * MIB
+    assert f"uid={A}" in sole_line(server, "bytes in flight")
+    one(disconnect)
+    settle_gone(server, A)
+
+
+def begin_and_stop(path: str, count: int) -> None:
+    """Begin a request on each of so many channels, and cut each at another byte."""
+    from doorpool import _data
+
+    here.door, here.begun = byhand.reach(path), []
+    byhand.receive(here.door).close()
+    for cut in range(count):
+        value = (b"%d" % cut).ljust(count)
+        whole = byhand.frame_bytes("Q", 1, _data.pack_arguments((value,), {})[0])
+        channel, answer = byhand.dial(here.door)
+        assert channel is not None, answer
+        if cut:
+            byhand.send(channel, whole[:cut])
+        here.begun.append((channel, whole[cut:], value))
+    wait_until(lambda: not any(rawpeer.unread_there(channel) for channel, _, _ in here.begun))
+    here.kept = [here.door, *(channel for channel, _, _ in here.begun)]
+
+
+def fall_silent(path: str, count: int) -> None:
+    """Knock so often and read no answer; and connect so often, and say nothing."""
+    for _ in range(count):
+        here.kept += [byhand.knock(here.door), byhand.reach(path)]
+
+
+def go_on() -> int:
+    """Send what was left of each request; return to how many the right answer came."""
+    right = 0
+    for channel, rest, value in here.begun:
+        byhand.send(channel, rest)
+        right += value in byhand.receive(channel).data
+    return right
+
+
+def time_openings(path: str, count: int) -> list[float]:
+    """Return how long it takes to open a door and call it."""
+    took = []
+    for number in range(count):
+        began = time.monotonic()
+        assert call_once(path, number) == number
+        took.append(time.monotonic() - began)
+    return took
+
+
+def be_impatient() -> None:
+    _guests.GREETING_PATIENCE = 0.3
+
+
+@pytest.mark.ids("F05", "F07")
+def test_half_requests_on_all_channels_of_a_uid_hold_nobody_up(serving, actor, path, set_nofile, many):
+    """Each is cut at another byte; there are knocks besides whose answers stay unread, and connections."""
+    set_nofile(8_192)  # or its descriptors would be the uid's limit
+    count, silent = many(Limits().channels, 1_000), Limits().greetings
+    server, one, other = serving(channels=count), actor(A), actor(B)
+    server(be_impatient)
+    alone = statistics.median(other(time_openings, path, 20))
+    memory, among = server(resident), []
+    beginning = one.begin(begin_and_stop, path, count - silent)
+    while one.acting:
+        among += other(time_openings, path, 5)
+    beginning()
+    one(fall_silent, path, silent)
+    settle(server, A, channels=count, greetings=silent, running=0, queued=0)
+    among += other(time_openings, path, 20)
+    assert statistics.median(among) < 20 * alone
+    opened, refusals = actor(A)(open_some, path, 5)
+    assert (opened, len(refusals)) == (0, 5)
+    for text in (path, "channels", f"uid {A}", f"limit is {count}", "may_have_run=False"):
+        assert text in refusals[0]
+    assert server(resident) - memory < count * MIB // 32
+    assert f"uid={A}" in sole_line(server, "channels open")
+    assert f"uid {A}" in sole_line(server, "has not read the answer")
+    assert one(go_on) == count - silent, "whoever was only slow is served"
+    one(disconnect)
+    wait_until(lambda: server(usage, A) == {}, timeout=PATIENCE)
+    assert one(call_once, path, "again") == "again"
+
+
+@pytest.mark.ids("F04")
 def test_calls_over_the_share_of_running_ones_wait_and_another_uid_is_served(serving, actor, path):
     server, one, other = serving(threads=8, running=2), actor(A), actor(B)
     one(begin_calls, f"{path}.wait", 7)
@@ -463,6 +678,7 @@ def test_calls_over_the_share_of_running_ones_wait_and_another_uid_is_served(ser
     wait_until(lambda: server(usage, A).get("running", 0) == 0, timeout=PATIENCE)
 
 
+@pytest.mark.ids("F04")
 def test_strangers_together_leave_threads_to_our_own(serving, actor, path):
     server = serving(threads=4)
     strangers = [actor(A + number) for number in range(3)]
@@ -480,14 +696,17 @@ def running_and_queued() -> tuple[int, int]:
     return sum(it.running for it in users), sum(it.queued for it in users)
 
 
+@pytest.mark.ids("F04")
 def test_calls_over_the_queue_are_refused_and_did_not_run(serving, actor, path):
     server, one, other = serving(threads=8, running=2, queued=3), actor(A), actor(B)
     one(begin_calls, f"{path}.wait", 5)
     settle(server, A, running=2, queued=3)
     mate = actor(A)
-    with pytest.raises(BusyError) as caught:
-        mate(call_once, f"{path}.wait", 9)
+    for _ in range(3):
+        with pytest.raises(BusyError) as caught:
+            mate(call_once, f"{path}.wait", 9)
     assert not caught.value.may_have_run
+    assert f"uid={A}" in sole_line(server, "3 calls waiting")
     for text in (f"{path}.wait", "3 calls waiting", f"uid {A}", "limit is 3"):
         assert text in str(caught.value)
     assert other(call_once, path, "hello") == "hello"
@@ -496,6 +715,7 @@ def test_calls_over_the_queue_are_refused_and_did_not_run(serving, actor, path):
     assert mate(call_once, path, "again") == "again"
 
 
+@pytest.mark.ids("F04")
 def test_callers_who_die_while_they_wait_leave_nothing_and_stop_nobody(serving, actor, path):
     server, dying, heirs = serving(threads=8, running=2), actor(A), actor(A)
     dying(begin_calls, f"{path}.wait", 6)
@@ -520,22 +740,20 @@ def send_half(path: str, size: int) -> None:
     here.kept = [*getattr(here, "kept", []), door, channel]
 
 
-MIB = 1 << 20
-
-
 def test_requests_in_flight_over_the_share_are_refused_and_another_uid_sends(serving, actor, path):
     server, one, other = serving(bytes=3 * MIB), actor(A), actor(B)
     one(send_half, path, 2 * MIB)
     settle(server, A, bytes=2 * MIB)
     mate = actor(A)
-    with pytest.raises(BusyError) as caught:
-        mate(call_with, path, 2 * MIB)
+    for _ in range(3):
+        with pytest.raises(BusyError) as caught:
+            mate(call_with, path, 2 * MIB)
     assert not caught.value.may_have_run
     for text in (path, "bytes in flight", f"uid {A}", str(3 * MIB)):
         assert text in str(caught.value)
     assert mate(call_with, path, 1000) == 1000
     assert other(call_with, path, 2 * MIB) == 2 * MIB
-    assert [line for line in server(logged) if "bytes in flight" in line]
+    assert f"uid={A}" in sole_line(server, "bytes in flight")
     one(disconnect)
     wait_until(lambda: server(usage, A).get("bytes", 0) == 0, timeout=PATIENCE)
     assert mate(call_with, path, 2 * MIB) == 2 * MIB
@@ -656,14 +874,6 @@ def test_a_limit_is_a_whole_number(name, value, error):
 def test_limits_are_limits():
     with pytest.raises(TypeError, match="limits"):
         Server(limits={"channels": 1})  # type: ignore[arg-type]
-
-
-@pytest.fixture
-def set_nofile() -> Iterator[Callable[[int], None]]:
-    """Set the soft limit of open files, which is put back."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    yield lambda value: resource.setrlimit(resource.RLIMIT_NOFILE, (value, hard))
-    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_statistics_show_the_limits_that_are_in_force(set_nofile):

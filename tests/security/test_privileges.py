@@ -523,6 +523,8 @@ def test_a_failed_lookup_is_no_identity(actor, guarded, side, what, number, path
             client(open_client, "objects", path)
         assert not caught.value.may_have_run
         if side == "server":
+            (line,) = server(logged)
+            assert f"refused Credentials(pid={client.pid}, uid={V}" in line
             stranger(knock_and_end, path, frames_with(marker.bytes))
     assert server(seen) == []
     victim(mend_lookup)
@@ -595,6 +597,8 @@ def test_a_kernel_that_says_no_lets_nobody_in(actor, guarded, inject, name, path
             client(open_client, "objects", path)
         stranger(knock_and_end, path, frames_with(marker.bytes))
         _detach(tracer)
+        for line, one in zip(server(logged), (client, stranger), strict=True):
+            assert f"refused Credentials(pid={one.pid}," in line
     client(open_client, "objects", path)
     assert client(call, "told again") == "told again"
     assert {ids[1] for ids, _ in server(seen)} == {V}

@@ -507,8 +507,8 @@ SCENARIOS: dict[str, Callable[[int], Any]] = {
 #: and where it is done for segments too.
 OPENING = (
     "accept4", "connect", "socket", "socketpair", "setsockopt", "getsockopt", "getsockname", "stat", "open",
-    "fstatfs", "mmap", "madvise", "memfd_create", "ftruncate", "fcntl", "close", "sched_getaffinity", "recv",
-    "shutdown",
+    "fstatfs", "mmap", "madvise", "memfd_create", "chmod", "ftruncate", "fcntl", "close", "sched_getaffinity",
+    "recv", "shutdown",
 )  # fmt: skip
 
 #: Played by the server alone.

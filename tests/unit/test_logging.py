@@ -1,0 +1,82 @@
+"""
+What the library logs: nothing that nobody asked for, and never more than so many lines at a time.
+"""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+
+import pytest
+from support import wait_until
+
+from doorpool import _keeper
+from doorpool._keeper import keeper
+
+PATIENCE = 20.0
+
+PROGRAM = """
+import contextlib, logging, sys
+from doorpool import DoorError, Proxy, Server
+
+class Odd(BaseException):
+    pass
+
+def work():
+    raise Odd
+
+if sys.argv[2] == "sets it up":
+    logging.basicConfig(format="%(message)s")
+with Server() as server:
+    server.attach(work, sys.argv[1], name="work")
+    with Proxy(sys.argv[1]) as proxy, contextlib.suppress(DoorError, RuntimeError):
+        proxy()
+"""
+
+
+@pytest.mark.parametrize("how", ["sets it up", "does not"])
+def test_a_program_that_does_not_set_logging_up_prints_nothing(door_dir, how):
+    """A logger without any handler would print its warnings on stderr."""
+    command = [sys.executable, "-c", PROGRAM, str(door_dir / "a.door"), how]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=True)
+    assert ran.stdout == ""
+    assert ("no Exception" in ran.stderr) == (how == "sets it up")
+    assert ran.stderr == "" or how == "sets it up"
+
+
+@pytest.mark.ids("F12t")
+def test_more_offenders_than_are_remembered_have_one_line_together(monkeypatch, caplog, many):
+    """What is remembered of them is bounded, and is forgotten in the end."""
+    monkeypatch.setattr(_keeper, "LOG_INTERVAL", 0.3)
+    monkeypatch.setattr(_keeper, "_MOST_LINES", 3_000)  # for here none is to be lost
+    offenders, most = many(3_000, 300_000), _keeper._MOST_TOPICS
+    it = keeper()
+    wait_until(lambda: not it._topics, "what others did is forgotten", PATIENCE)
+    with it.lock:  # it writes nothing meanwhile, and no time is over for it
+        timers = len(it._timers)
+        for number in [*range(offenders), *range(offenders)]:
+            it.say(logging.WARNING, "offender %d", number, about=("offence", number))
+        assert len(it._topics) == most + 1
+        assert len(it._timers) <= timers + most + 1
+        assert len(it._lines) == most + 1
+    wait_until(lambda: not it._topics and not it._lines, "it is silent, and remembers nothing", PATIENCE)
+    assert caplog.messages[: most + 1] == [f"offender {number}" for number in range(most + 1)]
+    more = [f"offender {number} (and 1 more such in 0.3 s)" for number in range(most)]
+    others = 2 * (offenders - most) - 1
+    more.append(f"offender {most} (and {others} more such in 0.3 s)")
+    assert sorted(caplog.messages[most + 1 :]) == sorted(more)
+    it.say(logging.WARNING, "offender %d", offenders, about=("offence", offenders))
+    wait_until(lambda: f"offender {offenders}" in caplog.messages, timeout=PATIENCE)
+
+
+@pytest.mark.ids("F12t")
+def test_no_more_lines_wait_than_may(caplog):
+    it, most = keeper(), _keeper._MOST_LINES
+    wait_until(lambda: not it._lines)
+    with it.lock:
+        for number in range(3 * most):
+            it.say(logging.WARNING, "line %d", number)
+        assert len(it._lines) == most
+    wait_until(lambda: not it._lines, timeout=PATIENCE)
+    assert caplog.messages == [f"line {number}" for number in range(most)]
