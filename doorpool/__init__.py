@@ -26,6 +26,7 @@ The rooms of the house, from the roof down; each leans only on those below it:
     _handle      the caller's side of it    _door       the server's: names, ports, knocks
     _gate        where server threads wait for calls
     _guests      who has come, and how many of whom there may be
+    _unread      descriptors in results that strangers have not read
     _shares      what each stranger may have of a server, and whose turn it is
     _opening     knock and answer: who is at the other end
     _channel     the private pair on which calls go

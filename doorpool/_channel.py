@@ -260,6 +260,11 @@ class Channel:
             return 0
         return assembly.fields[5]
 
+    @property
+    def brought(self) -> int:
+        """How many descriptors have come with such a part."""
+        return len(self._fds)
+
     def shutdown(self) -> None:
         """Wake whoever blocks on either end; idempotent."""
         try:

@@ -734,6 +734,34 @@ class Door:
             return Refusal(Reason.DESCRIPTORS_LOST, text)
         return None
 
+    def bring(self, served: Served, count: int) -> Refusal | None:
+        """Count the descriptors that a stranger's call has brought, or say why they are too many."""
+        with self._keeper.lock:
+            refusal = self._guests.bring(served, count, self.gate.limits)
+        served.brought = refusal is None
+        return refusal
+
+    def give_up_brought(self, served: Served) -> None:
+        """Count them out."""
+        served.brought = False
+        self._guests.give_up_brought(served)
+
+    def begin_passing(self, served: Served, count: int) -> Refusal | None:
+        """Count descriptors that are about to be sent to a stranger, or say why they are too many."""
+        return self._guests.begin_passing(served, count, self.gate.limits)
+
+    def end_passing(self, served: Served) -> None:
+        """Say that they have been sent, or will not be."""
+        self._guests.unread.end(served)
+
+    def settle(self, served: Served) -> None:
+        """See what a stranger has read, who is about to be sent something else."""
+        self._guests.unread.settle(served)
+
+    def leave_unread(self, served: Served) -> None:
+        """Keep what must be kept of a stranger's channel that is about to be closed."""
+        self._guests.unread.leave(served)
+
     def forget(self, served: Served) -> None:
         """Drop a channel that is about to be closed from the door's table."""
         self._guests.forget_channel(served)

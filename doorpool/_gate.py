@@ -63,6 +63,7 @@ from doorpool._wire import Frame, Kind, Knock, Reason, Refusal
 
 if TYPE_CHECKING:
     from doorpool._door import Door
+    from doorpool._unread import Parcels
 
 log = logging.getLogger("doorpool")
 
@@ -93,8 +94,8 @@ class Served:
     """A channel as its gate sees it: see "Who may touch a channel" above."""
 
     __slots__ = (
-        "begun", "bytes", "channel", "claim", "door", "doomed", "fd", "goes_on", "limit", "memo", "poll",
-        "share", "turn", "watched", "words",
+        "begun", "brought", "bytes", "channel", "claim", "door", "doomed", "fd", "goes_on", "limit", "memo",
+        "poll", "share", "turn", "unread", "watched", "words",
     )  # fmt: skip
 
     def __init__(self, channel: Channel, door: Door, words: Knock) -> None:
@@ -112,6 +113,8 @@ class Served:
         self.begun: float = 0  # of a call that has the turn, nanoseconds; else 0; infinite if it is to come
         self.goes_on = False  # a procedure that has answered goes on with its work
         self.bytes = 0
+        self.brought = False  # his call has descriptors that count
+        self.unread: Parcels | None = None  # descriptors in results: see ``doorpool._unread``
         self.poll = select.poll()
         self.poll.register(self.fd, _GONE)
         if channel.pidfd >= 0:  # a hang-up may be hidden by whoever holds a copy of the socket
@@ -345,15 +348,26 @@ class Gate:
         if frame.refusal is not None and frame.refusal.reason is Reason.BUSY:
             self.refuse(served, frame.refusal)
 
-    def refuse(self, served: Served, refusal: Refusal) -> None:
+    def refuse(self, served: Served, refusal: Refusal, about: str | None = None) -> None:
         """Take note that a stranger was refused for having too much."""
-        assert self.crowd is not None
-        self.crowd.refused += 1
+        if self.crowd is not None:
+            self.crowd.refused += 1
         peer, door = served.channel.peer, served.door
         keeper().say(
             logging.WARNING, "%s: refused a call of %s: %s", door.name, peer, refusal.text,
-            about=(door.id, peer.uid, "share"),
+            about=(about or door.id, peer.uid, "share"),
         )  # fmt: skip
+
+    def _count_unfinished(self, served: Served) -> None:
+        """Count the descriptors of a stranger's request that is not whole yet, or end his channel."""
+        count = served.channel.brought
+        if not count or served.brought or not is_strange(served.channel.peer.uid):
+            return
+        refusal = served.door.bring(served, count)
+        if refusal is not None:
+            self.refuse(served, refusal, "brought")
+            self._say_goodbye(served, refusal)
+            raise Hangup
 
     def _say_closed(self, served: Served, error: Exception) -> None:
         """Log that a channel was closed for what its caller has sent; of a stranger not each time."""
@@ -385,6 +399,8 @@ class Gate:
                 if served.share is not None:
                     self._count_request(served, frame)
                 if frame is None:
+                    if channel.brought:
+                        self._count_unfinished(served)
                     return None
                 invocation.take(frame)
                 sent = frame.sent
@@ -495,8 +511,14 @@ class Gate:
         """Look at a request that is not quite an everyday one; answer pings and refuse misfits."""
         refusal = served.door.objection(frame)
         if refusal is None and frame.kind == _REQUEST:
-            return True
+            refusal = self._find_room(served, frame)
+            if refusal is None:
+                return True
         close_all(frame.descriptors, served.channel.peer.uid)
+        if served.brought:  # before it was whole
+            served.door.give_up_brought(served)
+        if served.unread is not None:
+            served.door.settle(served)
         if served.channel.page is not None:
             served.channel.page.answer_by_socket()
         if refusal is None:
@@ -505,8 +527,17 @@ class Gate:
             served.channel.say(Kind.FAILURE, frame.number, refusal.encode())
         return False
 
-    @staticmethod
-    def _answer_ping(served: Served, frame: Frame) -> None:
+    def _find_room(self, served: Served, frame: Frame) -> Refusal | None:
+        """Count the descriptors of a request, if they are a stranger's; say why if they are too many."""
+        count = len(frame.descriptors)
+        if not count or not is_strange(served.channel.peer.uid):
+            return None
+        refusal = served.door.bring(served, count)
+        if refusal is not None:
+            self.refuse(served, refusal, "brought")
+        return refusal
+
+    def _answer_ping(self, served: Served, frame: Frame) -> None:
         """
         Say that we are here, and hand out a descriptor if one was asked for and can be had.
 
@@ -525,7 +556,13 @@ class Gate:
         if number < 0:
             channel.say(Kind.PONG, frame.number, door.limits().encode())
             return
+        passing = is_strange(uid)
         try:
+            if passing and (refusal := door.begin_passing(served, 1)) is not None:
+                passing = False
+                self.refuse(served, refusal, "unread")
+                channel.say(Kind.FAILURE, frame.number, refusal.encode())
+                return
             channel.post(Kind.PONG, frame.number, door.limits().encode(), descriptors=[number])
         except OSError as error:
             if error.errno != errno.ETOOMANYREFS:
@@ -533,6 +570,8 @@ class Gate:
             channel.say(Kind.PONG, frame.number, door.limits().encode())
         finally:
             os.close(number)
+            if passing:
+                door.end_passing(served)
 
     # -- parking and closing ---------------------------------------------------------------
 
@@ -638,6 +677,8 @@ class Gate:
                     count -= 1
 
     def _say_goodbye(self, served: Served, refusal: Refusal) -> None:
+        if served.unread is not None:
+            served.door.settle(served)
         served.channel.say(Kind.GOODBYE, served.channel.number, refusal.encode())
         # step: goodbye-said
         self.drop(served)
@@ -656,7 +697,11 @@ class Gate:
         if served.channel.page is not None:
             served.channel.page.shut()  # behind the goodbye, for whoever looks at the page
         served.channel.shutdown()
+        if served.unread is not None:
+            served.door.leave_unread(served)
         served.channel.close()
+        if served.brought:
+            served.door.give_up_brought(served)
 
     def wake(self, threads: int = 1) -> None:
         """Let so many of the threads that wait, or will wait, return from ``wait`` with None."""
@@ -891,7 +936,14 @@ class Invocation:
                     return  # a forked child that comes this way answers nothing: the parent will
                 if served.share is not None:
                     kind, data, buffers, descriptors = self._within_share(kind, data, buffers, descriptors)
-                self._answer_at_length(channel, kind, data, buffers, descriptors)
+                if served.brought:
+                    self._give_up_brought()
+                if served.unread is not None:
+                    served.door.settle(served)
+                if descriptors and is_strange(channel.peer.uid):
+                    self._pass_to_stranger(channel, kind, data, buffers, descriptors)
+                else:
+                    self._answer_at_length(channel, kind, data, buffers, descriptors)
         except OSError as error:
             if isinstance(error, TimeoutError):
                 self._say_unread(served)
@@ -926,6 +978,25 @@ class Invocation:
             return kind, data, buffers, descriptors
         self._gate.refuse(self.line, refusal)
         return Kind.FAILURE, refusal.encode(), (), ()
+
+    def _give_up_brought(self) -> None:
+        """Close the descriptors of a stranger's call that are left, and count all of them out."""
+        close_all(self.descriptors, self.line.channel.peer.uid)
+        self.door.give_up_brought(self.line)
+
+    def _pass_to_stranger(
+        self, channel: Channel, kind: int, data: bytes | bytearray | memoryview,
+        buffers: Sequence[memoryview], descriptors: Sequence[int],
+    ) -> None:  # fmt: skip
+        """Send an answer with descriptors, of which a stranger may leave few unread."""
+        refusal = self.door.begin_passing(self.line, len(descriptors))
+        if refusal is not None:
+            self._gate.refuse(self.line, refusal, "unread")
+            return self._answer_at_length(channel, Kind.FAILURE, refusal.encode(), (), ())
+        try:
+            self._answer_at_length(channel, kind, data, buffers, descriptors)
+        finally:
+            self.door.end_passing(self.line)
 
     @staticmethod
     def _answer_at_length(

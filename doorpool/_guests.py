@@ -12,8 +12,10 @@ end.  A hang-up alone proves nothing: whoever shuts his end down can keep it, an
 Our own user and root are trusted, and bounded only all together.  Strangers, that is all others
 and those of whom the kernel does not say who they are, get a few answers each, and all together
 three quarters of what there is: of the answers in flight, and of this process's descriptors, of
-which no uid gets more than half of that (``doorpool._shares`` has the limits).  All this is counted for the
-process and not for a server, because the kernel counts so; each server has its own limits for it.
+which no uid gets more than half of that (``doorpool._shares`` has the limits).  Of descriptors there count
+connections and channels, those that calls have brought, until these are answered, and what is kept for
+``doorpool._unread``, which bounds the descriptors in results.  All this is counted for the process and not
+for a server, because the kernel counts so; each server has its own limits for it.
 
 All methods are for holders of the keeper's lock, but those that say otherwise.
 """
@@ -22,7 +24,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import resource
 import socket
 from collections import Counter
 from collections.abc import Iterable
@@ -34,7 +35,9 @@ from doorpool import _opening, _sockets
 from doorpool._credentials import is_strange
 from doorpool._keeper import Keeper, Timer, keeper
 from doorpool._opening import Visitor
-from doorpool._shares import Limits, Usage
+from doorpool._shares import Limits, Usage, most_descriptors
+from doorpool._unread import Unread
+from doorpool._wire import Reason, Refusal
 
 if TYPE_CHECKING:
     from doorpool._door import Door
@@ -56,15 +59,9 @@ MOST_UNREAD = Limits().greetings  #: Answers that a strange uid may leave unread
 MOST_UNREAD_OF_ALL = 4_096  #: All together, where not a quarter of ``RLIMIT_NOFILE`` is less.
 
 
-def _most_descriptors() -> int:
-    """Return how many descriptors a process of ours may have."""
-    soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    return 1 << 30 if soft == resource.RLIM_INFINITY else soft
-
-
 def descriptors_of_a_user(limits: Limits) -> int:
     """Return how many descriptors a strange uid may have, by what ``RLIMIT_NOFILE`` is now."""
-    most = _most_descriptors() * 3 // 4
+    most = most_descriptors() * 3 // 4
     return max(1, min(limits.descriptors or most // 2, most))
 
 
@@ -90,13 +87,15 @@ class Guests:
         self._strange_channels: set[Served] = set()
         self._fresh: list[_Guest] = []  # trusted, and not watched yet
         self._asked_about: Counter[int | None] = Counter()  # knocks of strangers that wait for a rule, by uid
+        self._brought: dict[Served, int] = {}  # descriptors of strangers' calls
+        self.unread = Unread(keeper)
 
     def objection(self, uid: int | None, limits: Limits) -> str | None:
         """Say why a user may not come in just now; None if he may."""
         few = min(MOST_UNREAD, limits.greetings)
         if not self._strange_ports and not self._strange_channels and len(self._guests) < few:
             return None  # nearly always: nobody is here who would have to be counted
-        limit = min(_most_descriptors() // 4, MOST_UNREAD_OF_ALL)
+        limit = min(most_descriptors() // 4, MOST_UNREAD_OF_ALL)
         if not is_strange(uid):
             if len(self._guests) < limit:
                 return None
@@ -120,25 +119,52 @@ class Guests:
 
     def why_full(self, uid: int | None, limits: Limits) -> str | None:
         """Say why no further port or channel of this user fits in; None if one does."""
-        if not is_strange(uid):
-            return None
-        most = _most_descriptors() * 3 // 4
-        held = len(self._strange_ports) + 2 * len(self._strange_channels)
-        if held + len(self._guests) >= most:
-            self.look_round()
-            if (total := held + len(self._guests)) >= most:
-                return f"callers of other users hold {total} descriptors, and their limit together is {most}"
-        his_most = descriptors_of_a_user(limits)
-        if held < his_most:
-            return None
-        his = self._held_by(uid)
-        return (
-            f"uid {uid} has {his} descriptors, and a user's limit is {his_most}" if his >= his_most else None
-        )
+        lack = self._lack(uid, 1, limits) if is_strange(uid) else None
+        return None if lack is None else "{} {} descriptors, and {} is {}".format(*lack)
 
-    def _held_by(self, uid: int | None) -> int:
-        ports = sum(it == uid for it in self._strange_ports.values())
-        return ports + 2 * sum(it.channel.peer.uid == uid for it in list(self._strange_channels))
+    def bring(self, served: Served, count: int, limits: Limits) -> Refusal | None:
+        """Count the descriptors that a stranger's call has brought, or say why they are too many."""
+        self._brought.pop(served, None)
+        lack = self._lack(served.channel.peer.uid, count, limits)
+        if lack is None:
+            self._brought[served] = count
+            return None
+        who, has, whose, most = lack
+        text = f"{who} {has + count} descriptors with the {count} of this call, and {whose} is {most}"
+        return Refusal(Reason.BUSY, text, limit=most, value=has + count)
+
+    def give_up_brought(self, served: Served) -> None:
+        """Count them out: they are closed, or the procedure's own affair; idempotent, from any thread."""
+        self._brought.pop(served, None)
+
+    def begin_passing(self, served: Served, count: int, limits: Limits) -> Refusal | None:
+        """Count descriptors that are about to be sent to a stranger; waits, without the lock."""
+        uid = served.channel.peer.uid
+        return self.unread.begin(served, count, limits, lambda: self._lack(uid, count, limits) is None)
+
+    def _lack(self, uid: int | None, more: int, limits: Limits) -> tuple[str, int, str, int] | None:
+        """Say who has how many descriptors, and over which limit of whose so many more would be."""
+        most = most_descriptors() * 3 // 4
+        others = sum(list(self._brought.values())) + self.unread.held().total()
+        held = len(self._strange_ports) + 2 * len(self._strange_channels) + others
+        if held + len(self._guests) + more > most:
+            self.look_round()
+            if (total := held + len(self._guests)) + more > most:
+                return "callers of other users hold", total, "their limit together", most
+        his_most = descriptors_of_a_user(limits)
+        if held + more <= his_most:
+            return None
+        his = self._held()[uid]
+        return (f"uid {uid} has", his, "a user's limit", his_most) if his + more > his_most else None
+
+    def _held(self) -> Counter[int | None]:
+        """How many descriptors each stranger has."""
+        held = Counter(self._strange_ports.values())
+        for served in list(self._strange_channels):
+            held[served.channel.peer.uid] += 2
+        for served, count in list(self._brought.items()):
+            held[served.channel.peer.uid] += count
+        return held + self.unread.held()
 
     def usage(self) -> dict[int | None, Usage]:
         """
@@ -146,12 +172,13 @@ class Guests:
 
         Those are knocks about which a rule is being asked, and answers that are not seen to be read.
         """
-        held = Counter(self._strange_ports.values())
-        for served in list(self._strange_channels):
-            held[served.channel.peer.uid] += 2
+        unread, held = self.unread.usage(), self._held()
         greeted = Counter(guest.uid for guest in self._guests.values() if is_strange(guest.uid))
         greeted += self._asked_about
-        return {uid: Usage(descriptors=held[uid], greetings=greeted[uid]) for uid in {*held, *greeted}}
+        return {
+            uid: Usage(descriptors=held[uid], greetings=greeted[uid], unread=unread[uid])
+            for uid in {*held, *greeted, *unread}
+        }  # fmt: skip
 
     def begin_asking(self, uid: int | None) -> None:
         """Count in a knock about which a rule is asked."""

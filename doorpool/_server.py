@@ -51,6 +51,7 @@ from doorpool._keeper import keeper
 from doorpool._names import absolute_path
 from doorpool._shares import Limits, Usage, sum_up
 from doorpool._threads import Pool, Pools
+from doorpool._unread import most_unread
 from doorpool._wire import Reason, Refusal
 from doorpool.door import Invocation
 
@@ -219,6 +220,7 @@ class Server:
                 total_bytes=crowd.most_bytes,
                 running=self._shared_pool.gate.most_running,
                 descriptors=descriptors_of_a_user(crowd.limits),
+                unread=most_unread(crowd.limits)[0],
             ),
             users=users,
         )

@@ -9,8 +9,8 @@ call of theirs passes none of this.
 Where it is counted
     channels, bytes     for each server (``Crowd``), whose they are; bytes also of all strangers together
     threads             for each pool of threads (``Turns``): a pool is what callers wait for
-    descriptors, knocks for the process (``_guests``), for so the kernel counts them; each server has its own
-                        limit for the number
+    descriptors, knocks for the process (``_guests``, ``_unread``), for so the kernel counts them; each server
+                        has its own limit for the number
 
 Turns
     A server thread reads the channel of a stranger, runs its call and waits for its next one only while the
@@ -43,6 +43,7 @@ from __future__ import annotations
 
 import math
 import operator
+import resource
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -97,11 +98,15 @@ class Limits:
         total_bytes: the same of all these users together, who may be one person with many uids; by default
             four times ``bytes``.  Nobody counts for more than ``bytes`` in it, and what is no more than a
             packet (64 KiB) is let pass.
-        descriptors: of the server's process, for connections and channels, and for doors, streams and leases
-            that were given to him in results, as long as he keeps them; by default half of what strangers
-            may have together, which is three quarters of ``RLIMIT_NOFILE``.
+        descriptors: of the server's process, for connections and channels, for what his calls have brought,
+            until they are answered, and for doors, streams and leases that were given to him in results, as
+            long as he keeps them; by default half of what strangers may have together, which is three
+            quarters of ``RLIMIT_NOFILE``.
         greetings: knocks that are being answered: those that ``callers`` is asked about, and likewise answers
             that have not been read.
+        unread: descriptors in results that he has not read, in the process; by default 256, or a quarter of
+            ``RLIMIT_NOFILE`` if that is less.  (All strangers together: twice that.)  A result alone is let
+            pass.
 
     Raises:
         TypeError, ValueError: a limit is no whole number, or below 1.
@@ -114,6 +119,7 @@ class Limits:
     total_bytes: int | None = attrs.field(default=None, validator=_whole)
     descriptors: int | None = attrs.field(default=None, validator=_whole)
     greetings: int = attrs.field(default=16, validator=_whole)
+    unread: int | None = attrs.field(default=None, validator=_whole)
 
 
 @attrs.frozen
@@ -121,7 +127,8 @@ class Usage:
     """
     What a stranger has of a server now; the fields are those of ``Limits``, but for the total.
 
-    ``descriptors`` and ``greetings`` are of the whole process; ``greetings`` of both kinds together.
+    ``descriptors``, ``greetings`` and ``unread`` are of the whole process; ``greetings`` of both kinds
+    together.
     """
 
     channels: int = 0
@@ -130,6 +137,13 @@ class Usage:
     bytes: int = 0
     descriptors: int = 0
     greetings: int = 0
+    unread: int = 0
+
+
+def most_descriptors() -> int:
+    """Return how many descriptors a process of ours may have."""
+    soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return 1 << 30 if soft == resource.RLIM_INFINITY else soft
 
 
 def sum_up(usages: Iterable[dict[int | None, Usage]]) -> dict[int | None, Usage]:

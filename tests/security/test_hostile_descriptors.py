@@ -15,6 +15,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 from support import byhand, rawpeer, wait_until
@@ -24,10 +25,11 @@ from support.rawdoor import PATIENCE, Background
 from support.shortage import LINGER, send_all_of, slow_pair
 from support.victims import call, open_client, open_descriptor, serve
 
-from doorpool import Descriptor, Endpoint, Proxy, Server, _guests, _janitor, take
+from doorpool import Descriptor, Endpoint, Proxy, Server, Usage, _data, _guests, _janitor, _unread, take
 from doorpool._errors import BusyError, CallTimeoutError, RevokedError
 from doorpool._guests import MOST_UNREAD
 from doorpool._janitor import AT_MOST, MOST_WAITING
+from doorpool._wire import encode_hand_out
 from doorpool.door import Handle
 
 V, M = 4201, 6602
@@ -538,6 +540,268 @@ def _greeting_on(sock: socket.socket) -> bytes:
         return data if data[:4] == byhand.greeting_bytes()[:4] else b""
     except ConnectionError:
         return b""
+
+
+# -- results with descriptors that nobody reads (F22) ----------------------------------------------
+
+
+def serve_gifts(path: str) -> None:
+    """Give descriptors away to everybody, from a process that may have the usual number in flight."""
+    limit_descriptors(1024)
+
+    def give(count: int) -> list[Descriptor]:
+        return [take(Descriptor(os.open(os.devnull, os.O_RDONLY))) for _ in range(count)]
+
+    here.server = Server(max_threads=16)
+    here.door = here.server.attach(give, path, codec="data", mode=0o666, name="gifts")
+    here.server.start()
+
+
+def hoard(path: str, channels: int, calls: int, count: int, *, wrongly: bool = False) -> None:
+    """
+    Ask for descriptors again and again, on some channels, and read none.
+
+    Args:
+        wrongly: send at last, on each, something for which the server closes it.
+    """
+    here.kept = getattr(here, "kept", [])
+    with byhand.reach(path) as door:
+        byhand.receive(door).close()
+        for _ in range(channels):
+            channel, answer = byhand.dial(door)
+            assert channel is not None, answer
+            for number in range(1, calls + 1):
+                _wait_for_room(channel)
+                byhand.send(channel, byhand.frame_bytes("Q", number, _data.pack_arguments((count,), {})[0]))
+            if wrongly:
+                byhand.send(channel, byhand.frame_bytes("R", 1, b""))
+            here.kept.append(channel)
+
+
+def hoard_wrongly(path: str, channels: int, calls: int, count: int) -> None:
+    hoard(path, channels, calls, count, wrongly=True)
+
+
+def ask_for_doors(path: str, count: int) -> None:
+    """Ask for descriptors of the door itself, on as few channels as will do, and read none."""
+    here.kept = []
+    with byhand.reach(path) as door:
+        byhand.receive(door).close()
+        for _ in range(4):
+            channel, answer = byhand.dial(door)
+            assert channel is not None, answer
+            for number in range(1, count // 4 + 1):
+                _wait_for_room(channel)
+                byhand.send(channel, byhand.frame_bytes("P", number, encode_hand_out(None)))
+            here.kept.append(channel)
+
+
+def get_some(path: str, count: int, **options: float) -> int:
+    """Be given descriptors, as one should; return how many."""
+    with Proxy(path, server={V}, timeout=PATIENCE, **options) as proxy:
+        given = proxy(count)
+    for one in given:
+        one.close()
+    return len(given)
+
+
+def pass_throughout() -> None:
+    """Pass descriptors to oneself until told to stop."""
+    limit_descriptors(1024)
+    here.passed, here.quiet = 0, threading.Event()
+
+    def work() -> None:
+        while not here.quiet.is_set():
+            pass_one()
+            here.passed += 1
+            here.quiet.wait(0.001)
+
+    here.passer = Background(work)
+
+
+def passed() -> int:
+    assert here.passer.running, "the kernel has refused one"
+    return here.passed
+
+
+def stop_passing() -> None:
+    here.quiet.set()
+    here.passer.result()
+
+
+def refused() -> int:
+    return here.server.statistics().refused
+
+
+def usage_of(uid: int) -> Any:
+    return here.server.statistics().users.get(uid, Usage())
+
+
+def read_kept() -> None:
+    """Read all that has come."""
+    for channel in here.kept:
+        with contextlib.suppress(ConnectionError):
+            while byhand.readable(channel, 0) and (message := byhand.receive(channel)).data:
+                message.close()
+
+
+def all_is_read(server: Actor, *readers: Actor) -> bool:
+    """Have strangers read on; tell whether there is nothing more to come."""
+    for reader in readers:
+        reader(read_kept)
+    users = server(usage_of_all)
+    return not any(user.unread or user.running or user.queued or user.descriptors > 100 for user in users)
+
+
+def usage_of_all() -> list[Usage]:
+    return list(here.server.statistics().users.values())
+
+
+HOARDS = {
+    "one channel": (hoard, 1, 180, 8),
+    "many channels": (hoard, 30, 40, 1),
+    "one result a channel": (hoard, 25, 1, 50),
+    "channels that were closed": (hoard_wrongly, 30, 40, 1),
+    "doors": (ask_for_doors, 600),
+}
+
+
+@pytest.mark.ids("F22")
+@pytest.mark.parametrize("how", HOARDS)
+def test_a_stranger_leaves_only_a_few_descriptors_of_results_unread(actor, path, how, root_only):
+    """Of 1,024 that may be in flight he has 256, and every process of the server's user goes on."""
+    server, stranger, mate, honest, own, other = (actor(uid) for uid in (V, M, M, M + 1, V, V))
+    server(serve_gifts, path)
+    before = server(descriptors)
+    other(pass_throughout)
+    what, *args = HOARDS[how]
+    stranger(what, path, *args)
+    wait_until(lambda: server(refused) > 0, timeout=PATIENCE)
+    if what is hoard_wrongly:
+        wait_until(lambda: server(usage_of, M).channels == 0, timeout=PATIENCE)
+    with pytest.raises(BusyError) as caught:
+        mate(get_some, path, 60)
+    assert caught.value.may_have_run
+    for text in (path, f"uid {M} would leave", "descriptors unread with the 60", "a user's limit is 256"):
+        assert text in str(caught.value)
+    assert 200 < server(usage_of, M).unread <= 256
+    for one in (honest, own):
+        assert one(get_some, path, 100) == 100
+    some = other(passed)
+    wait_until(lambda: other(passed) > some + 10, timeout=PATIENCE)
+    lines = [line for line in server(logged) if "would leave" in line and "more such" not in line]
+    assert len(lines) == 1, "an offender is named once"
+    assert f"uid {M}" in lines[0]
+    wait_until(lambda: all_is_read(server, stranger), timeout=PATIENCE)
+    assert mate(get_some, path, 100) == 100
+    other(stop_passing)
+    stranger(close_answers)
+    few_descriptors_more(server, before)
+    wait_until(lambda: server(usage_of, M) == Usage(), timeout=PATIENCE)
+
+
+@pytest.mark.ids("F22")
+def test_who_dies_with_descriptors_unread_leaves_none(actor, path, root_only):
+    server, stranger, mate = actor(V), actor(M), actor(M)
+    server(serve_gifts, path)
+    before = server(descriptors)
+    stranger(hoard, path, 1, 1, 60)
+    wait_until(lambda: server(usage_of, M).unread == 60, timeout=PATIENCE)
+    stranger.kill()
+    assert mate(get_some, path, 60) == 60
+    few_descriptors_more(server, before)
+
+
+def revoke() -> None:
+    here.door.revoke()
+
+
+@pytest.mark.ids("F22")
+def test_a_goodbye_that_is_not_read_keeps_no_channel(actor, path, root_only):
+    """Nor is what was read before it taken for unread."""
+    server, stranger = actor(V), actor(M)
+    server(serve_gifts, path)
+    before = server(descriptors)
+    stranger(hoard, path, 1, 1, 60)
+    wait_until(lambda: server(usage_of, M).unread == 60, timeout=PATIENCE)
+    stranger(read_kept)
+    server(revoke)
+    wait_until(lambda: server(usage_of, M) == Usage(), timeout=PATIENCE)
+    few_descriptors_more(server, before)
+    assert stranger(first_byte) == b"G"
+    stranger(close_answers)
+
+
+def first_byte() -> bytes:
+    return byhand.receive(here.kept[0]).data[:1]
+
+
+@pytest.mark.ids("F22", "F23")
+def test_many_strangers_leave_half_of_the_descriptors_unread_at_most(actor, path, root_only):
+    server, other = actor(V), actor(V)
+    strangers = [actor(M + number) for number in range(4)]
+    server(serve_gifts, path)
+    other(pass_throughout)
+    for stranger in strangers[:3]:
+        stranger(hoard, path, 2, 1, 100)
+    wait_until(lambda: server(refused) == 1, timeout=PATIENCE)
+    with pytest.raises(BusyError, match=r"callers of other users would leave 550 .* together is 512"):
+        strangers[3](get_some, path, 50)
+    some = other(passed)
+    wait_until(lambda: other(passed) > some + 10, timeout=PATIENCE)
+    strangers[0](read_kept)
+    assert strangers[3](get_some, path, 50) == 50
+    other(stop_passing)
+
+
+def be_patient(seconds: float) -> None:
+    _unread.PATIENCE = seconds
+
+
+@pytest.mark.ids("F22")
+def test_who_finds_no_room_waits_for_those_who_are_just_reading(actor, path, root_only):
+    """So an honest stranger is not refused, however many files he gets at one time."""
+    server, slow, mate = actor(V), actor(M), actor(M)
+    server(serve_gifts, path)
+    server(be_patient, 2 * PATIENCE)
+    slow(hoard, path, 1, 1, 200)
+    wait_until(lambda: server(usage_of, M).unread == 200, timeout=PATIENCE)
+    result = mate.begin(get_some, path, 60)
+    wait_until(lambda: server(usage_of, M).descriptors > 60, "it waits, and is counted", timeout=PATIENCE)
+    assert mate.acting
+    slow(read_kept)
+    assert result() == 60
+    assert server(refused) == 0
+    slow(close_answers)
+
+
+def get_often(path: str, threads: int, rounds: int, count: int) -> list[str]:
+    """Be given descriptors by many threads at one time; return the errors."""
+    errors = []
+
+    def work() -> None:
+        try:
+            for _ in range(rounds):
+                get_some(path, count)
+        except Exception as error:
+            errors.append(repr(error))
+
+    workers = [threading.Thread(target=work) for _ in range(threads)]
+    for one in workers:
+        one.start()
+    for one in workers:
+        one.join()
+    return errors
+
+
+@pytest.mark.ids("F22")
+def test_a_stranger_who_reads_is_never_refused(actor, path, root_only):
+    server, honest = actor(V), [actor(M), actor(M), actor(M + 1)]
+    server(serve_gifts, path)
+    results = [one.begin(get_often, path, 4, 10, 40) for one in honest]
+    for result in results:
+        assert result(timeout=3 * PATIENCE) == []
+    assert server(refused) == 0
 
 
 @pytest.mark.ids("F22")

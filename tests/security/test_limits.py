@@ -4,6 +4,7 @@ What each strange uid may have at one time: one that is at a limit is told so, a
 
 from __future__ import annotations
 
+import contextlib
 import os
 import resource
 import socket
@@ -15,10 +16,11 @@ from typing import Any
 
 import attrs
 import pytest
+from msgspec import msgpack
 from support import byhand, rawpeer, wait_until
 from support.actors import here, logged
 
-from doorpool import BusyError, Endpoint, Limits, Proxy, Server, _guests, take
+from doorpool import BusyError, Descriptor, Endpoint, Limits, Proxy, Server, _guests, take
 from doorpool._doors import fresh
 from doorpool._streams import Stream
 
@@ -56,6 +58,12 @@ def bare() -> Any:
     return take(here.echo.open())
 
 
+def keep_given(*given: Descriptor) -> int:
+    """Keep what is passed, beyond the call."""
+    here.given = [*getattr(here, "given", []), *given]
+    return len(given)
+
+
 class Session:
     """It may be entered, and whoever has done so has a lease."""
 
@@ -83,6 +91,8 @@ def serve(path: str, threads: int = 64, **limits: int) -> None:
     here.echo = here.server.attach(lambda value: value, path, name="echo", **options)
     here.server.attach(wait, f"{path}.wait", name="wait", **options)
     here.server.attach(lambda size: b"x" * size, f"{path}.much", name="much", **options)
+    here.server.attach(lambda *given: wait(len(given)), f"{path}.hold", name="hold", **options)
+    here.server.attach(keep_given, f"{path}.keep", name="keep", **options)
     for kind in (stream, session, room, sessions, bare):
         here.server.attach(kind, f"{path}.{kind.__name__}", **options)
     here.server.attach(
@@ -441,6 +451,135 @@ def test_one_uid_enters_until_it_is_refused_and_has_not_entered_then(serving, ac
     assert server(entered) == 0
     for uid in (A, B):
         settle(server, uid, descriptors=3)
+
+
+def limit_descriptors(count: int) -> None:
+    resource.setrlimit(resource.RLIMIT_NOFILE, (count, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+
+
+def bring(path: str, channels: int, count: int, *, half: bool = False) -> None:
+    """
+    Make calls that bring so many descriptors each, and read no answer.
+
+    Args:
+        half: send only their beginnings.
+    """
+    here.kept = [*getattr(here, "kept", [])]
+    pipe, _ = fds = os.pipe()  # closing the end of one needs no janitor
+    body = msgpack.encode(([msgpack.Ext(1, place.to_bytes(4, "big")) for place in range(count)], {}))
+    whole = byhand.frame_bytes("Q", 1, body, descriptors=count)
+    with byhand.reach(path) as door:
+        byhand.receive(door).close()
+        for _ in range(channels):
+            channel, answer = byhand.dial(door)
+            assert channel is not None, answer
+            byhand.send(channel, whole[:-1] if half else whole, [pipe] * count)
+            here.kept.append(channel)
+    for fd in fds:
+        os.close(fd)
+
+
+def first_bytes() -> list[bytes]:
+    """With which frame each channel was answered that was; they stay unread."""
+    peek = socket.MSG_PEEK
+    return [byhand.receive(it, flags=peek).data[:1] for it in here.kept if byhand.readable(it, 0)]
+
+
+def pass_some(path: str, count: int) -> int:
+    """Open a door and pass it descriptors; return how many have come."""
+    ends = [Descriptor(number) for _ in range((count + 1) // 2) for number in os.pipe()]
+    with contextlib.ExitStack() as stack:
+        for end in ends:
+            stack.enter_context(end)
+        return int(stack.enter_context(Proxy(path, server={0}, timeout=PATIENCE))(*ends[:count]))
+
+
+def table() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+@pytest.mark.ids("F07")
+@pytest.mark.parametrize("half", [False, True], ids=["whole", "begun"])
+def test_one_uid_brings_descriptors_until_it_is_refused_and_others_are_served(serving, actor, path, half):
+    """What a call has brought counts until it is answered, and from its first packet on."""
+    server, one, mate, other, own = serving(), actor(A), actor(A), actor(B), actor(0)
+    server(limit_descriptors, 1024)
+    before = server(table)
+    one(bring, f"{path}.hold", 6, 200, half=half)
+    wait_until(lambda: server(refused) == 5, timeout=PATIENCE)
+    wait_until(lambda: len(one(first_bytes)) >= 5, timeout=PATIENCE)
+    assert 200 < server(usage, A)["descriptors"] <= 200 + 2 * 6
+    wait_until(lambda: server(table) < before + 250, "what was refused is closed", timeout=PATIENCE)
+    with pytest.raises(BusyError) as caught:
+        mate(pass_some, f"{path}.keep", 200)
+    assert not caught.value.may_have_run
+    for text in (f"{path}.keep", f"uid {A} has 4", "descriptors with the 200 of this call", "limit is 384"):
+        assert text in str(caught.value)
+    for served in (other, own):
+        assert served(pass_some, f"{path}.keep", 100) == 100
+        assert served(call_once, path, "hello") == "hello"
+    assert f"uid {A} has" in sole_line(server, "limit is 384")
+    server(let_go)
+    one(disconnect)
+    wait_until(lambda: server(usage, A) == {}, timeout=PATIENCE)
+    assert one(pass_some, f"{path}.keep", 200) == 200
+
+
+@pytest.mark.ids("F07")
+def test_many_uids_bring_no_more_descriptors_than_all_strangers_may_and_our_own_passes(serving, actor, path):
+    server, strangers, own = serving(), [actor(A + number) for number in range(4)], actor(0)
+    server(limit_descriptors, 1024)
+    for stranger in strangers:
+        stranger(bring, f"{path}.hold", 1, 230)
+    wait_until(lambda: server(refused) == 1, timeout=PATIENCE)
+    text = sole_line(server, "their limit together is 768")
+    assert "callers of other users hold 9" in text, "920 and what there is of channels"
+    assert own(pass_some, f"{path}.keep", 100) == 100
+    for stranger in strangers:
+        stranger(disconnect)
+    wait_until(lambda: own(pass_some, f"{path}.keep", 100) == 100, timeout=PATIENCE)
+
+
+def pass_much(path: str, count: int, size: int) -> int:
+    """Pass descriptors, and more beside them than goes into a packet."""
+    ends = [Descriptor(number) for _ in range((count + 1) // 2) for number in os.pipe()]
+    with contextlib.ExitStack() as stack:
+        for end in ends:
+            stack.enter_context(end)
+        proxy = stack.enter_context(Proxy(path, server={0}, timeout=PATIENCE))
+        return len(proxy([b"x" * size, *ends[:count]])[0])
+
+
+@pytest.mark.ids("F07")
+def test_a_long_call_that_brings_too_many_did_not_run(serving, actor, path):
+    """Its descriptors come before the rest; whoever is still sending it is told."""
+    server, one = serving(descriptors=30), actor(A)
+    for size in (10, 4 * MIB):
+        for _ in range(3):
+            with pytest.raises(
+                BusyError, match="with the 28 of this call, and a user's limit is 30"
+            ) as caught:
+                one(pass_much, path, 28, size)
+            assert not caught.value.may_have_run
+        assert one(pass_much, path, 20, size) == size
+        wait_until(lambda: server(usage, A) == {}, timeout=PATIENCE)
+
+
+@pytest.mark.ids("F07")
+def test_what_a_procedure_keeps_of_a_call_is_the_servers_own(serving, actor, path):
+    server, one = serving(descriptors=30), actor(A)
+    for _ in range(3):
+        assert one(pass_some, f"{path}.keep", 20) == 20
+    wait_until(lambda: server(usage, A) == {}, timeout=PATIENCE)
+    with pytest.raises(BusyError, match="33 descriptors with the 30 of this call, and a user's limit is 30"):
+        one(pass_some, f"{path}.keep", 30)
+    server(close_given, 60)
+
+
+def close_given(count: int) -> None:
+    assert len(here.given) == count
+    while here.given:
+        here.given.pop().close()
 
 
 def knock_often(path: str, count: int) -> None:
@@ -881,14 +1020,21 @@ def test_statistics_show_the_limits_that_are_in_force(set_nofile):
     set_nofile(1000)
     with Server(max_threads=32) as server:
         limits = server.statistics().limits
-        assert limits == Limits(running=8, descriptors=375, total_bytes=2**30)
+        assert limits == Limits(running=8, descriptors=375, total_bytes=2**30, unread=250)
         set_nofile(800)
-        assert server.statistics().limits == attrs.evolve(limits, descriptors=300)
+        assert server.statistics().limits == attrs.evolve(limits, descriptors=300, unread=200)
+        set_nofile(2000)
+        assert server.statistics().limits == attrs.evolve(limits, descriptors=750, unread=256)
     with Server(max_threads=2) as small:
         assert small.statistics().limits.running == 1
-    given = Limits(channels=5, running=6, queued=7, bytes=8, total_bytes=9, descriptors=10, greetings=11)
+    given = Limits(
+        channels=5, running=6, queued=7, bytes=8, total_bytes=9, descriptors=10, greetings=11, unread=12
+    )  # fmt: skip
     with Server(limits=given) as server:
         assert server.statistics().limits == given
-    with Server(max_threads=4, limits=Limits(running=6, descriptors=601)) as server:
+    set_nofile(800)
+    with Server(max_threads=4, limits=Limits(running=6, descriptors=601, unread=401)) as server:
         limits = server.statistics().limits
-        assert (limits.running, limits.descriptors) == (3, 600), "all strangers together may have no more"
+        assert (limits.running, limits.descriptors, limits.unread) == (3, 600, 400), (
+            "all strangers together may have no more"
+        )

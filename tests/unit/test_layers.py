@@ -32,6 +32,7 @@ LAYERS = [
     {"_shelf"},
     {"_channel"},
     {"_shares"},
+    {"_unread"},
     {"_opening"},
     {"_names"},
     {"_guests"},
