@@ -418,7 +418,11 @@ class Door:
                 self._starve(name.listener, "accept", error)
             return None
         # step: accepted
-        port.setblocking(False)
+        try:
+            port.setblocking(False)
+        except OSError:  # a security policy: nobody can be served, but the server can be closed
+            port.close()
+            return None
         self._take_in(_sockets.own(port))
         return port
 
