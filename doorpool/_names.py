@@ -699,8 +699,10 @@ class _Place:
             try:
                 yield
             finally:
-                # Not left to the close: a child forked meanwhile has a copy.
-                fcntl.flock(lock, fcntl.LOCK_UN)
+                # Not left to the close: a child forked meanwhile has a copy.  If it fails, what was done
+                # stays done all the same.
+                with contextlib.suppress(OSError):
+                    fcntl.flock(lock, fcntl.LOCK_UN)
 
     def _wait_for(self, lock: int) -> None:
         """Take the lock, looking again at growing intervals (``flock`` itself has no timeout)."""

@@ -449,6 +449,23 @@ def test_a_room_is_cleared_though_it_cannot_be_looked_at(door_dir, monkeypatch):
     assert os.listdir(door_dir) == []
 
 
+@pytest.mark.ids("H06")
+def test_a_lock_that_cannot_be_given_back_undoes_nothing(door_dir, published, monkeypatch):
+    flock = fcntl.flock
+
+    def keep(descriptor: int, operation: int) -> None:
+        if operation == fcntl.LOCK_UN:
+            raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+        flock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", keep)
+    leave_stale(door_dir / "a.door")
+    name = published(door_dir / "a.door")
+    assert reaches(name.path, name)
+    assert name.remove()
+    assert os.listdir(door_dir) == []
+
+
 def _look_in_vain_from(first: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Have the first look into a room fail, or a later one, and all that come then."""
     look, numbers = _names._Room._look, itertools.count(1)
