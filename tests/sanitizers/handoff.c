@@ -8,6 +8,9 @@
  * is withdrawn and the server never takes it, or the server has it.  Nobody may wait for ever.
  */
 
+#ifdef DAWDLE
+#include "dawdle.h"
+#endif
 #define SHUTTLE_WITHOUT_PYTHON
 #include "../../doorpool/_shuttle.c"
 
