@@ -220,6 +220,7 @@ def publish(
     group: str | int | None = None,
     replace: bool = False,
     backlog: int = BACKLOG,
+    watch: Callable[[Name], Callable[[], None]] | None = None,
 ) -> Name:
     """
     Make a name and listen at it; the caller owns what is returned.
@@ -235,6 +236,8 @@ def publish(
         replace: take the name over from a live door of our own uid too.  Its clients stay
             with it; new ones come here.
         backlog: how many callers may wait to be accepted.
+        watch: is given the name when all but the last step is done, so that nobody's name is lost if it
+            fails; returns how to undo it.
 
     Raises:
         FileExistsError: a live door, a socket of another uid or kind, or something that is
@@ -259,9 +262,12 @@ def publish(
         with _room(place) as room:
             listener = room.listen(mode, gid, backlog)
             undo.callback(listener.close)
+            name = Name(place, listener, mode, room.ours)
+            if watch is not None:
+                undo.callback(watch(name))
             _take_name(place, room, replace=replace)
         undo.pop_all()
-    return Name(place, listener, mode, room.ours)
+    return name
 
 
 def _take_name(place: _Place, room: _Room, *, replace: bool) -> None:
