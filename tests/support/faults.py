@@ -146,7 +146,7 @@ MISTAKES = (
 #: that are left, lines of the log.
 EXCUSED = {
     # Of what we open nothing can be flushed, so none ever fails.
-    "close": ("descriptors", "names", "not settled", "logged"),
+    "close": ("descriptors", "names", "not settled", "logged", "nobody has the name"),
     # CPython asks it of each number that it makes a socket of.  Of one that accept() or socketpair() has just
     # returned it passes over all errors but these two, on which it loses the number: the other end hears no
     # hang-up.  The kernel can say neither of a socket that nobody else knows, so that is not worked around.
@@ -429,7 +429,7 @@ def _replace(server: Any, path: str) -> None:
         try:
             Proxy(path, open_timeout=PATIENCE).close()
         except Exception:
-            raise AssertionError("neither has the name") from error
+            raise AssertionError(f"nobody has the name: {error}") from error
         raise
 
 
