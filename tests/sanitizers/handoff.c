@@ -67,8 +67,8 @@ next_request(void)
         if (state_now(&server) != state_of(server.number + 1, POSTED))
             CHECK(poll(&ready, 1, 20000) > 0); /* or a wake-up was lost */
         seen = shuttle_take(&server);
-        if (seen == BY_SOCKET && state_now(&server) >> SHIFT == server.number)
-            seen = NOTHING; /* a bell for a request that was seen before */
+        if (seen == BY_SOCKET && state_now(&server) != state_of(server.number + 1, WITHDRAWN))
+            seen = NOTHING; /* a bell for a request that was seen before, though the next may be there by now */
     }
     return seen;
 }
