@@ -57,7 +57,7 @@ def test_two_threads_hand_calls_to_one_another(sanitizer, tmp_path, many):
 def test_nobody_sleeps_on_whoever_dawdles_at_whatever_step(cpus, tmp_path, many):
     """What is lost is lost for good here: nobody looks up for twenty seconds, and then the program fails."""
     program = built("handoff", "dawdling", tmp_path)
-    calls = many(4_000, 10_000_000)
+    calls = many(10_000, 2_000_000)
     allowed = sorted(os.sched_getaffinity(0))
     where = ",".join(map(str, allowed[:1] if cpus == "one CPU" else allowed))
     run = ["taskset", "-c", where, program, str(calls)]
