@@ -334,22 +334,39 @@ class Door:
         Modelled on: fattach(3C)
         """
         self._check_open()
-        name = _names.publish(path, mode=mode, group=group, replace=replace)
+        known: list[Name] = []
+        name = _names.publish(
+            path, mode=mode, group=group, replace=replace, watch=lambda name: self._watch_name(name, known)
+        )
         try:
             with self._keeper.lock:
                 self._check_open()
-                pace = _Pace()
-                self._keeper.watch(name.listener.fileno(), lambda: self._accept_some(name, pace))
-                self._keeper.prefer(name.listener.fileno())
                 if name.path in self._names:  # replaced by ourselves
                     self._stop_listening(self._names.pop(name.path))
                 self._names[name.path] = name
+                known.append(name)
                 self._gain_reference()
                 return name.path
-        except (ClosedError, OSError):  # revoked meanwhile; no memory for a watch, or none to be had
+        except (ClosedError, OSError):  # revoked meanwhile
             self._remove(name)
+            self._keeper.unwatch(name.listener.fileno())
             name.close()
             raise
+
+    def _watch_name(self, name: Name, known: list[Name]) -> Callable[[], None]:
+        """
+        Be told who connects to a name, before anybody can; return how to undo that.
+
+        Who is so quick that the name is not known to be ours yet waits for that moment.
+        """
+        number, pace = name.listener.fileno(), _Pace()
+        with self._keeper.lock:
+            try:
+                self._keeper.watch(number, lambda: self._accept_some(name, pace) if known else None)
+            except OSError as error:  # it is not the file system that has no room
+                raise OSError(error.errno, error.strerror, name.path) from error
+            self._keeper.prefer(number)
+        return lambda: self._keeper.unwatch(number)
 
     def unlisten(self, path: str) -> bool:
         """
@@ -418,7 +435,11 @@ class Door:
                 self._starve(name.listener, "accept", error)
             return None
         # step: accepted
-        port.setblocking(False)
+        try:
+            port.setblocking(False)
+        except OSError:  # a security policy: nobody can be served, but the server can be closed
+            port.close()
+            return None
         self._take_in(_sockets.own(port))
         return port
 

@@ -220,6 +220,7 @@ def publish(
     group: str | int | None = None,
     replace: bool = False,
     backlog: int = BACKLOG,
+    watch: Callable[[Name], Callable[[], None]] | None = None,
 ) -> Name:
     """
     Make a name and listen at it; the caller owns what is returned.
@@ -235,6 +236,8 @@ def publish(
         replace: take the name over from a live door of our own uid too.  Its clients stay
             with it; new ones come here.
         backlog: how many callers may wait to be accepted.
+        watch: is given the name when all but the last step is done, so that nobody's name is lost if it
+            fails; returns how to undo it.
 
     Raises:
         FileExistsError: a live door, a socket of another uid or kind, or something that is
@@ -259,9 +262,12 @@ def publish(
         with _room(place) as room:
             listener = room.listen(mode, gid, backlog)
             undo.callback(listener.close)
+            name = Name(place, listener, mode, room.ours)
+            if watch is not None:
+                undo.callback(watch(name))
             _take_name(place, room, replace=replace)
         undo.pop_all()
-    return Name(place, listener, mode, room.ours)
+    return name
 
 
 def _take_name(place: _Place, room: _Room, *, replace: bool) -> None:
@@ -405,12 +411,12 @@ class _Room:
         ours: device and inode of the socket that was made here.
     """
 
-    __slots__ = ("_disposable", "_inner", "_name", "_place", "descriptor", "ours")
+    __slots__ = ("_inner", "_keeps", "_name", "_place", "descriptor", "ours")
 
     def __init__(self, place: _Place) -> None:
         self._place = place
         self._inner = _inner_name(place.name)
-        self._disposable: set[Identity] = set()
+        self._keeps = False  # what came out of the name, and may be somebody else's
         self._name = _ROOM_PREFIX + secrets.token_hex(8)
         self.descriptor = -1
         self.ours: Identity = (0, 0)
@@ -444,8 +450,7 @@ class _Room:
             # but us is let in before the group and the mode are right.
             os.fchmod(listener.fileno(), mode & stat.S_IRWXU)
             listener.bind(f"{_through(self.descriptor)}/{self._inner}")
-            self.ours = _identity(self._look())  # at once: the open below may lack a descriptor
-            self._disposable.add(self.ours)
+            self.ours = _identity(self._look())
             with _held(os.open(self._inner, _NODE, dir_fd=self.descriptor)) as node:
                 _set_permissions(node, mode, gid, self._place.path)
             listener.listen(backlog)
@@ -472,18 +477,27 @@ class _Room:
         """
         Put our socket at the name and dispose of what was there, if it is what we want.
 
-        False if it was something else, or nothing; then all is as it was.
+        False if it was something else, or nothing; then all is as it was, and so it is if that
+        cannot be told.
         """
+        self._keeps = True  # before anything can have come out
         try:
             if not self._exchange():
                 return True
-        except FileNotFoundError:
-            return False
-        if _identity(self._look()) == wanted:
-            self._disposable.add(wanted)
-            return True
-        self._put_back()
-        return False
+        except OSError as error:
+            self._keeps = False
+            if isinstance(error, FileNotFoundError):
+                return False
+            raise
+        is_wanted = False
+        try:
+            is_wanted = _identity(self._look()) == wanted
+        finally:
+            if is_wanted:
+                self._keeps = False
+            else:
+                self._put_back()
+        return is_wanted
 
     def _exchange(self) -> bool:
         """
@@ -509,20 +523,21 @@ class _Room:
             kept = os.path.join(self._place.directory, self._name)
             why = f"something came to the name meanwhile, could not be put back and is kept in {kept!r}"
             raise OSError(errno.EEXIST, why, self._place.path) from error
+        self._keeps = False
 
     def _look(self) -> os.stat_result:
         return os.stat(self._inner, dir_fd=self.descriptor, follow_symlinks=False)
 
     def clear(self) -> None:
         """
-        Leave the room and remove it, with what it holds if that is ours or stale.
+        Leave the room and remove it, with what it holds: our socket, or the stale one.
 
-        Anything else (what came out of the name and could not be put back) stays, and so
-        does the room: better a strange directory than a lost file.
+        What came out of the name, is neither and could not be put back stays, and so does the
+        room: better a strange directory than a lost file.
         """
         if self.descriptor >= 0:
-            with contextlib.suppress(OSError):
-                if _identity(self._look()) in self._disposable:
+            if not self._keeps:
+                with contextlib.suppress(OSError):
                     os.unlink(self._inner, dir_fd=self.descriptor)
             close_number(self.descriptor)
             self.descriptor = -1
@@ -690,8 +705,10 @@ class _Place:
             try:
                 yield
             finally:
-                # Not left to the close: a child forked meanwhile has a copy.
-                fcntl.flock(lock, fcntl.LOCK_UN)
+                # Not left to the close: a child forked meanwhile has a copy.  If it fails, what was done
+                # stays done all the same.
+                with contextlib.suppress(OSError):
+                    fcntl.flock(lock, fcntl.LOCK_UN)
 
     def _wait_for(self, lock: int) -> None:
         """Take the lock, looking again at growing intervals (``flock`` itself has no timeout)."""

@@ -46,7 +46,9 @@
  *
  * At least one of the two sees what the other wrote, so nobody blocks beside a call that is there.
  * Whoever tells takes the mark away, and rings; who finds, having seen what he waits for, that his mark
- * is gone, knows that a bell is on its way, and takes it.  So each parking has one bell or none.
+ * is gone, knows that a bell is on its way, and takes it.  So each parking has one bell or none.  Who tells
+ * may come so late that he takes the mark of the next parking; so bells are taken away before one parks, and
+ * not between parking and blocking.
  *
  * Trust.  A page exists only between processes of one user that may unpickle for each other, yet a
  * broken one must not break us: every word that the other side can write is read once, and only
@@ -700,12 +702,20 @@ look_for_request(struct shuttle *s)
     return fault(s, "the state is of another call");
 }
 
-/* Park; having parked, the bells that rang for earlier requests are gone. */
+/*
+ * Park, without the bells that rang for earlier requests.
+ *
+ * They are taken before the mark is set: a client that comes late to look for it, the server having seen its
+ * request already, takes this mark away and rings for it.  Were that bell taken after the mark, there would be
+ * neither, and nobody to ring for the next request.  So it stays, and wakes us for nothing.
+ */
 static enum outcome
 park_server(struct shuttle *s)
 {
-    park(&s->words->server_parked);
-    return hear_bells(s) == FAULT ? FAULT : NOTHING; /* what else is on the socket, the set tells */
+    if (hear_bells(s) == FAULT)
+        return FAULT;
+    park(&s->words->server_parked); /* what else is on the socket, the set tells */
+    return NOTHING;
 }
 
 /* After an event in the set: take the request, if there is one. */

@@ -190,7 +190,8 @@ def _close_in_every_state(door_dir: Path, stack: contextlib.ExitStack, work: Wor
     assert [call.result() for call in in_time] == [f"did in time:{number}" for number in range(10)]
     closer.result()
     took = time.monotonic() - began
-    assert grace <= took < grace + 2
+    print(f"it took {took - grace:.3f} s more")
+    assert grace <= took < grace + 1
     for call in too_late:
         error = call.error()
         assert isinstance(error, BrokenDoorError)

@@ -597,11 +597,13 @@ def test_forks_while_the_librarys_locks_are_held(door_dir, many):
     """
     Threads open, close, call, attach and detach all the while; each child opens and serves a door.
 
-    A lock that a lost thread held at the fork would hang the child: it is given ten seconds.
+    A lock that a lost thread held at the fork would hang the child: it is given ten seconds, of which all
+    but one in 25 take less than two, though six threads of the parent want the CPUs, too.
     """
     over = threading.Event()
     wrong: list[BaseException] = []
     rounds = [0] * 6
+    took: list[float] = []
 
     def storm(thread: int) -> None:
         try:
@@ -624,6 +626,7 @@ def test_forks_while_the_librarys_locks_are_held(door_dir, many):
                     signal.alarm(10)
                     os._exit(_begin_anew(shared, door_dir, number))
                 assert ended(child) == 0, f"child {number}, after {time.monotonic() - began} s"
+                took.append(time.monotonic() - began)
                 assert wrong == []
         finally:
             over.set()
@@ -631,6 +634,9 @@ def test_forks_while_the_librarys_locks_are_held(door_dir, many):
                 thread.join(20)
         assert wrong == []
         assert all(rounds)
+        took.sort()
+        print(f"children took {took[len(took) // 2]:.3f} s, and {took[-1]:.3f} at most")
+        assert took[-1 - len(took) // 25] < 2
 
 
 def _echo(value: object) -> object:

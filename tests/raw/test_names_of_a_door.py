@@ -56,8 +56,11 @@ def test_a_name_that_nobody_could_watch_is_not_made(door, door_dir, monkeypatch)
         patch.setattr(door._keeper, "watch", refuse)
         with pytest.raises(OSError, match="No space left"):
             door.listen(door_dir / "x.door")
+        with pytest.raises(OSError, match="No space left"):
+            door.listen(before, replace=True)
     assert door.paths == (before,)
     assert os.listdir(door_dir) == ["before.door"]
+    Handle(before).close()  # still there
 
 
 def test_a_name_that_was_made_when_the_door_was_taken_away(door, door_dir, monkeypatch):

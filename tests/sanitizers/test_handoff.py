@@ -5,6 +5,7 @@ which rules it waits, by a clock of the test's own.
 
 from __future__ import annotations
 
+import os
 import platform
 import shutil
 import subprocess
@@ -18,6 +19,7 @@ FLAGS = {
     "thread": ["-fsanitize=thread", "-Wno-tsan"],
     "address": ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"],
     "none": ["-O2"],
+    "dawdling": ["-O2", "-DDAWDLE"],
 }
 
 
@@ -39,13 +41,27 @@ def built(name: str, sanitizer: str, folder: Path) -> Path:
 
 
 @pytest.mark.ids("D07", "D05")
-@pytest.mark.parametrize("sanitizer", FLAGS)
+@pytest.mark.parametrize("sanitizer", ["thread", "address", "none"])
 def test_two_threads_hand_calls_to_one_another(sanitizer, tmp_path, many):
     program = built("handoff", sanitizer, tmp_path)
     calls = many(20_000, 10_000_000 if sanitizer == "none" else 5_000_000)
     # Where addresses are laid out at random, ThreadSanitizer may not find room for its shadow.
     run = ["setarch", platform.machine(), "-R", program, str(calls)]
     done = subprocess.run(run, capture_output=True, text=True, timeout=many(600, 1800), check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(f"{(calls // 16 + 1) * 16} calls, and ")
+
+
+@pytest.mark.ids("D07")
+@pytest.mark.parametrize("cpus", ["one CPU", "all CPUs"])
+def test_nobody_sleeps_on_whoever_dawdles_at_whatever_step(cpus, tmp_path, many):
+    """What is lost is lost for good here: nobody looks up for twenty seconds, and then the program fails."""
+    program = built("handoff", "dawdling", tmp_path)
+    calls = many(10_000, 2_000_000)
+    allowed = sorted(os.sched_getaffinity(0))
+    where = ",".join(map(str, allowed[:1] if cpus == "one CPU" else allowed))
+    run = ["taskset", "-c", where, program, str(calls)]
+    done = subprocess.run(run, capture_output=True, text=True, timeout=many(50, 7000), check=False)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith(f"{(calls // 16 + 1) * 16} calls, and ")
 

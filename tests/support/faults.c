@@ -16,6 +16,7 @@
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
+#include <fcntl.h>
 #include <stdatomic.h>
 #include <stdint.h>
 #include <string.h>
@@ -303,10 +304,20 @@ CALL(rename, "rename")
 CALL(renameat, "rename")
 CALL(renameat2, "renameat2")
 CALL(unlink, "unlink")
-CALL(unlinkat, "unlink")
 CALL(mkdir, "mkdir")
 CALL(mkdirat, "mkdir")
 CALL(rmdir, "rmdir")
+
+/* rmdir() of a directory that is open, too. */
+REAL(unlinkat, "unlink")
+
+HEAD(unlinkat)
+{
+    int at = (int)c & AT_REMOVEDIR ? at_rmdir : at_unlinkat;
+
+    return fails(at) ? -1L : later(get_unlinkat()(a, b, c, d, e, f));
+}
+
 CALL(fchmod, "chmod")
 CALL(chmod, "chmod")
 CALL(fchmodat, "chmod")

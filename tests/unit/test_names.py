@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import itertools
 import os
 import signal
 import socket
@@ -429,6 +430,52 @@ def test_what_cannot_be_put_back_is_kept(door_dir, monkeypatch):
     (door_dir / "b.door").unlink()
     (room / "a.door").unlink()
     room.rmdir()
+
+
+@pytest.mark.ids("H06", "A18")
+def test_what_cannot_be_looked_at_is_put_back(door_dir, published, monkeypatch):
+    """A living door keeps its name when, having swapped, we cannot tell whose came out."""
+    name = published(door_dir / "a.door")
+    _look_in_vain_from(2, monkeypatch)
+    assert refusal(name.path, replace=True).errno == errno.ENOMEM
+    assert name.is_ours()
+    assert os.listdir(door_dir) == ["a.door"]
+
+
+@pytest.mark.ids("H06")
+def test_a_room_is_cleared_though_it_cannot_be_looked_at(door_dir, monkeypatch):
+    _look_in_vain_from(1, monkeypatch)
+    assert refusal(door_dir / "a.door").errno == errno.ENOMEM
+    assert os.listdir(door_dir) == []
+
+
+@pytest.mark.ids("H06")
+def test_a_lock_that_cannot_be_given_back_undoes_nothing(door_dir, published, monkeypatch):
+    flock = fcntl.flock
+
+    def keep(descriptor: int, operation: int) -> None:
+        if operation == fcntl.LOCK_UN:
+            raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+        flock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", keep)
+    leave_stale(door_dir / "a.door")
+    name = published(door_dir / "a.door")
+    assert reaches(name.path, name)
+    assert name.remove()
+    assert os.listdir(door_dir) == []
+
+
+def _look_in_vain_from(first: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the first look into a room fail, or a later one, and all that come then."""
+    look, numbers = _names._Room._look, itertools.count(1)
+
+    def vain(room: Any) -> os.stat_result:
+        if next(numbers) >= first:
+            raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+        return look(room)
+
+    monkeypatch.setattr(_names._Room, "_look", vain)
 
 
 @pytest.mark.ids("N3")
