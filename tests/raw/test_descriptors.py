@@ -331,10 +331,14 @@ FULL_SERVER = """
     from test_descriptors import only, open_descriptors
     from support.rawdoor import Serving
     from doorpool import door
+    from doorpool._guests import guests
+    from doorpool._keeper import keeper
 
     ran = []
     def procedure(invocation):
         if invocation.data.startswith(b"fill"):
+            with keeper().lock:
+                guests().look_round()  # or the socket on which the caller has knocked goes a moment later
             free = only(int(invocation.data[4:]))
             free.__enter__()
             keep.append(free)
