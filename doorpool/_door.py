@@ -347,7 +347,10 @@ class Door:
                 known.append(name)
                 self._gain_reference()
                 return name.path
-        except (ClosedError, OSError):  # revoked meanwhile
+        except BaseException:  # revoked meanwhile, or interrupted
+            with self._keeper.lock:
+                if self._names.get(name.path) is name:
+                    del self._names[name.path]
             self._remove(name)
             self._keeper.unwatch(name.listener.fileno())
             name.close()

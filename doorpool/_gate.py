@@ -110,7 +110,7 @@ class Served:
         self.watched = False  # the caller's process, by the keeper
         self.share: Share | None = None  # a stranger's: see ``doorpool._shares``
         self.turn = False
-        self.begun: float = 0  # of a call that has the turn, nanoseconds; else 0; infinite if it is to come
+        self.begun = 0  # when the call of a turn began, nanoseconds; 0 between two calls
         self.goes_on = False  # a procedure that has answered goes on with its work
         self.bytes = 0
         self.brought = False  # his call has descriptors that count
@@ -309,8 +309,15 @@ class Gate:
     def _take_turn(self, served: Served) -> bool:
         """Take a turn for a stranger's channel, or let go of it until there is one."""
         uid = served.channel.peer.uid
-        if self._turns.take(served, uid) or self._turns.is_full(uid):
-            return True  # in the latter case to be refused
+        if self._turns.take(served, uid):
+            return True
+        if self._turns.is_full(uid):  # to be refused
+            self._turns.forget(served, uid)
+            return True
+        if not self._has_come(served):
+            self._turns.forget(served, uid)
+            self._park(served)
+            return False
         served.claim.release()
         if served.doomed is not None:
             self.end(served, served.doomed)
@@ -318,17 +325,37 @@ class Gate:
         self._arm_next(self._turns.hold(served, uid, lambda: self._served.get(served.fd) is served))
         return False
 
+    @staticmethod
+    def _has_come(served: Served) -> bool:
+        """
+        Tell whether there is anything to be read of a claimed channel, or its caller is gone.
+
+        An event may be an older one's, of another thread or of a socket that had this number.
+        """
+        try:
+            return _sockets.unread(served.channel.socket) > 0 or bool(served.poll.poll(0))
+        except OSError:  # nobody knows; who reads it will see
+            return True
+
     def _arm_next(self, got: list[Served]) -> None:
         """Arm the channels that have got a turn; others may have one as soon as what runs is not fresh."""
         for one in got:
             self._arm(one, _PARKED)
         if self._turns.any_held and self._turns.is_to_be_looked_at():
-            keeper().after(PROMPT / 1e9, self._look_at_turns)
+            keeper().soon(self._look_later)  # which takes no lock: a finalizer may be here
+
+    def _look_later(self) -> None:
+        keeper().after(PROMPT / 1e9, self._look_at_turns)
 
     def _look_at_turns(self) -> None:
-        """In the keeper's thread."""
-        if not self._closed:
-            self._arm_next(self._turns.look())
+        """In the keeper's thread, which waits for nobody who holds a lock, and may want the keeper's."""
+        if self._closed:
+            return
+        got, again = self._turns.look()
+        for one in got:
+            self._arm(one, _PARKED)
+        if again:
+            self._look_later()
 
     def _count_request(self, served: Served, frame: Frame | None) -> None:
         """Count what has come of a stranger's request; refuse one that is over his share."""
@@ -937,7 +964,7 @@ class Invocation:
                 if served.share is not None:
                     kind, data, buffers, descriptors = self._within_share(kind, data, buffers, descriptors)
                 if served.brought:
-                    self._give_up_brought()
+                    self._give_up_brought(descriptors)
                 if served.unread is not None:
                     served.door.settle(served)
                 if descriptors and is_strange(channel.peer.uid):
@@ -979,9 +1006,16 @@ class Invocation:
         self._gate.refuse(self.line, refusal)
         return Kind.FAILURE, refusal.encode(), (), ()
 
-    def _give_up_brought(self) -> None:
-        """Close the descriptors of a stranger's call that are left, and count all of them out."""
-        close_all(self.descriptors, self.line.channel.peer.uid)
+    def _give_up_brought(self, passed: Sequence[int]) -> None:
+        """
+        Close the descriptors of a stranger's call that are left, and count all of them out.
+
+        Those that are passed back with the answer are closed behind it.
+        """
+        left = [number for number in self.descriptors if number not in passed]
+        for number in left:
+            self.descriptors.remove(number)
+        close_all(left, self.line.channel.peer.uid)
         self.door.give_up_brought(self.line)
 
     def _pass_to_stranger(

@@ -67,6 +67,9 @@ _NO_LIMIT = 1 << 62
 #: Nanoseconds within which the calls of a prompt door are answered.  See "Prompt doors" above.
 PROMPT = 1_000_000
 
+#: Nanoseconds within which a thread comes to a channel that has got a turn, and is fresh until then.
+_COMING = 100_000_000
+
 
 def _whole(_: object, attribute: attrs.Attribute[Any], value: int | None) -> None:
     if value is None and attribute.default is None:
@@ -375,19 +378,34 @@ class Turns:
                     del self._running[uid]
             return self._pass_on() if self.any_held else []
 
-    def look(self) -> list[Served]:
-        """Pass on the turns that there are now, since some calls are not fresh any more; as ``give_back``."""
-        with self._lock:
-            self._to_be_looked_at = False
-            return self._pass_on()
+    def look(self) -> tuple[list[Served], bool]:
+        """
+        Pass on the turns that there are now, since some calls are not fresh any more; wait for nobody.
+
+        Returns:
+            Those to be armed, as of ``give_back``, and whether to look again.
+        """
+        if not self._lock.acquire(blocking=False):
+            return [], True
+        try:
+            got = self._pass_on()
+            self._to_be_looked_at = self._wait_for_fresh_ones()
+            return got, self._to_be_looked_at
+        finally:
+            self._lock.release()
 
     def is_to_be_looked_at(self) -> bool:
-        """Tell, once until ``look``, whether somebody is held only for as long as others are fresh."""
+        """Tell, once until ``look`` says otherwise, whether somebody is held only while others are fresh."""
         with self._lock:
-            if self._to_be_looked_at or self._taken >= self._most_of_all:
+            if self._to_be_looked_at:
                 return False
-            self._to_be_looked_at = any(len(self._running.get(uid, ())) < self._most for uid in self._held)
+            self._to_be_looked_at = self._wait_for_fresh_ones()
             return self._to_be_looked_at
+
+    def _wait_for_fresh_ones(self) -> bool:
+        return self._taken < self._most_of_all and any(
+            len(self._running.get(uid, ())) < self._most for uid in self._held
+        )
 
     def _has_one(self, uid: int | None, served: Served) -> bool:
         mine = self._running.get(uid, ())
@@ -400,9 +418,14 @@ class Turns:
 
     def _give(self, served: Served, uid: int | None) -> None:
         served.turn = True
-        served.begun = math.inf  # until a thread comes to it
+        served.begun = time.monotonic_ns() + _COMING  # or until a thread has come to it
         self._taken += 1
         self._running.setdefault(uid, set()).add(served)
+
+    def forget(self, served: Served, uid: int | None) -> None:
+        """Hold a channel no longer, which is read without a turn."""
+        with self._lock:
+            self._forget(served, uid)
 
     def _forget(self, served: Served, uid: int | None) -> None:
         mine = self._held.get(uid)

@@ -185,9 +185,11 @@ class Unread:
             return None, False  # nearly always
         self._look()
         others = list(self._parcels)
+        if not others:
+            return None, False  # a result alone is let pass
         his = [it for it in others if it.uid == uid]
         whose = "callers of unknown uid" if uid is None else f"uid {uid}"
-        if his:  # a result alone is let pass
+        if his:  # one alone is bound by the limit of all
             refusal, in_vain = _compare(his, count, his_most, f"{whose} would leave", "a user's limit")
             if refusal is not None:
                 return refusal, in_vain

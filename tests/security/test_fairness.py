@@ -234,6 +234,44 @@ def test_a_call_that_waits_keeps_no_other_of_its_uid_from_a_prompt_door(actor, p
     one(wait_for_them)
 
 
+def serve_old_events(path: str) -> None:
+    """Serve what has the gate look at a channel on which nothing has come, as an older event may have it."""
+
+    def look(at_idle: bool) -> None:
+        gate = here.server._shared_pool.gate
+        if at_idle:
+            gate._look_at(min(gate._served.values(), key=lambda served: served.channel.number).fd)
+
+    here.server = Server()
+    here.server.attach(look, path, codec="data", mode=0o666)
+    here.server.start()
+
+
+def call_beside_an_idle_one(path: str) -> float:
+    """Return how long a hundred calls take; an old event comes for another channel at the first."""
+    with (
+        Proxy(path, server={0}, timeout=PATIENCE) as idle,
+        Proxy(path, server={0}, timeout=PATIENCE) as proxy,
+    ):
+        idle(False)
+        for _ in range(50):
+            proxy(False)
+        begun = time.monotonic()
+        for number in range(100):
+            proxy(number == 0)
+        return time.monotonic() - begun
+
+
+@pytest.mark.ids("F11t")
+def test_an_old_event_gives_no_turn_to_a_channel_on_which_nothing_has_come(actor, path):
+    """Which would keep it for as long as its caller likes."""
+    server, one = actor(0), actor(A)
+    server(serve_old_events, path)
+    assert one(call_beside_an_idle_one, path) < PATIENCE / 4
+    assert server(queued, A) == 0
+    wait_until(lambda: server(running, A) == 0, timeout=PATIENCE)
+
+
 def running(uid: int) -> int:
     found = here.server.statistics().users.get(uid)
     return 0 if found is None else found.running

@@ -962,3 +962,58 @@ def test_who_shares_a_descriptor_shares_its_fate_and_is_told(actor, path):
     with Handle(path) as handle:
         assert handle.call(b"by the name").data == b"by the name"
     os.close(number)
+
+
+# -- what comes back -------------------------------------------------------------------------------
+
+
+def serve_back(path: str) -> None:
+    """Answer with the descriptors of the call: its own list of them, or another one."""
+    from doorpool.door import Door, Gate
+
+    here.gate = Gate()
+    here.door = Door(here.gate)
+    here.door.listen(path, mode=0o666)
+
+    def work() -> None:
+        with contextlib.suppress(RevokedError, OSError):
+            while (invocation := here.gate.wait()) is not None:
+                own = invocation.descriptors
+                invocation.reply(b"back", descriptors=own if invocation.data == b"same" else own[1:])
+
+    here.thread = threading.Thread(target=work, daemon=True)
+    here.thread.start()
+
+
+def end_serving_back() -> None:
+    here.door.revoke()
+    here.gate.wake()
+    here.thread.join(PATIENCE)
+    assert not here.thread.is_alive()
+    here.gate.close()
+    here.gate.dispose()
+
+
+def ask_back(path: str) -> list[list[bool]]:
+    """Send three descriptors in each way; tell of those that came back whether they are the last ones."""
+    found = []
+    with Handle(path, server={V}) as handle:
+        for way in (b"same", b"other"):
+            ends = [*os.pipe(), os.open(os.devnull, os.O_RDONLY)]
+            reply = handle.call(way, descriptors=ends, timeout=PATIENCE)
+            last = ends[-len(reply.descriptors) :]
+            found.append([os.path.sameopenfile(*pair) for pair in zip(reply.descriptors, last, strict=True)])
+            for number in (*ends, *reply.descriptors):
+                os.close(number)
+    return found
+
+
+@pytest.mark.ids("F22")
+def test_what_a_stranger_has_sent_can_be_passed_back_to_him(actor, path, root_only):
+    server, other = actor(V), actor(M)
+    server(serve_back, path)
+    before = server(descriptors)
+    for _ in range(3):
+        assert other(ask_back, path) == [[True] * 3, [True] * 2]
+    wait_until(lambda: server(descriptors) == before, timeout=PATIENCE)
+    server(end_serving_back)

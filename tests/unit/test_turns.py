@@ -59,10 +59,9 @@ def test_of_a_prompt_door_one_call_of_each_uid_is_fresh():
     assert turns.hold(second, A, is_open) == []
     assert turns.is_to_be_looked_at()
     assert not turns.is_to_be_looked_at(), "once is enough"
-    assert turns.look() == []
-    assert turns.is_to_be_looked_at()
+    assert turns.look() == ([], True)
     first.begun = time.monotonic_ns() - PROMPT  # it waits for something, as it seems
-    assert turns.look() == [second]
+    assert turns.look() == ([second], False)
     assert not turns.take(third, A), "the second one is fresh, though no thread has come to it yet"
     assert not turns.is_to_be_looked_at(), "nobody is held"
     assert turns.usage()[A].running == 2
