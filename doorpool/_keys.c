@@ -24,7 +24,7 @@
 #define CHUNK 64            /* keys that are written, and read, together */
 #define MOST_DEPTH (1 << 14) /* msgspec stops where the interpreter does, sooner */
 #define MOST_COPIES 8       /* of each byte: how often a key in a large container may hold large ones itself */
-#define STEPS_COMPARED 8    /* what comparing two keys of one hash counts */
+#define STEPS_COMPARED 8    /* what comparing two keys of one hash counts, besides their bytes */
 
 /* -- finding them ------------------------------------------------------------------------------ */
 
@@ -129,8 +129,8 @@ flush(struct frame *f)
 static bool
 write_key(struct frame *f, const uint8_t *key, size_t size)
 {
-    if (f->room < f->size + size + 2) {
-        size_t room = 2 * (f->size + size + 2);
+    if (f->room < f->size + size + 6) {
+        size_t room = 2 * (f->size + size + 6);
         uint8_t *bytes = PyMem_Realloc(f->bytes, room);
         if (bytes == NULL) {
             PyErr_NoMemory();
@@ -142,7 +142,9 @@ write_key(struct frame *f, const uint8_t *key, size_t size)
     f->bytes[f->size++] = 0x81;
     memcpy(f->bytes + f->size, key, size);
     f->size += size;
-    f->bytes[f->size++] = 0xc0;
+    f->bytes[f->size++] = 0xce;
+    for (int shift = 24; shift >= 0; shift -= 8)
+        f->bytes[f->size++] = (uint8_t)(size >> shift);
     return ++f->keys < CHUNK || flush(f);
 }
 
@@ -254,8 +256,8 @@ go_through(struct reader *r)
 PyDoc_STRVAR(keys_of_doc,
 "keys_of(data, arrays, texts)\n--\n\n"
 "Find the large containers in a message: a list of `(is_map, chunks)`.\n\n"
-"Each chunk is a message itself: a list of maps of one key each, of the container's, and nil.  For an array, if\n"
-"`arrays` is set, these are its items.  If there is none that need be looked at, the list is empty: maps whose\n"
+"Each chunk is a message itself: a list of maps of one key each, of the container's, and its size in bytes.  For\n"
+"an array, if `arrays` is set, these are its items.  If there is none that need be looked at, the list is empty: maps whose\n"
 "keys are all texts or bytes (unless `texts` is set, for they may become something else).\n\n"
 "Raises:\n"
 "    ValueError: long lists are nested too deeply in it.\n"
@@ -291,6 +293,7 @@ keys_keys_of(PyObject *Py_UNUSED(module), PyObject *args)
 struct entry {
     size_t hash;
     PyObject *key; /* whoever calls holds it */
+    int64_t size;  /* that it was written in, which is no less than what is compared of it */
 };
 
 struct place {
@@ -318,7 +321,7 @@ compare(struct table *t, const struct entry *sought, struct place place)
 
     if (place.tag != (uint32_t)sought->hash || there->hash != sought->hash)
         return ABSENT;
-    t->steps -= STEPS_COMPARED;
+    t->steps -= STEPS_COMPARED + (there->size < sought->size ? there->size : sought->size);
     if (there->key == sought->key)
         return PRESENT;
     equal = PyObject_RichCompareBool(there->key, sought->key, Py_EQ);
@@ -382,13 +385,13 @@ resize(struct table *t, size_t wanted)
 
 /* Add a key; false with an exception, or if no steps are left. */
 static bool
-add(struct table *t, PyObject *key, Py_hash_t hash)
+add(struct table *t, PyObject *key, Py_hash_t hash, int64_t size)
 {
     struct entry *entry = &t->entries[t->used];
     size_t free;
     enum found found;
 
-    *entry = (struct entry){(size_t)hash, key};
+    *entry = (struct entry){(size_t)hash, key, size};
     found = seek(t, entry, false, &free);
     if (found != ABSENT)
         return found == PRESENT;
@@ -403,23 +406,26 @@ add(struct table *t, PyObject *key, Py_hash_t hash)
 }
 
 PyDoc_STRVAR(steps_of_doc,
-"steps_of(keys, is_map, most)\n--\n\n"
-"Count the steps that a dict (else a set) of these keys would take, to be made; more than `most` if these do not do.\n\n"
+"steps_of(keys, sizes, is_map, most)\n--\n\n"
+"Count the steps that a dict (else a set) of these keys would take, to be made; more than `most` if these do not do.\n"
+"`sizes` has the bytes of each.\n\n"
 "It looks no further than to one that cannot be hashed or compared: no container is made of that.");
 
 static PyObject *
 keys_steps_of(PyObject *Py_UNUSED(module), PyObject *args)
 {
-    PyObject *keys;
+    PyObject *keys, *sizes;
     int dict;
     struct table t = {0};
     bool fine;
     Py_ssize_t count;
     long long most;
 
-    if (!PyArg_ParseTuple(args, "O!pL:steps_of", &PyTuple_Type, &keys, &dict, &most))
+    if (!PyArg_ParseTuple(args, "O!O!pL:steps_of", &PyTuple_Type, &keys, &PyTuple_Type, &sizes, &dict, &most))
         return NULL;
     count = PyTuple_GET_SIZE(keys);
+    if (PyTuple_GET_SIZE(sizes) != count)
+        return PyErr_Format(PyExc_ValueError, "%zd keys, and %zd sizes", count, PyTuple_GET_SIZE(sizes));
     if (count > INT32_MAX)
         return PyErr_Format(PyExc_OverflowError, "more than %d keys", INT32_MAX);
     t.dict = dict;
@@ -430,8 +436,9 @@ keys_steps_of(PyObject *Py_UNUSED(module), PyObject *args)
         PyErr_NoMemory();
     for (Py_ssize_t i = 0; fine && i < count; i++) {
         PyObject *key = PyTuple_GET_ITEM(keys, i);
-        Py_hash_t hash = PyObject_Hash(key);
-        fine = (hash != -1 || !PyErr_Occurred()) && add(&t, key, hash);
+        unsigned long size = PyLong_AsUnsignedLong(PyTuple_GET_ITEM(sizes, i)) & UINT32_MAX;
+        Py_hash_t hash = PyErr_Occurred() ? -1 : PyObject_Hash(key);
+        fine = (hash != -1 || !PyErr_Occurred()) && add(&t, key, hash, (int64_t)size);
     }
     PyMem_Free(t.entries);
     PyMem_Free(t.places);

@@ -28,8 +28,8 @@ class Steps:
     """
     What may be spent on the keys of one message.
 
-    For each key there are some, for honest ones take up to 26 (multiples of 2**32), and some go to the
-    whole: the 729 points of six coordinates, each of which is -2, -1 or 0, take 127 each.
+    For each key there are some and its bytes, for honest ones take up to 26 (multiples of 2**32), and one
+    that comes again is compared; and some go to the whole: the 729 points of six coordinates, each of which is -2, -1 or 0, take 127 each.
     """
 
     __slots__ = ("_left",)
@@ -37,15 +37,18 @@ class Steps:
     def __init__(self) -> None:
         self._left = 2**20
 
-    def take(self, keys: tuple[Any, ...], is_map: bool) -> None:
+    def take(self, keys: tuple[Any, ...], sizes: tuple[int, ...], is_map: bool) -> None:
         """
         Take what it costs to make a dict or a set of keys.
+
+        Args:
+            sizes: the bytes of each, of which as many steps are to spare, for one that comes again.
 
         Raises:
             ValueError: that is more than there is.
         """
-        most = self._left + 32 * len(keys)
-        self._left = most - shuttle.steps_of(keys, is_map, most)
+        most = self._left + 32 * len(keys) + sum(sizes)
+        self._left = most - shuttle.steps_of(keys, sizes, is_map, most)
         if self._left < 0:
             what = "keys of a dict" if is_map else "items of a set"
             raise ValueError(f"{len(keys)} {what} collide: that takes more than {most} steps")
@@ -92,7 +95,7 @@ class Reader:
         steps = steps or Steps()
         for is_map, chunks in shuttle.keys_of(data, self._arrays, self._texts):
             for decoder in self._maps if is_map else self._sets:
-                steps.take(_keys_in(chunks, decoder), is_map)
+                steps.take(*_keys_in(chunks, decoder), is_map)
 
     def _check_and_decode(self, data: Any, steps: Steps | None = None) -> Any:
         if len(data) > _SMALL:
@@ -103,22 +106,24 @@ class Reader:
         return self._decode(data)
 
 
-def _keys_in(chunks: list[bytes], decoder: Decoder[list[dict[Any, None]]]) -> tuple[Any, ...]:
-    """Read keys, up to one that is none: msgspec will get no further."""
-    keys: list[Any] = []
+def _keys_in(
+    chunks: list[bytes], decoder: Decoder[list[dict[Any, int]]]
+) -> tuple[tuple[Any, ...], tuple[int, ...]]:  # fmt: skip
+    """Read keys and their sizes, up to one that is none: msgspec will get no further."""
+    found: list[tuple[Any, int]] = []
     try:
         for chunk in chunks:
-            keys += [key for (key,) in decoder.decode(chunk)]
+            found += [item for each in decoder.decode(chunk) for item in each.items()]
     except MemoryError:
         raise
     except Exception:
         pass
-    return tuple(keys)
+    return tuple(key for key, _ in found), tuple(size for _, size in found)
 
 
-def _decoder_of_keys(kind: Any) -> Decoder[list[dict[Any, None]]]:
+def _decoder_of_keys(kind: Any) -> Decoder[list[dict[Any, int]]]:
     return Decoder(
-        list[dict[kind, None]],
+        list[dict[kind, int]],
         ext_hook=lambda code, body: object(),
         dec_hook=lambda kind, value: value,
     )

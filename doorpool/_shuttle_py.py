@@ -209,7 +209,7 @@ class _Finder:
         self._copies -= len(key) if container else 0
         if self._copies < 0:
             raise ValueError("long lists are nested too deeply in it")
-        frame.keys.append(b"\x81" + key + b"\xc0")
+        frame.keys.append(b"\x81" + key + b"\xce" + len(key).to_bytes(4, "big"))
         if len(frame.keys) == _CHUNK:
             frame.flush()
 
@@ -240,7 +240,7 @@ class _Table:
 
     def __init__(self, is_map: bool, steps: int) -> None:
         self._is_map = is_map
-        self._entries: list[tuple[int, Any]] = []
+        self._entries: list[tuple[int, Any, int]] = []
         self.steps = steps  # that are left
         self._resize(0)
 
@@ -249,7 +249,7 @@ class _Table:
         while size < wanted + (not self._is_map):
             size *= 2
         self._places = [-1] * size
-        for place, (number, _) in enumerate(self._entries):
+        for place, (number, *_) in enumerate(self._entries):
             self._places[self._seek(number, None)] = place
 
     def _seek(self, number: int, key: Any) -> int:
@@ -268,36 +268,40 @@ class _Table:
             i = (i * 5 + rest + 1) & mask
         return -1
 
-    def _is_equal(self, entry: tuple[int, Any], number: int, key: tuple[Any]) -> bool:
+    def _is_equal(self, entry: tuple[int, Any, int], number: int, key: tuple[Any, int]) -> bool:
         if entry[0] != number:
             return False
-        self.steps -= _STEPS_COMPARED
+        self.steps -= _STEPS_COMPARED + min(entry[2], key[1])
         return bool(entry[1] is key[0] or entry[1] == key[0])
 
-    def add(self, key: Any) -> None:
+    def add(self, key: Any, size: int) -> None:
         number, count = hash(key), len(self._entries)
-        place = self._seek(number, (key,))
+        place = self._seek(number, (key, size))
         if place < 0:
             return
         if self._is_map and count >= len(self._places) * 2 // 3:
             self._resize(3 * count)
             place = self._seek(number, None)
-        self._entries.append((number, key))
+        self._entries.append((number, key, size))
         self._places[place] = count
         if not self._is_map and (count + 1) * 5 >= (len(self._places) - 1) * 3:
             self._resize((count + 1) * (2 if count + 1 > 50_000 else 4))
 
 
-def steps_of(keys: tuple[Any, ...], is_map: bool, most: int) -> int:
+def steps_of(keys: tuple[Any, ...], sizes: tuple[int, ...], is_map: bool, most: int) -> int:
     """
     Count the steps that a dict (else a set) of keys would take; more than ``most`` if these do not do.
 
+    ``sizes`` has the bytes of each.
+
     It looks no further than to one that cannot be hashed or compared: no container is made of that.
     """
+    if len(sizes) != len(keys):
+        raise ValueError(f"{len(keys)} keys, and {len(sizes)} sizes")
     table = _Table(is_map, most + 1)
     try:
-        for key in keys:
-            table.add(key)
+        for key, size in zip(keys, sizes, strict=True):
+            table.add(key, size)
             if table.steps <= 0:
                 break
     except MemoryError:

@@ -477,6 +477,14 @@ def test_keys_that_collide(audited, procedure, bomb):
     assert seconds(lambda: read(procedure, large)) < 3 * seconds(lambda: read(procedure, small)) + 0.02
 
 
+def test_long_keys_that_collide_cost_no_more_than_their_bytes():
+    """To compare two that differ in their last items takes as long as they are: 500 kB took a second."""
+    keys = [(-20,) * 990 + key for key in alike(512)]
+    bomb, list_of_them = (given(made) for made in (dict.fromkeys(keys), keys))
+    assert isinstance(read(anything, bomb), MarshalError)
+    assert seconds(lambda: read(anything, bomb)) < 15 * seconds(lambda: read(anything, list_of_them))
+
+
 @pytest.mark.parametrize(
     "bomb", [TUPLES, NUMBERS, lambda count: TUPLES(count)[:-1]], ids=["tuples", "numbers", "a beginning"]
 )

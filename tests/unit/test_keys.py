@@ -87,15 +87,21 @@ def test_what_is_nested_too_deeply_is_refused(twin):
         twin.keys_of(row * 500 + b"\0", True, True)
 
 
+def steps(twin, keys, is_map, most=NO_LIMIT, size=9):
+    """Count those of keys of one size."""
+    return twin.steps_of(tuple(keys), (size,) * len(keys), is_map, most)
+
+
 HASHES = st.integers(-(2**63), 2**63) | st.integers(-3, 3) | st.integers(0, 63).map(lambda shift: 1 << shift)
 LISTS = st.lists(HASHES | st.tuples(HASHES, HASHES) | st.just([]), max_size=300)
 
 
 @pytest.mark.skipif(_impl.NAME != "c", reason="there is one twin here")
-@given(LISTS, st.booleans(), st.integers(0, 2000) | st.just(NO_LIMIT))
-def test_twins_count_alike(keys, is_map, most):
-    steps = [twin.steps_of(tuple(keys), is_map, most) for twin in TWINS]
-    assert min(steps) > most or steps[0] == steps[1]
+@given(LISTS, st.booleans(), st.integers(0, 2000) | st.just(NO_LIMIT), st.integers(1, 100))
+def test_twins_count_alike(keys, is_map, most, seed):
+    sizes = tuple((seed * 7919 * place) % 2**32 % 300 for place in range(len(keys)))
+    counts = [twin.steps_of(tuple(keys), sizes, is_map, most) for twin in TWINS]
+    assert min(counts) > most or counts[0] == counts[1]
 
 
 @pytest.mark.skipif(_impl.NAME != "c", reason="there is one twin here")
@@ -109,11 +115,14 @@ def test_twins_find_alike(data, arrays, texts):
 
 def test_steps_are_few_for_honest_keys_and_many_for_others(twin):
     for is_map in (True, False):
-        assert twin.steps_of(tuple(range(10_000)), is_map, NO_LIMIT) < 30_000
-        assert twin.steps_of((1,) * 10_000, is_map, NO_LIMIT) < 100_000
+        assert steps(twin, range(10_000), is_map) < 30_000
+        assert steps(twin, (1,) * 10_000, is_map) < 10_000 * (10 + 9)
         alike = tuple(itertools.product((-1, -2), repeat=8))
-        assert twin.steps_of(alike, is_map, NO_LIMIT) > 8 * 256 * 255 / 2
-        assert 1000 < twin.steps_of(alike, is_map, 1000) < 1100
+        assert steps(twin, alike, is_map) > (8 + 9) * 256 * 255 / 2
+        assert steps(twin, alike, is_map, size=1000) > (8 + 1000) * 256 * 255 / 2, (
+            "long ones cost more to compare"
+        )
+        assert 1000 < steps(twin, alike, is_map, 1000) < 1100
 
 
 def test_what_cannot_be_hashed_or_compared_ends_the_counting(twin):
@@ -124,8 +133,8 @@ def test_what_cannot_be_hashed_or_compared_ends_the_counting(twin):
         def __eq__(self, other):
             raise ZeroDivisionError
 
-    assert twin.steps_of((1, [], *[2] * 1000), True, NO_LIMIT) == 1
-    assert twin.steps_of((Odd(), Odd(), *[2] * 1000), True, NO_LIMIT) < 20
+    assert steps(twin, (1, [], *[2] * 1000), True) == 1
+    assert steps(twin, (Odd(), Odd(), *[2] * 1000), True) < 30
 
     class Stop(Odd):
         __hash__ = Odd.__hash__
@@ -134,4 +143,13 @@ def test_what_cannot_be_hashed_or_compared_ends_the_counting(twin):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        twin.steps_of((Stop(), Stop()), True, NO_LIMIT)
+        steps(twin, (Stop(), Stop()), True)
+
+
+def test_each_key_has_its_size(twin):
+    message = msgspec.msgpack.encode(dict.fromkeys(range(200, 300), 0))
+    ((_, chunks),) = twin.keys_of(message, False, False)
+    written = [item for chunk in chunks for each in msgspec.msgpack.decode(chunk) for item in each.items()]
+    assert written == [(number, 2 if number < 256 else 3) for number in range(200, 300)]
+    with pytest.raises(ValueError, match="1 keys, and 2 sizes"):
+        twin.steps_of((1,), (1, 2), True, 10)

@@ -26,6 +26,7 @@ SCRIPT = """
     ITEMS = [1, -(2**40), 2.5, "six" * 20, b"seven", None, True, ("eight", 9)] * 10
     BATCH = shuttle.pack_items([None] * 600 + ITEMS)  # too many for a small pickle
     KEYS = tuple((-1 - number % 2, number) for number in range(40))
+    SIZES = (1,) * len(KEYS)
     MESSAGE = b"\\xde\\0\\x80" + b"".join(b"\\x92\\xff" + bytes([number, 0]) for number in range(128))
     ME = struct.pack("3i", os.getpid(), os.geteuid(), os.getegid())
     ENDS = socket.socketpair()
@@ -99,7 +100,7 @@ SCRIPT = """
         "shuttle.unpack_value(BATCH)",
         "taken()",
         "shuttle.keys_of(MESSAGE, True, True)",
-        "shuttle.steps_of(KEYS, True, 1000), shuttle.steps_of(KEYS, False, 1000)",
+        "shuttle.steps_of(KEYS, SIZES, True, 1000), shuttle.steps_of(KEYS, SIZES, False, 1000)",
         "through_a_page()",
     ],
 )
