@@ -28,8 +28,9 @@ class Steps:
     """
     What may be spent on the keys of one message.
 
-    For each key there are some and its bytes, for honest ones take up to 26 (multiples of 2**32), and one
-    that comes again is compared; and some go to the whole: the 729 points of six coordinates, each of which is -2, -1 or 0, take 127 each.
+    For each key there are its bytes, for one that comes again is compared, and some more, for honest ones
+    take up to 26 (multiples of 2**32); and some go to the whole: the 729 points of six coordinates, each of
+    which is -2, -1 or 0, take 127 each.
     """
 
     __slots__ = ("_left",)
