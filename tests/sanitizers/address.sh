@@ -19,7 +19,7 @@ done
 cp -r .ci pyproject.toml LICENSE README.md CHANGELOG.md docs doorpool tests benchmarks examples "$build"
 rm -f "$build"/doorpool/_shuttle.*.so
 "${CC:-cc}" -shared -fPIC -O1 -g $flags -Wall -Wextra -Wconversion -Werror -I"$includes" \
-    doorpool/_shuttle.c doorpool/_atoms.c doorpool/_batches.c -o "$build/doorpool/_shuttle$suffix"
+    doorpool/_shuttle.c doorpool/_atoms.c doorpool/_batches.c doorpool/_keys.c -o "$build/doorpool/_shuttle$suffix"
 # What the sanitizers say goes into files, and fails the run at the end: a test sees no more of it than that
 # a child, which it may have killed, is gone.  Memory that is not there is refused, as without them; and a
 # child that ends itself by a signal on purpose does.
