@@ -488,7 +488,7 @@ def name_of(error: BaseException) -> str:
         module = f"{kind.__module__}."
         name = ("" if module == "builtins." else module) + kind.__qualname__
         return clip(name, MAX_OTHER_TEXT)
-    except BaseException:
+    except BaseException:  # a class may answer for its own name; an error is told all the same
         return "an exception"
 
 

@@ -328,12 +328,15 @@ class Gate:
     @staticmethod
     def _has_come(served: Served) -> bool:
         """
-        Tell whether there is anything to be read of a claimed channel, or its caller is gone.
+        Tell whether the set would report a claimed channel at once, if it were armed.
 
-        An event may be an older one's, of another thread or of a socket that had this number.
+        An event may be an older one's, of another thread or of a socket that had this number.  To count
+        the bytes would not do: an empty packet has none, and would be reported over and over.
         """
+        poll = select.poll()
+        poll.register(served.fd, select.POLLIN | _GONE)
         try:
-            return _sockets.unread(served.channel.socket) > 0 or bool(served.poll.poll(0))
+            return bool(poll.poll(0))
         except OSError:  # nobody knows; who reads it will see
             return True
 

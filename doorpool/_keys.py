@@ -117,7 +117,7 @@ def _keys_in(
             found += [item for each in decoder.decode(chunk) for item in each.items()]
     except MemoryError:
         raise
-    except Exception:
+    except Exception:  # no key, however a type says so: reading the whole will tell, and gets no further
         pass
     return tuple(key for key, _ in found), tuple(size for _, size in found)
 

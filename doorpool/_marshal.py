@@ -702,7 +702,7 @@ def _find(parts: tuple[tuple[str, Any], ...], to: Dialect, error: Exception) -> 
             # Python's pickler does not get as deep as the one in C; then this is not it.
             deep = isinstance(error, RecursionError)
             return (_safe_path(label, tracer.trail[:2]), None) if deep else None
-        except Exception:
+        except Exception:  # whatever the code of an object raises: it is the one that was looked for
             return _safe_path(label, tracer.trail[:_STEPS]), tracer.trail[-1]
         finally:
             if tracer.departure is not None:

@@ -10,6 +10,7 @@ import os
 import socket
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 from support import rawpeer, wait_until
@@ -430,3 +431,20 @@ def test_an_error_of_ours_costs_one_channel_and_no_thread(serve, monkeypatch, ca
     assert handle.call(b"next").data == b"next"
     assert "please report it" in caplog.text
     assert "a fault in the library" in caplog.text
+
+
+def test_something_has_come_if_the_set_would_report_it():
+    """Or who holds a stranger's channel would let go of it, and be woken for it, without end."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours, theirs:
+        served = SimpleNamespace(fd=ours.fileno())
+        assert not Gate._has_come(served)
+        theirs.send(b"")
+        assert Gate._has_come(served), "an empty packet"
+        ours.recv(1)
+        theirs.send(b"x")
+        assert Gate._has_come(served)
+        ours.recv(1)
+        assert not Gate._has_come(served)
+        theirs.shutdown(socket.SHUT_WR)
+        assert Gate._has_come(served)
