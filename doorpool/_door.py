@@ -606,7 +606,7 @@ class Door:
         self._channels.add(served)
         crowd, uid = self.gate.crowd, channel.peer.uid
         if crowd is not None and is_strange(uid):
-            served.share = crowd.enter(uid)
+            crowd.enter(served, uid)
             served.limit = lambda: crowd.room(served, self.max_request)
         self._guests.add_channel(served)
         self._guests.keep(visitor, served)
@@ -789,8 +789,6 @@ class Door:
     def forget(self, served: Served) -> None:
         """Drop a channel that is about to be closed from the door's table."""
         self._guests.forget_channel(served)
-        if self.gate.crowd is not None:
-            self.gate.crowd.leave(served)
         self._channels.discard(served)
         if served.watched and served.channel.pidfd >= 0:  # in this order: nobody watches it from now on
             self._keeper.unwatch(served.channel.pidfd)

@@ -157,6 +157,7 @@ class Gate:
         self.crowd = crowd
         self.limits = Limits() if crowd is None else crowd.limits
         self._turns = Turns(self.limits, threads)
+        self._is_to_look = False  # for strangers who are held; the keeper's own
         self._epoll = select.epoll()
         self._set = self._epoll.fileno()
         self._bell = _sockets.bell_in(self._epoll, os.EFD_SEMAPHORE)
@@ -348,10 +349,14 @@ class Gate:
             keeper().soon(self._look_later)  # which takes no lock: a finalizer may be here
 
     def _look_later(self) -> None:
-        keeper().after(PROMPT / 1e9, self._look_at_turns)
+        """In the keeper's thread, as the next."""
+        if not self._is_to_look:
+            self._is_to_look = True
+            keeper().after(PROMPT / 1e9, self._look_at_turns)
 
     def _look_at_turns(self) -> None:
-        """In the keeper's thread, which waits for nobody who holds a lock, and may want the keeper's."""
+        """Wait for nobody who holds a lock, and may want the keeper's."""
+        self._is_to_look = False
         if self._closed:
             return
         got, again = self._turns.look()
@@ -655,7 +660,21 @@ class Gate:
         """Let go of a stranger's turn, and arm the channel that gets it."""
         assert self.crowd is not None
         self.crowd.count(served, served.channel.begun)
-        self._arm_next(self._turns.give_back(served, served.channel.peer.uid))
+        self._arm_next(self._turns.give_back(served, served.channel.peer.uid) or [])
+
+    def _count_out(self, served: Served) -> None:
+        """Count a stranger's channel out that is closed; wait for nobody, for this may be the keeper."""
+        assert self.crowd is not None
+        got = self._turns.give_back(served, served.channel.peer.uid, wait=False)
+        for one in got or []:
+            self._arm(one, _PARKED)
+        if self._turns.any_held:
+            keeper().soon(self._look_later)
+        if not self.crowd.leave(served) or got is None:
+            keeper().soon(lambda: self._count_out_later(served))
+
+    def _count_out_later(self, served: Served) -> None:
+        keeper().after(PROMPT / 1e9, lambda: self._count_out(served))
 
     def _events_for(self, served: Served) -> int:
         """Park a page; return what the set shall report: at once, if there is a request already."""
@@ -722,7 +741,7 @@ class Gate:
             with contextlib.suppress(OSError, ValueError):
                 self._epoll.unregister(served.fd)
         if served.share is not None:
-            self._give_turn_back(served)
+            self._count_out(served)
         served.door.forget(served)
         if served.channel.page is not None:
             served.channel.page.shut()  # behind the goodbye, for whoever looks at the page

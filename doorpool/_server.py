@@ -206,8 +206,9 @@ class Server:
     def statistics(self) -> Statistics:
         """Return how the server is doing."""
         doors = sum(not it.closed for it in (*self._endpoints, *self._adopted))
+        users = self._pools.usage()
         with keeper().lock:
-            users = sum_up([self._pools.usage(), guests().usage()])
+            users = sum_up([users, guests().usage()])
         crowd = self._pools.crowd
         return Statistics(
             doors=doors,

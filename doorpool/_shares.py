@@ -6,6 +6,9 @@ Whoever may open a door can hold its channels, fill its memory and keep its thre
 have one together.  Our own user and root have no share: they could stop the server in simpler ways, and a
 call of theirs passes none of this.
 
+Who holds a lock here may be held up: a garbage collection in the midst of it may find an endpoint that nobody
+closed, and wait for the keeper's lock.  So whoever holds that, the keeper above all, waits for none of these.
+
 Where it is counted
     channels, bytes     for each server (``Crowd``), whose they are; bytes also of all strangers together
     threads             for each pool of threads (``Turns``): a pool is what callers wait for
@@ -175,7 +178,7 @@ class Share:
     """What one uid has of a server."""
 
     uid: int | None
-    channels: int = 0
+    channels: set[Served] = attrs.field(factory=set)
     bytes: int = 0
 
 
@@ -193,27 +196,31 @@ class Crowd:
     def objection(self, uid: int | None) -> Refusal | None:
         """Say why a stranger may open no further channel; None if he may."""
         share = self._shares.get(uid)
-        if share is None or share.channels < self.limits.channels:
+        if share is None or len(share.channels) < self.limits.channels:
             return None
-        return over("channels open", uid, share.channels, self.limits.channels)
+        return over("channels open", uid, len(share.channels), self.limits.channels)
 
-    def enter(self, uid: int | None) -> Share:
-        """Count a channel in."""
-        with self._lock:
-            share = self._shares.setdefault(uid, Share(uid))
-            share.channels += 1
-            return share
+    def enter(self, served: Served, uid: int | None) -> None:
+        """Count a channel in; for holders of the keeper's lock, who wait for no other."""
+        for left in [it for it in self._shares.values() if not (it.channels or it.bytes)]:
+            del self._shares[left.uid]
+        served.share = self._shares.setdefault(uid, Share(uid))
+        served.share.channels.add(served)
 
-    def leave(self, served: Served) -> None:
-        """Count a channel out; idempotent."""
-        share, served.share = served.share, None
+    def leave(self, served: Served) -> bool:
+        """Count a channel out, waiting for nobody; idempotent.  Return False if it is to be tried again."""
+        share = served.share
         if share is None:
-            return
-        with self._lock:
-            share.channels -= 1
+            return True
+        share.channels.discard(served)
+        if not self._lock.acquire(blocking=False):
+            return False
+        try:
+            served.share = None
             self._set(share, served, 0)
-            if not share.channels:
-                self._shares.pop(share.uid, None)
+            return True
+        finally:
+            self._lock.release()
 
     def room(self, served: Served, limit: int) -> int:
         """Say how large a request may be that begins, if ``limit`` is the door's."""
@@ -278,8 +285,8 @@ class Crowd:
 
     def usage(self) -> dict[int | None, Usage]:
         """What each stranger has of channels and bytes."""
-        with self._lock:
-            return {uid: Usage(channels=it.channels, bytes=it.bytes) for uid, it in self._shares.items()}
+        shares = [it for it in list(self._shares.values()) if it.channels or it.bytes]
+        return {it.uid: Usage(channels=len(it.channels), bytes=it.bytes) for it in shares}
 
 
 class Tempo:
@@ -365,9 +372,16 @@ class Turns:
                 self.any_held = True
             return self._pass_on()
 
-    def give_back(self, served: Served, uid: int | None) -> list[Served]:
-        """Give a turn back, if the channel has one or is held; return those to be armed that got it."""
-        with self._lock:
+    def give_back(self, served: Served, uid: int | None, *, wait: bool = True) -> list[Served] | None:
+        """
+        Give a turn back, if the channel has one or is held.
+
+        Returns:
+            Those to be armed that got it; None if that was not to be had without waiting.
+        """
+        if not self._lock.acquire(blocking=wait):
+            return None
+        try:
             self._forget(served, uid)
             if served.turn:
                 served.turn = False
@@ -377,6 +391,8 @@ class Turns:
                 if not mine:
                     del self._running[uid]
             return self._pass_on() if self.any_held else []
+        finally:
+            self._lock.release()
 
     def look(self) -> tuple[list[Served], bool]:
         """

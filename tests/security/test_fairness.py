@@ -287,3 +287,61 @@ def test_no_call_of_a_uid_waits_for_the_threads_that_another_holds(actor, path, 
     assert server(answered) == 0, "none of the other's has ended meanwhile"
     server(let_go)
     assert not one(stop)
+
+
+def hold_what_counts() -> None:
+    """Hold the locks under which strangers are counted, as a thread does that a finalizer holds up."""
+    held, here.stopping = threading.Event(), threading.Event()
+
+    def hold_both() -> None:
+        with here.server._shared_pool.gate._turns._lock, here.server._pools.crowd._lock:
+            held.set()
+            here.stopping.wait(3 * PATIENCE)
+
+    here.holder = threading.Thread(target=hold_both)
+    here.holder.start()
+    held.wait()
+
+
+def revoke_the_second() -> None:
+    here.server.endpoints[1].revoke()
+
+
+def stop_holding() -> None:
+    here.stopping.set()
+    here.holder.join(PATIENCE)
+
+
+def open_it(path: str) -> None:
+    here.proxy = Proxy(path, server={0}, open_timeout=PATIENCE / 2)
+
+
+def close_it() -> None:
+    here.proxy.close()
+
+
+def channels(uid: int) -> int:
+    found = here.server.statistics().users.get(uid)
+    return 0 if found is None else found.channels
+
+
+@pytest.mark.ids("F11t")
+def test_doors_open_and_close_while_a_thread_is_held_up_where_strangers_are_counted(actor, path):
+    """
+    A finalizer there may want the keeper's lock, so nobody who has that waits for those of the counting.
+    """
+    server, one, other = actor(0), actor(A), actor(B)
+    server(hold, path)
+    one(open_it, f"{path}.null")
+    server(hold_what_counts)
+    server(revoke_the_second)
+    other(open_it, path)
+    with Proxy(path, open_timeout=PATIENCE / 2):
+        pass
+    server(stop_holding)
+    wait_until(lambda: server(channels, A) == 0, timeout=PATIENCE)
+    assert server(channels, B) == 1
+    other(close_it)
+    one(close_it)
+    wait_until(lambda: server(channels, B) == 0, timeout=PATIENCE)
+    server(let_go)
