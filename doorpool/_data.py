@@ -206,13 +206,15 @@ class Arrivals:
     Attributes:
         left: the numbers that nobody has taken, for their owner to close; -1 for one that was.
         passer: the uid of who has sent them.
+        steps: what the keys of the message may take.
     """
 
-    __slots__ = ("_made", "left", "passer")
+    __slots__ = ("_made", "left", "passer", "steps")
 
     def __init__(self, numbers: Sequence[int], passer: int | None = None) -> None:
         self.left = list(numbers)
         self.passer = passer
+        self.steps = Steps()
         self._made: list[tuple[Any, Callable[[Any], list[Open]]]] = []
 
     def rebuild(self, kind: _Kind, place: int) -> Any:
@@ -390,7 +392,7 @@ def convert_items(items: list[Any], item: Any) -> list[Any]:
     Raises:
         Exception: one does not fit.
     """
-    _check_keys(items, list[item])
+    _check_keys(items, list[item], _steps_of_message())
     return msgspec.convert(items, list[item], dec_hook=_check_custom)
 
 
@@ -403,7 +405,12 @@ def convert_item(name: str, value: Any, item: Any, steps: Steps) -> Any:
         raise MarshalError(printable(_where(name, error)), may_have_run=True) from error
 
 
-def _check_keys(value: Any, kind: Any, steps: Steps | None = None) -> None:
+def _steps_of_message() -> Steps:
+    arrivals = _arrivals.get(None)
+    return arrivals.steps if isinstance(arrivals, Arrivals) else Steps()
+
+
+def _check_keys(value: Any, kind: Any, steps: Steps) -> None:
     """Refuse to make of plain data what has keys that collide; those that it has were looked at."""
     reader = _reader_of(kind)
     if reader.makes_keys:
@@ -512,7 +519,7 @@ class Plan:
         Raises:
             MarshalError: they do not fit; it names the parameter, the path in it and what it expects.
         """
-        steps = Steps()
+        steps = _steps_of_message()
         if self._signature is None:
             fit = functools.partial(_fit, decoder=_read_plain, steps=steps)
             positional = [fit(f"args[{n}]", piece=piece) for n, piece in enumerate(args)]
