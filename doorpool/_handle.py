@@ -402,7 +402,10 @@ class Handle:
         refusal = _wire.decode_farewell(data)
         if refusal is not None:
             raise BusyError(f"{self.name}: {refusal.text}")
-        greeting = _wire.decode_greeting(data)
+        try:
+            greeting = _wire.decode_greeting(data)
+        except ProtocolError as error:
+            raise self._named(error) from None
         if greeting is None:
             raise NotADoorError(f"{self.name} is a socket, but no door", filename=self.path)
         return greeting
@@ -549,10 +552,16 @@ class Handle:
                     self._check_there(door)
                 self._await(ours, select.POLLIN, deadline, "does not answer")
                 waited = True
-            except AccessError:
+            except ProtocolError as error:
+                raise self._named(error) from None
+            except AccessError as error:
                 # Of a server that has answered and died since, nobody can say who it was.
                 self._check_there(door)
-                raise
+                raise self._named(error) from None
+
+    def _named(self, error: DoorError) -> DoorError:
+        """Say at which door something was wrong."""
+        return type(error)(f"{self.name}: {error}", may_have_run=error.may_have_run, filename=self.path)
 
     def _check_there(self, door: socket.socket) -> None:
         """Raise if the server is gone, or has taken the door away."""

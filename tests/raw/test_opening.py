@@ -222,7 +222,7 @@ def test_greeting_of_another_version_is_refused_in_words(version):
 @pytest.mark.parametrize("cut", [1, 4, 6, 7, 8, 55, 56, 59, 60, -17, -1])
 def test_cut_greeting_is_refused(cut):
     with rawpeer.RawServer(rawpeer.greeting()[:cut]) as server:
-        with pytest.raises((ProtocolError, NotADoorError)):
+        with pytest.raises((ProtocolError, NotADoorError), match=r"^the descriptor"):
             Handle(server.descriptor, open_timeout=PATIENCE)
         os.close(server.descriptor)
 
@@ -260,6 +260,7 @@ def test_answer_that_is_none_is_refused(answering, words):
     server.admit(words)
     error = opening.error()
     assert isinstance(error, ProtocolError)
+    assert str(error).startswith("door 'by hand'")
     assert not error.may_have_run
 
 
