@@ -659,17 +659,22 @@ class Door:
         def ask() -> None:
             bar = self._ask_rule(rule, visitor.credentials)
             with self._keeper.lock:
-                self._end_asking(visitor, bar)
+                self._end_asking(visitor, _denial(bar))
 
-        try:
-            doormen().take(ask)
-        except RuntimeError:
-            return Refusal(Reason.BUSY, "the server has no thread to ask its rule about who may call")
+        def call_doorman() -> None:
+            try:
+                doormen().take(ask)
+            except (RuntimeError, MemoryError):
+                text = "the server has no thread to ask its rule about who may call"
+                with self._keeper.lock:
+                    self._end_asking(visitor, Refusal(Reason.BUSY, text))
+
+        self._keeper.afterwards(call_doorman)
         self._pending[uid] += 1
         self._guests.begin_asking(uid)
         return None
 
-    def _end_asking(self, visitor: _opening.Visitor, bar: Bar | str | None) -> None:
+    def _end_asking(self, visitor: _opening.Visitor, denial: Refusal | None) -> None:
         """Carry out what the rule has said, unless the door was taken away, or this process forked."""
         if self._generation != _sockets.here():
             return
@@ -679,7 +684,7 @@ class Door:
         self._guests.end_asking(uid)
         decision: Channel | Refusal
         try:
-            refusal = self._revoked or self.gate.closing or _denial(bar) or self._crowd(uid)
+            refusal = self._revoked or self.gate.closing or denial or self._crowd(uid)
             decision = refusal or self._answer(visitor)
         except OSError as error:  # the knock is not in its queue any more, to be looked at again
             decision = Refusal(Reason.BUSY, f"the server cannot answer ({error.strerror})")

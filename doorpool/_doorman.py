@@ -72,7 +72,7 @@ _doormen: Doormen | None = None
 
 
 def doormen() -> Doormen:
-    """Return the doormen of this process; for holders of the keeper's lock."""
+    """Return the doormen of this process; for the keeper's thread."""
     global _doormen
     if _doormen is None or _doormen.generation != _sockets.here():
         _doormen = Doormen()

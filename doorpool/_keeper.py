@@ -8,7 +8,9 @@ and joins the set of its pool; no call passes through here.
 
 One lock guards everything that is watched, and is held while a callback runs.  Callbacks
 are ours, short, and never block.  It is re-entrant, because a garbage collection inside
-one may close a door that nobody holds any more.
+one may close a door that nobody holds any more.  One in any other thread may do so too, so
+nobody who has this lock waits for another thread: neither for a lock under which anything is
+done in Python, nor for a new thread to begin.  That comes *afterwards*, when it has been let go.
 
 A callback is a hint that its descriptor may be ready, not a promise:
 
@@ -92,6 +94,7 @@ class Keeper:
         self._timers: list[tuple[float, int, Timer]] = []
         self._order = itertools.count()
         self._soon: deque[Callback] = deque()
+        self._afterwards: deque[Callback] = deque()
         self._short_since = self._short_at = -math.inf
         self._topics: dict[Hashable, int] = {}
         self._lines: deque[Line] = deque()
@@ -221,6 +224,12 @@ class Keeper:
         self._soon.append(callback)
         self._ring()
 
+    def afterwards(self, callback: Callback) -> None:
+        """Call back in the keeper's thread without the lock; takes none."""
+        self._afterwards.append(callback)
+        if threading.get_ident() != self._thread.ident:  # itself it comes to that before it waits
+            self._ring()
+
     def _ring(self) -> None:
         _sockets.ring(self._bell)
 
@@ -249,6 +258,8 @@ class Keeper:
         with self.lock:
             self._run_soon()
             self._run_timers()
+        for _ in range(len(self._afterwards)):
+            self._call(self._afterwards.popleft())
         if self._lines:
             self._have_written()
 

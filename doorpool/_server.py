@@ -487,7 +487,7 @@ class Server:
             elif self._overdue:
                 os._exit(128 + number)
             elif not self._closing:
-                self._close_by_signal()
+                keeper().afterwards(self._close_by_signal)
 
     def _rouse(self, *, again: bool = False) -> None:
         """
@@ -506,7 +506,7 @@ class Server:
             closer.start()
         except RuntimeError as error:
             keeper().say(logging.WARNING, "%s: no thread to close it: %s; trying again", self.name, error)
-            keeper().after(_RETRY, self._close_by_signal)
+            keeper().after(_RETRY, lambda: keeper().afterwards(self._close_by_signal))
 
     def wait(self, timeout: float | None = None) -> bool:
         """
