@@ -26,7 +26,7 @@ import attrs
 from soak import clients, service
 from soak.books import LATE, TIMED, Ledger, Note, Notes, operation_of
 from soak.processes import Complaints, Ended, Forked, kill_all
-from soak.service import ENDINGS, OVER, PATIENCE
+from soak.service import ENDINGS, OBJECTS, OVER, PATIENCE
 from soak.watch import Times, Watch, resident
 from support.journal import Board
 
@@ -41,7 +41,7 @@ _MOST_CROWDED = 0.005  # of all calls; it is none where the machine has little e
 
 _TIMES = {TIMED["call"]: "call", TIMED["open, call, close"]: "opening"}
 
-PLANTS = ("lost", "doubled", "descriptors", "memory", "threads")
+PLANTS = ("lost", "doubled", "descriptors", "memory", "objects", "threads")
 
 
 @attrs.frozen
@@ -198,7 +198,7 @@ class Soak:
                 watch.times[what][quarter].add(note.seconds)
 
     def _look(self, watch: Watch, steady: Forked) -> None:
-        self._server = watch.sample("server", [steady.pid])
+        self._server = watch.sample("server", [steady.pid], self._board[OBJECTS])
         lasting = [it.forked.pid for it in self._processes if not it.mortal]
         self._clients = watch.sample("clients", lasting)
         for process in self._processes:
@@ -233,7 +233,8 @@ class Soak:
             f"{sum(ledger.calls.values())} calls, {expected} errors as expected, "
             f"{ledger.failures} failures | server: {resident(steady.pid) // 1024} MB resident, "
             f"{self._server.memory // 1024} MB its own, {self._server.segments // 1024} MB of segments, "
-            f"{self._server.descriptors} descriptors, {self._server.threads} threads | lasting clients: "
+            f"{self._server.objects} objects, {self._server.descriptors} descriptors, "
+            f"{self._server.threads} threads | lasting clients: "
             f"{self._clients.memory // 1024} MB, {self._clients.descriptors} descriptors, "
             f"{self._clients.threads} threads | {self._killed} clients killed, {self._restarts()} restarts | "
             f"p50 {times.percentile(50) * 1e3:.2f} ms, p99 {times.percentile(99) * 1e3:.2f} ms"

@@ -15,6 +15,7 @@ import io
 import itertools
 import os
 import random
+import sys
 import threading
 import time
 from collections.abc import Callable, Collection
@@ -32,9 +33,13 @@ from doorpool import Endpoint, Limits, Proxy, Server, current_call, take, track
 
 STEADY, RESTLESS = "steady", "restless"
 
-#: Places on the board: whether it is over, and how often the restless server was ended in which way.
+#: Places on the board: whether it is over, how often the restless server was ended in which way, and how many
+#: pieces of memory the objects of the steady one take.
 OVER = 0
 ENDINGS = {"kill": 1, "close": 2, "cut": 3, "take over": 4}
+OBJECTS = 5
+
+_COUNTED = 256  # calls, after which these are counted again
 
 PATIENCE = 30.0  # seconds; a call that takes longer hangs
 CLOSING = 20.0  # seconds until the last caller is gone, and until nothing is held any more
@@ -204,7 +209,7 @@ def serve(
     """Serve until there is an order to close, and look at what is left then."""
     complain_of_everything(complain)
     journal = Journal(folder / "journal")
-    planted = _Planted(plants, journal)
+    planted = _Planted(plants, journal, Board(folder / "board") if which == STEADY else None)
     before = use_once()
     services = [Ours(planted, folder, complain), Service(planted, folder, complain)]  # type: ignore[arg-type]
     # A hundred of its clients are of one uid, which would be at the limits for strangers now and then.
@@ -245,16 +250,19 @@ def _passing(held: list[str]) -> list[str]:
 
 
 class _Planted:
-    """A journal that has the faults that were asked for, to show that they are found."""
+    """A journal that has the faults that were asked for, to show that they are found; and counts objects."""
 
-    def __init__(self, plants: Collection[str], journal: Journal) -> None:
+    def __init__(self, plants: Collection[str], journal: Journal, board: Board | None) -> None:
         self._plants = plants
         self._journal = journal
+        self._board = board
         self._calls = itertools.count(1)
         self._kept: list[Any] = []
 
     def write(self, number: int) -> None:
         call = next(self._calls)
+        if self._board is not None and call % _COUNTED == 0:
+            self._board[OBJECTS] = sys.getallocatedblocks()
         if "lost" in self._plants and call % 50 == 0:
             return
         self._journal.write(number)
@@ -266,6 +274,8 @@ class _Planted:
             threading.Thread(target=threading.Event().wait, daemon=True).start()
         if "memory" in self._plants:
             self._kept.append(bytearray(b"x" * _LEAK))
+        if "objects" in self._plants:
+            self._kept += [(call, each) for each in range(20)]
 
 
 # -- the restless one

@@ -99,7 +99,7 @@ def watch():
     """What was watched of a soak of 400 seconds, from 0, with ten clients: nothing has changed."""
     watch = Watch(-400.0, 400.0, 10)
     for quarter in range(4):
-        watch._samples["server"][quarter] = [Sample(30_000, 1_000, 100, 20)] * 5
+        watch._samples["server"][quarter] = [Sample(30_000, 1_000, 100, 20, 100_000)] * 5
         watch._sizes["server"] = 1
         for name, seconds in (("call", 0.001), ("opening", 0.01), ("reference", 0.0001)):
             watch.times[name][quarter].add(seconds, 1000)
@@ -123,6 +123,7 @@ def test_what_stays_as_it_was_is_flat(watch):
         (Sample(30_000, 30_000, 100, 20), "segments"),
         (Sample(30_000, 1_000, 300, 20), "descriptors"),
         (Sample(30_000, 1_000, 100, 50), "threads"),
+        (Sample(30_000, 1_000, 100, 20, 150_000), "objects"),
     ],
 )
 def test_what_has_grown_is_found(watch, grown, what):

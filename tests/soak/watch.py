@@ -2,9 +2,10 @@
 What is measured during a soak, and whether it stayed flat.
 
 Memory, descriptors and threads are read from /proc, of the processes that stay: the steady server, and the
-clients that are not killed.  Times are those of a small call, and of opening, calling and closing; beside
-them runs a reference, a byte there and back through a pair of sockets between two processes that know nothing
-of the library, because a machine may become slower by what others do on it.
+clients that are not killed.  That server says, too, how many pieces of memory its objects take, which tells a
+leak from the allocator's arenas, that stay as large as they were once.  Times are those of a small call, and
+of opening, calling and closing; beside them runs a reference, a byte there and back through a pair of sockets
+between two processes that know nothing of the library, because a machine may become slower by what others do.
 
 The first eighth of the time is for warming up.  Of the rest the last quarter is compared with the first.
 """
@@ -38,6 +39,7 @@ BOUNDS = {
     "segments": (1.50, 16 * _MEGABYTE, 0),
     "descriptors": (1.25, 20, 8),
     "threads": (1.25, 10, 1),
+    "objects": (1.10, 20_000, 0),
 }
 
 #: Of times: a factor, and seconds for the percentiles; and how many it takes for these to mean something.
@@ -77,17 +79,19 @@ class Sample:
         memory: kB that are theirs alone, without segments.
         segments: kB in shared memory; what several share is divided among them.
         descriptors, threads: how many.
+        objects: how many pieces of memory they take, as ``sys.getallocatedblocks`` counts; 0: not known.
     """
 
     memory: int
     segments: int
     descriptors: int
     threads: int
+    objects: int = 0
 
     @classmethod
-    def of(cls, pids: Iterable[int]) -> Sample:
-        found = [_look_at(pid) for pid in pids]
-        return cls(*(sum(column) for column in zip(*found, strict=True))) if found else cls(0, 0, 0, 0)
+    def of(cls, pids: Iterable[int], objects: int = 0) -> Sample:
+        found = [_look_at(pid) for pid in pids] or [(0, 0, 0, 0)]
+        return cls(*(sum(column) for column in zip(*found, strict=True)), objects)
 
 
 def _look_at(pid: int) -> tuple[int, int, int, int]:
@@ -133,8 +137,8 @@ class Watch:
             return None
         return min(3, int((now - self._begin) / self._length))
 
-    def sample(self, group: str, pids: list[int]) -> Sample:
-        sample = Sample.of(pids)
+    def sample(self, group: str, pids: list[int], objects: int = 0) -> Sample:
+        sample = Sample.of(pids, objects)
         quarter = self.quarter(time.monotonic())
         if quarter is not None:
             self._samples[group][quarter].append(sample)
