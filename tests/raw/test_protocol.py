@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import socket
 import struct
 import threading
@@ -157,6 +158,9 @@ def test_bells_in_a_row(serve, bells, caplog):
             assert [client.receive().body for _ in range(2)] == [b"one", b"two"]
         else:
             wait_until(lambda: "512 bells in a row" in caplog.text)
+            poll = select.poll()  # that is said just before
+            poll.register(client.channel, select.POLLHUP)
+            assert poll.poll(PATIENCE * 1000)
             with pytest.raises((BrokenPipeError, ConnectionResetError)):
                 client.send(rawpeer.frame(rawpeer.REQUEST, 3))
     os.close(number)
