@@ -43,7 +43,6 @@ from doorpool._call import LISTENER, current
 from doorpool._callers import Bar, Judge, Rule, bar_unknown
 from doorpool._credentials import Credentials, is_strange
 from doorpool._descriptor import Descriptor
-from doorpool._door import crossing_bar
 from doorpool._errors import ClosedError, DoorError, LimitError, MarshalError
 from doorpool._exceptions import text_of
 from doorpool._impl import shuttle
@@ -487,22 +486,6 @@ class Endpoint:
         if giver is None or not is_strange(uid):
             return self.open()
         return Descriptor(self._ready_door().open_for(uid, giver._door))
-
-    def _check_crossing(self, to: Credentials, through: Codec) -> None:
-        """
-        Raise unless the door may be handed to somebody in a message; for whoever marshals it.
-
-        Args:
-            to: who is to have it.
-            through: the codec of the channel.
-
-        Raises:
-            MarshalError: it speaks pickle, and he must not, or the channel does not.
-        """
-        spoken = Codec.PICKLE if self._codec == "pickle" else Codec.DATA
-        bar = crossing_bar(self.name, spoken, to, through=through)
-        if bar is not None:
-            raise MarshalError(bar)
 
     def revoke(self) -> None:
         """
