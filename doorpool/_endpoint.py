@@ -18,7 +18,8 @@ Unreferenced
     Names, descriptors wherever they are, and open channels are references.  When the last
     one goes, ``on_unref`` runs in a server thread; then an endpoint that does not linger
     closes itself.  Both only if it is still unreferenced when the thread comes to it: who
-    hands the door out again meanwhile, ``on_unref`` itself included, keeps it.
+    hands the door out again meanwhile, ``on_unref`` itself included, keeps it.  A name that
+    the server is to make when it starts counts, too, also after a start that has failed.
 """
 
 from __future__ import annotations
@@ -549,8 +550,9 @@ class Endpoint:
         self._pool.run_soon(self._deliver_unreferenced)
 
     def _deliver_unreferenced(self) -> None:
-        """Tell, and close if it does not linger, unless somebody has got hold of it again."""
-        if self._closed or not self.unreferenced:
+        """Tell, and close if it does not linger, unless somebody has got hold of it again, or is to."""
+        # In this order: a name that is not to be made any more has been made.
+        if self._closed or self._is_to_be_named() or not self.unreferenced:
             return
         self._abandon()
         if self._on_unref is not None:
@@ -564,9 +566,15 @@ class Endpoint:
                 log.error("%s: on_unref failed", self.name, exc_info=error)
             if self._generation != _sockets.here():
                 _leave_forked_child(None)
-        if not self._linger and self._door is not None and self._door.revoke_unreferenced():
+        if self._linger or self._door is None or self._is_to_be_named():
+            return
+        if self._door.revoke_unreferenced():
             self._expired = True
             self.close()
+
+    def _is_to_be_named(self) -> bool:
+        """Tell whether the server has a name to make for it yet, having failed to start, perhaps."""
+        return self._server is not None and self._server._is_to_name(self)
 
     # -- answering ---------------------------------------------------------------------------
 

@@ -324,6 +324,10 @@ class Server:
             self._to_make = [name for name in self._to_make if not is_meant(name)]
         return True
 
+    def _is_to_name(self, endpoint: Endpoint) -> bool:
+        """Tell whether there is a name for it yet to be made; for ``Endpoint``."""
+        return any(name.endpoint is endpoint for name in list(self._to_make))
+
     def _forget(self, endpoint: Endpoint) -> None:
         """Let go of a closed endpoint; for ``Endpoint``."""
         self._unrecord(endpoint)
