@@ -568,11 +568,16 @@ class Server:
             for endpoint in endpoints:
                 endpoint._retire(refusal)
             self._cut(self._pools.close(0), "by an exception")
+            self._clear_up(endpoints, 0)
             raise
         self._cut(late, f"after {timeout} s")
+        self._clear_up(endpoints, _JOIN)
+
+    def _clear_up(self, endpoints: list[Endpoint], timeout: float) -> None:
+        """Leave what callers have entered, and have the last threads give back what the pools have."""
         for endpoint in endpoints:
             endpoint._abandon()
-        self._pools.join(_JOIN)
+        self._pools.join(timeout)
 
     def _cut(self, late: list[Invocation], when: str) -> None:
         self._overdue = bool(late)
