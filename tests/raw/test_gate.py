@@ -16,7 +16,7 @@ import pytest
 from support import rawpeer, wait_until
 from support.rawdoor import PATIENCE, Background, Canary
 
-from doorpool import _gate, _guests
+from doorpool import _gate, _guests, _keeper
 from doorpool._channel import Channel
 from doorpool._errors import AccessError, BrokenDoorError, BusyError, ClosedError, RevokedError
 from doorpool._keeper import keeper
@@ -280,6 +280,44 @@ def test_errors_in_the_keeper_leave_the_other_doors_alone(serve, caplog):
         canary.still_sings()
         with serve().handle() as handle:
             handle.call()
+
+
+@pytest.mark.ids("F02")
+def test_a_descriptor_for_which_the_set_has_no_room_is_watched_as_soon_as_it_has(monkeypatch):
+    """Paused for a shortage, and not to be put back into the set at first."""
+    bell, heard, refused = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC), threading.Event(), []
+    it = keeper()
+    epoll = it._epoll
+
+    class Full:
+        def register(self, number, *events):
+            if number == bell and len(refused) < 2:
+                refused.append(number)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            epoll.register(number, *events)
+
+        def __getattr__(self, name):
+            return getattr(epoll, name)
+
+    def hear():
+        os.eventfd_read(bell)
+        heard.set()
+
+    try:
+        it.watch(bell, hear)
+        monkeypatch.setattr(_keeper, "SHORTAGE_PAUSE", 0.01)
+        monkeypatch.setattr(it, "_epoll", Full())
+        it.pause(bell, 0.01)
+        os.eventfd_write(bell, 1)
+        assert heard.wait(PATIENCE)
+        assert len(refused) == 2
+        it.unwatch(bell)
+        it.pause(bell, 0.01)  # nobody's any more
+        assert bell not in it._callbacks
+    finally:
+        monkeypatch.undo()
+        it.unwatch(bell)
+        os.close(bell)
 
 
 def test_the_keeper_turns_first_to_those_for_whom_somebody_waits():

@@ -20,7 +20,7 @@ from support import wait_until
 from support.rawdoor import PATIENCE, Background
 from support.tasks import is_asleep
 
-from doorpool import Proxy, _impl
+from doorpool import Proxy, _impl, _shuttle_py
 
 pytestmark = pytest.mark.skipif(_impl.NAME != "c", reason="no compiled shuttle here")
 
@@ -505,3 +505,10 @@ def test_of_a_taker_and_a_withdrawer_one_wins(many):
         thread.join()
         ends.close()
         assert taken == [not withdrawn]
+
+
+def test_the_twin_in_python_makes_no_page():
+    with pytest.raises(OSError, match="runs without the compiled shuttle"):
+        _shuttle_py.make_page()
+    with pytest.raises(_shuttle_py.PageError, match="runs without the compiled shuttle"):
+        _shuttle_py.Page(-1, 4096, 0)
