@@ -16,7 +16,7 @@ import pytest
 from support import rawpeer, wait_until
 from support.rawdoor import PATIENCE, Background, Canary
 
-from doorpool import _gate, _guests, _keeper
+from doorpool import _gate, _guests, _keeper, _sockets
 from doorpool._channel import Channel
 from doorpool._errors import AccessError, BrokenDoorError, BusyError, ClosedError, RevokedError
 from doorpool._keeper import keeper
@@ -280,6 +280,36 @@ def test_errors_in_the_keeper_leave_the_other_doors_alone(serve, caplog):
         canary.still_sings()
         with serve().handle() as handle:
             handle.call()
+
+
+def test_a_bell_that_can_ring_no_more_has_rung():
+    bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+    os.eventfd_write(bell, 2**64 - 2)
+    _sockets.ring(bell)
+    assert os.eventfd_read(bell) == 2**64 - 2
+    os.close(bell)
+
+
+@pytest.mark.ids("F02")
+@pytest.mark.parametrize(("failures", "rung"), [(2, 1), (3, 0)])
+def test_a_bell_is_rung_again_for_whatever_the_kernel_says(monkeypatch, failures, rung):
+    """Three times at most: what goes on failing is not going to end."""
+    bell, failed = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC), []
+    write = os.eventfd_write
+
+    def fail(number, count):
+        if len(failed) < failures:
+            failed.append(number)
+            raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+        write(number, count)
+
+    monkeypatch.setattr(os, "eventfd_write", fail)
+    _sockets.ring(bell)
+    monkeypatch.undo()
+    assert len(failed) == failures
+    write(bell, 1)
+    assert os.eventfd_read(bell) == rung + 1
+    os.close(bell)
 
 
 @pytest.mark.ids("F02")
