@@ -597,7 +597,11 @@ def test_what_leaving_for_somebody_who_is_gone_raises_is_logged(serve, connect, 
             held.close()
         assert left.wait(PATIENCE)
         wait_until(lambda: "cannot be left" in caplog.text, timeout=PATIENCE)
-    assert "failing: leaving it for a caller who is gone has failed" in caplog.text
+    told = "failing: leaving it for a caller who is gone has failed"
+    # Who lets go has held the door, and a lease: either may be noticed first.
+    assert told in caplog.text or (
+        how == "the caller lets go" and "failing, entered: on_unref" in caplog.text
+    )
 
 
 def test_a_door_that_one_has_opened_oneself_is_only_closed(serve, connect):
