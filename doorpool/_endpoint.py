@@ -562,10 +562,10 @@ class Endpoint:
                 self._on_unref()
             except BaseException as error:
                 if self._generation != _sockets.here():
-                    _leave_forked_child(error)
+                    leave_forked_child(error)
                 log.error("%s: on_unref failed", self.name, exc_info=error)
             if self._generation != _sockets.here():
-                _leave_forked_child(None)
+                leave_forked_child(None)
         if self._linger or self._door is None or self._is_to_be_named():
             return
         if self._door.revoke_unreferenced():
@@ -604,12 +604,12 @@ class Endpoint:
             # step: procedure-begins
             value = self.target(*args, **kwargs) if kwargs else self.target(*args)
             if self._generation != _sockets.here():
-                _leave_forked_child(None)
+                leave_forked_child(None)
             # step: procedure-ended
             data = shuttle.pack_value(value)
         except BaseException as error:
             if self._generation != _sockets.here():
-                _leave_forked_child(error)
+                leave_forked_child(error)
             outcome = self._failure(invocation, error)
         else:
             del call, args, kwargs  # nothing holds them afterwards
@@ -635,10 +635,10 @@ class Endpoint:
         try:
             parcel, returned = procedure().parcel, True
             if self._generation != _sockets.here():
-                _leave_forked_child(None)
+                leave_forked_child(None)
         except BaseException as error:
             if self._generation != _sockets.here():
-                _leave_forked_child(error)
+                leave_forked_child(error)
             if self._plan is None:
                 parcel, returned, interrupt = self._failure(invocation, error)
             else:
@@ -743,10 +743,10 @@ class Endpoint:
         try:
             value = procedure(*args, **kwargs)
             if self._generation != _sockets.here():
-                _leave_forked_child(None)
+                leave_forked_child(None)
         except BaseException as error:
             if self._generation != _sockets.here():
-                _leave_forked_child(error)
+                leave_forked_child(error)
             if isinstance(error, ShareError):  # of a lease, which is had before anything is entered
                 invocation.fail(Reason.BUSY, f"it cannot be entered: {error}", may_have_run=False)
                 return None, False, None
@@ -896,7 +896,7 @@ def _interrupt(error: BaseException) -> BaseException | None:
     return error if ctrl_c or came_by_a_signal(error) else None
 
 
-def _leave_forked_child(error: BaseException | None) -> NoReturn:
+def leave_forked_child(error: BaseException | None) -> NoReturn:
     """
     End a child that was forked in a procedure and has come out of it.
 
