@@ -207,6 +207,7 @@ def test_a_method_is_bound_already_and_equal_to_no_other_thing(bank):
         deposit = bank.deposit
 
     assert Holder().deposit(1) == 1
+    assert bank.method("deposit") is bank.method("deposit")
     assert Holder().deposit == bank.deposit
     assert bank.deposit != "deposit"
     assert bank.deposit != Bank().deposit
