@@ -81,9 +81,9 @@ def _too_much_asked(whose: str, value: int, limit: int) -> Refusal:
     return Refusal(Reason.BUSY, text, limit=limit, value=value)
 
 
-def crossing_bar(name: str, codec: Codec, to: Credentials, *, through: Codec) -> str | None:
+def crossing_bar(name: str, codec: Codec, to: Credentials) -> str | None:
     """
-    Say why a door of one codec must not be handed to somebody; None if it may.
+    Say why a door of one codec must not be handed to somebody where data is spoken; None if it may.
 
     A pickle door would be of no use to another user, who is refused when he knocks; and whoever
     speaks data so as to unpickle nothing should not be handed what he would have to.
@@ -92,9 +92,8 @@ def crossing_bar(name: str, codec: Codec, to: Credentials, *, through: Codec) ->
         name: of the door, for the message.
         codec: that the door speaks.
         to: who is to have it.
-        through: the codec of the channel by which it is handed over.
     """
-    if codec is not Codec.PICKLE or (through is Codec.PICKLE and to.uid == os.geteuid()):
+    if codec is not Codec.PICKLE:
         return None
     if to.uid == os.geteuid():
         return f'the door {name!r} speaks pickle, and this one speaks data: make it with codec="data", too'

@@ -169,7 +169,7 @@ def check_crossing(door: Endpoint | Proxy, to: Credentials) -> None:
         MarshalError: it speaks pickle, and whoever has it could not, or should not, call it.
     """
     codec = Codec[door.info.codec.upper()]
-    if (bar := crossing_bar(door.info.name, codec, to, through=Codec.DATA)) is not None:
+    if (bar := crossing_bar(door.info.name, codec, to)) is not None:
         raise MarshalError(bar)
 
 

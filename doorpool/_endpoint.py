@@ -18,7 +18,8 @@ Unreferenced
     Names, descriptors wherever they are, and open channels are references.  When the last
     one goes, ``on_unref`` runs in a server thread; then an endpoint that does not linger
     closes itself.  Both only if it is still unreferenced when the thread comes to it: who
-    hands the door out again meanwhile, ``on_unref`` itself included, keeps it.
+    hands the door out again meanwhile, ``on_unref`` itself included, keeps it.  A name that
+    the server is to make when it starts counts, too, also after a start that has failed.
 """
 
 from __future__ import annotations
@@ -43,7 +44,6 @@ from doorpool._call import LISTENER, current
 from doorpool._callers import Bar, Judge, Rule, bar_unknown
 from doorpool._credentials import Credentials, is_strange
 from doorpool._descriptor import Descriptor
-from doorpool._door import crossing_bar
 from doorpool._errors import ClosedError, DoorError, LimitError, MarshalError
 from doorpool._exceptions import text_of
 from doorpool._impl import shuttle
@@ -488,22 +488,6 @@ class Endpoint:
             return self.open()
         return Descriptor(self._ready_door().open_for(uid, giver._door))
 
-    def _check_crossing(self, to: Credentials, through: Codec) -> None:
-        """
-        Raise unless the door may be handed to somebody in a message; for whoever marshals it.
-
-        Args:
-            to: who is to have it.
-            through: the codec of the channel.
-
-        Raises:
-            MarshalError: it speaks pickle, and he must not, or the channel does not.
-        """
-        spoken = Codec.PICKLE if self._codec == "pickle" else Codec.DATA
-        bar = crossing_bar(self.name, spoken, to, through=through)
-        if bar is not None:
-            raise MarshalError(bar)
-
     def revoke(self) -> None:
         """
         Refuse new calls of this door.
@@ -566,8 +550,9 @@ class Endpoint:
         self._pool.run_soon(self._deliver_unreferenced)
 
     def _deliver_unreferenced(self) -> None:
-        """Tell, and close if it does not linger, unless somebody has got hold of it again."""
-        if self._closed or not self.unreferenced:
+        """Tell, and close if it does not linger, unless somebody has got hold of it again, or is to."""
+        # In this order: a name that is not to be made any more has been made.
+        if self._closed or self._is_to_be_named() or not self.unreferenced:
             return
         self._abandon()
         if self._on_unref is not None:
@@ -577,13 +562,19 @@ class Endpoint:
                 self._on_unref()
             except BaseException as error:
                 if self._generation != _sockets.here():
-                    _leave_forked_child(error)
+                    leave_forked_child(error)
                 log.error("%s: on_unref failed", self.name, exc_info=error)
             if self._generation != _sockets.here():
-                _leave_forked_child(None)
-        if not self._linger and self._door is not None and self._door.revoke_unreferenced():
+                leave_forked_child(None)
+        if self._linger or self._door is None or self._is_to_be_named():
+            return
+        if self._door.revoke_unreferenced():
             self._expired = True
             self.close()
+
+    def _is_to_be_named(self) -> bool:
+        """Tell whether the server has a name to make for it yet, having failed to start, perhaps."""
+        return self._server is not None and self._server._is_to_name(self)
 
     # -- answering ---------------------------------------------------------------------------
 
@@ -613,12 +604,12 @@ class Endpoint:
             # step: procedure-begins
             value = self.target(*args, **kwargs) if kwargs else self.target(*args)
             if self._generation != _sockets.here():
-                _leave_forked_child(None)
+                leave_forked_child(None)
             # step: procedure-ended
             data = shuttle.pack_value(value)
         except BaseException as error:
             if self._generation != _sockets.here():
-                _leave_forked_child(error)
+                leave_forked_child(error)
             outcome = self._failure(invocation, error)
         else:
             del call, args, kwargs  # nothing holds them afterwards
@@ -644,10 +635,10 @@ class Endpoint:
         try:
             parcel, returned = procedure().parcel, True
             if self._generation != _sockets.here():
-                _leave_forked_child(None)
+                leave_forked_child(None)
         except BaseException as error:
             if self._generation != _sockets.here():
-                _leave_forked_child(error)
+                leave_forked_child(error)
             if self._plan is None:
                 parcel, returned, interrupt = self._failure(invocation, error)
             else:
@@ -752,10 +743,10 @@ class Endpoint:
         try:
             value = procedure(*args, **kwargs)
             if self._generation != _sockets.here():
-                _leave_forked_child(None)
+                leave_forked_child(None)
         except BaseException as error:
             if self._generation != _sockets.here():
-                _leave_forked_child(error)
+                leave_forked_child(error)
             if isinstance(error, ShareError):  # of a lease, which is had before anything is entered
                 invocation.fail(Reason.BUSY, f"it cannot be entered: {error}", may_have_run=False)
                 return None, False, None
@@ -905,7 +896,7 @@ def _interrupt(error: BaseException) -> BaseException | None:
     return error if ctrl_c or came_by_a_signal(error) else None
 
 
-def _leave_forked_child(error: BaseException | None) -> NoReturn:
+def leave_forked_child(error: BaseException | None) -> NoReturn:
     """
     End a child that was forked in a procedure and has come out of it.
 

@@ -310,7 +310,7 @@ class Keeper:
             self._writing = True
         try:
             threading.Thread(target=self._write, name="doorpool-keeper-log", daemon=True).start()
-        except RuntimeError:  # no thread to be had: at the next occasion
+        except (RuntimeError, MemoryError):  # no thread to be had: at the next occasion
             self._writing = False
 
     def _write(self) -> None:

@@ -183,11 +183,6 @@ class Opened:
     page_size: int = 0
     segments: bool = False
 
-    def close(self) -> None:
-        """Close it, not having believed it."""
-        self.channel.close()
-        self.close_page()
-
     def close_page(self) -> None:
         """Close the descriptor of the page, mapped or not."""
         if self.page >= 0:

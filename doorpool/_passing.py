@@ -197,10 +197,6 @@ class Departure(Sequence[int]):
         if maker != NOBODY:
             self._foreign[copy] = maker
 
-    def give(self, descriptor: Descriptor) -> None:
-        """Add a descriptor that was made for the other side, and own it from now on."""
-        self._numbers.append(_sockets.own_number(descriptor.take()))
-
     def give_later(self, make: Callable[[], Descriptor], maker: int | None = NOBODY) -> None:
         """
         Add a descriptor that is made, by this function, when all has been marshalled.

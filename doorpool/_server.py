@@ -324,6 +324,10 @@ class Server:
             self._to_make = [name for name in self._to_make if not is_meant(name)]
         return True
 
+    def _is_to_name(self, endpoint: Endpoint) -> bool:
+        """Tell whether there is a name for it yet to be made; for ``Endpoint``."""
+        return any(name.endpoint is endpoint for name in list(self._to_make))
+
     def _forget(self, endpoint: Endpoint) -> None:
         """Let go of a closed endpoint; for ``Endpoint``."""
         self._unrecord(endpoint)
@@ -564,11 +568,16 @@ class Server:
             for endpoint in endpoints:
                 endpoint._retire(refusal)
             self._cut(self._pools.close(0), "by an exception")
+            self._clear_up(endpoints, 0)
             raise
         self._cut(late, f"after {timeout} s")
+        self._clear_up(endpoints, _JOIN)
+
+    def _clear_up(self, endpoints: list[Endpoint], timeout: float) -> None:
+        """Leave what callers have entered, and have the last threads give back what the pools have."""
         for endpoint in endpoints:
             endpoint._abandon()
-        self._pools.join(_JOIN)
+        self._pools.join(timeout)
 
     def _cut(self, late: list[Invocation], when: str) -> None:
         self._overdue = bool(late)

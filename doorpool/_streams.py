@@ -78,7 +78,14 @@ from doorpool._call import current
 from doorpool._credentials import is_strange
 from doorpool._descriptor import Descriptor
 from doorpool._doors import arrive
-from doorpool._endpoint import Endpoint, Marshalled, answering, marshal_error, peer_of
+from doorpool._endpoint import (
+    Endpoint,
+    Marshalled,
+    answering,
+    leave_forked_child,
+    marshal_error,
+    peer_of,
+)
 from doorpool._errors import BusyError, ClosedError, DoorError, LimitError, MarshalError, ProtocolError
 from doorpool._handle import deadline_after
 from doorpool._impl import shuttle
@@ -441,6 +448,7 @@ class Pump:
         iterator = self._iterator
         if iterator is None:  # let go of this very moment
             return False
+        generation = _sockets.here()
         _watcher.watch(self)
         try:
             return self._fill(items, iterator)
@@ -449,6 +457,8 @@ class Pump:
         except BaseException as error:
             self._spent, self._iterator, self._error = True, None, error
         finally:
+            if generation != _sockets.here():  # before a lock is wanted that the watcher may have had
+                leave_forked_child(self._error)
             _watcher.forget(self)
         return False
 

@@ -245,6 +245,47 @@ def test_ctrl_c_while_closing_cuts_what_is_left(spawn_server, door_dir, connect)
     child.kill()
 
 
+def test_an_exception_while_closing_cuts_what_is_left_and_keeps_nothing(serve, connect, caplog):
+    """What callers have entered is left for them, and the last thread gives the descriptors back."""
+    left: list[Any] = []
+
+    class Manager:
+        def __enter__(self) -> Manager:
+            return self
+
+        def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+            left.append(kind)
+
+    work = Work()
+    server = serve(work)
+    held = connect(server.attach(Endpoint(Manager())))
+    held._line.enter(None)
+    call = Background(connect(), "too late:1")
+    work.wait_begun(1)
+    close = server._pools.close
+    patience: list[float | None] = []
+
+    def interrupted(timeout: float | None) -> Any:
+        patience.append(timeout)
+        if len(patience) == 1:
+            raise KeyboardInterrupt
+        return close(timeout)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(server._pools, "close", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            server.close(None)
+    assert patience == [None, 0]
+    assert left == [BrokenDoorError]
+    error = call.error()
+    assert isinstance(error, BrokenDoorError)
+    assert error.may_have_run
+    assert "1 calls cut by an exception: Work" in caplog.text
+    assert server.closed
+    work.ends["too late"].set()
+    wait_until(lambda: server.statistics().threads == 0)
+
+
 # -- an endpoint
 
 

@@ -35,6 +35,7 @@ from doorpool import (
     anyone,
     current_call,
 )
+from doorpool import _data as data
 from doorpool import _marshal as marshal
 from doorpool.door import Handle
 
@@ -99,6 +100,19 @@ def test_a_result_that_was_not_promised_has_run(serve, connect, caplog):
         assert caught.value.may_have_run is True
     assert ran == [[1, "x"], 5]
     assert proxy([1]) == [1]
+
+
+def test_buffers_are_refused_where_data_is_spoken(serve, door_dir):
+    """A client by hand: there is no pickle to which they could belong."""
+    ran = []
+    serve(ran.append, codec="data")
+    with Handle(door_dir / "a.door") as handle:
+        outcome = handle.call(b"\x92\x91\x01\x80", buffers=[memoryview(bytes(100))], timeout=20.0)
+        with pytest.raises(MarshalError, match="there are no buffers where data is spoken") as caught:
+            data.unpack_outcome(outcome.data, data.Arrivals([]))
+        assert not caught.value.may_have_run
+        handle.call(b"\x92\x91\x01\x80", timeout=20.0)
+    assert ran == [1]
 
 
 def test_a_result_that_is_no_data_is_named(serve, connect):

@@ -189,6 +189,26 @@ def test_a_socket_is_made_without_asking_it_anything_that_might_wait(serve, conn
         assert made != [os.fstat(one.fileno()).st_ino]
 
 
+def test_a_socket_for_which_there_is_no_room_is_refused_and_nothing_is_left(serve, connect, monkeypatch):
+    ran: list[Any] = []
+    serve(taking(socket.socket, ran.append), codec="data")
+    proxy = connect()
+    before = len(os.listdir("/proc/self/fd"))
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise OSError(errno.EBUSY, "not now")
+
+    one, other = socket.socketpair()
+    with one, other:
+        monkeypatch.setattr(os, "dup2", fail)
+        with pytest.raises(MarshalError, match="not now") as caught:
+            proxy(one)
+        assert not caught.value.may_have_run
+        monkeypatch.undo()
+    assert ran == []
+    wait_until(lambda: len(os.listdir("/proc/self/fd")) <= before)
+
+
 @pytest.mark.ids("F19")
 @pytest.mark.parametrize(
     ("how", "mode"),

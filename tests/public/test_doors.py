@@ -262,6 +262,20 @@ def test_what_is_closed_cannot_be_passed(far):
         far("echo")(endpoint)
 
 
+@pytest.mark.parametrize("called", [False, True])
+def test_a_door_that_arrived_and_was_closed_is_not_called(serve, connect, called):
+    with Endpoint(echo, linger=True) as endpoint:
+        serve(lambda: endpoint)
+        door = connect()()
+        if called:
+            assert door("x") == "x"
+        door.close()
+        for call in (lambda: door("x"), door.ping):
+            with pytest.raises(ClosedError) as caught:
+                call()
+            assert not caught.value.may_have_run
+
+
 def test_a_door_does_not_cross_in_an_exception(serve, connect):
     def fail() -> None:
         raise ValueError(Endpoint(echo))

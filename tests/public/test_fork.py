@@ -27,7 +27,7 @@ from doorpool._keeper import keeper
 
 SERVER = """
     import os, sys
-    from doorpool import Server
+    from doorpool import Endpoint, Server
 
     server = Server()
 
@@ -35,15 +35,34 @@ SERVER = """
     def pid(*args):
         return os.getpid(), args
 
-    @server.endpoint("forking.door")
-    def forking(how):
-        if os.fork() == 0:
+    def fork(how):
+        "Return the code of a child, which comes out of here and of what has called us."
+        child = os.fork()
+        if child == 0:
             if how == "raises":
                 raise ValueError("the child's")
             if how == "exits":
                 sys.exit(7)
             return "the child's answer"
-        return os.waitstatus_to_exitcode(os.wait()[1])
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+    server.attach(fork, "forking.door")
+    server.attach(fork, "data.door", codec="data")
+
+    @server.endpoint("generator.door")
+    def generator(how):
+        yield from range(4)
+        yield fork(how)
+
+    codes = []
+
+    @server.endpoint("unref.door")
+    def unref(how):
+        return Endpoint(pid, on_unref=lambda: codes.append(fork(how)))
+
+    @server.endpoint("codes.door")
+    def told():
+        return codes
 
     @server.endpoint("closing.door")
     def closing():
@@ -193,11 +212,18 @@ def test_a_child_may_have_a_server_of_its_own(serve, connect, door_dir):
 @pytest.mark.parametrize(("how", "code"), [("returns", 0), ("exits", 7), ("raises", 1)])
 @pytest.mark.ids("Y1", "G02")
 def test_a_child_that_comes_out_of_a_procedure_answers_nothing(server, door_dir, how, code):
-    with Proxy(door_dir / "forking.door") as forking, Proxy(door_dir / "pid.door") as pid:
+    with contextlib.ExitStack() as stack:
+        names = ["forking", "data", "generator", "unref", "codes", "pid"]
+        doors = [stack.enter_context(Proxy(door_dir / f"{name}.door", timeout=20)) for name in names]
+        forking, data, generator, unref, codes, pid = doors
         assert forking(how) == code
+        assert data(how) == code
+        assert list(generator(how)) == [0, 1, 2, 3, code]
+        unref(how).close()
+        support.wait_until(lambda: codes() == [code], timeout=20)
         assert pid() == (server.pid, ())
     server.terminate()
-    assert ("the child's" in server.stderr) == (how == "raises")
+    assert server.stderr.count("ValueError: the child's") == (4 if how == "raises" else 0)
 
 
 # -- a client with many threads

@@ -26,6 +26,7 @@ from doorpool import (
     DoorError,
     Endpoint,
     NotADoorError,
+    ProtocolError,
     Proxy,
     RemoteError,
     RevokedError,
@@ -201,6 +202,22 @@ def test_methods_can_be_handed_around(bank):
     assert "method 'deposit' of <Proxy of 'Bank'" in repr(deposit)
 
 
+def test_a_method_is_bound_already_and_equal_to_no_other_thing(bank):
+    class Holder:
+        deposit = bank.deposit
+
+    assert Holder().deposit(1) == 1
+    assert bank.method("deposit") is bank.method("deposit")
+    assert Holder().deposit == bank.deposit
+    assert bank.deposit != "deposit"
+    assert bank.deposit != Bank().deposit
+
+
+def test_the_door_of_a_function_lists_no_methods(serve, connect):
+    serve(len)
+    assert set(dir(connect())) == set(object.__dir__(connect()))
+
+
 def test_a_method_holds_the_door_open_and_makes_no_ring(serve):
     (endpoint,) = serve(Bank()).endpoints
     proxy = Proxy(endpoint)
@@ -288,6 +305,15 @@ def test_what_does_not_fit_into_a_greeting_is_fetched(serve, connect, count, doc
     assert proxy.method_number_9.__doc__ == doc
     with pytest.raises(AttributeError):
         proxy.method_number_x  # noqa: B018
+
+
+@pytest.mark.parametrize("table", [None, 5, {"close": "()"}, {1: ("()", "")}])
+def test_a_table_that_is_none_is_a_protocol_error(serve, connect, monkeypatch, table):
+    serve(large(1500))
+    proxy = connect()
+    monkeypatch.setattr(proxies.Line, "call_method", lambda *_: table)
+    with pytest.raises(ProtocolError, match="says that it is an object, and not what its methods are"):
+        proxy.method_number_7  # noqa: B018
 
 
 def test_of_a_door_that_is_gone_what_is_known_must_do(serve, connect):
@@ -552,6 +578,31 @@ def test_it_is_left_when_the_server_closes(serve, connect):
         proxy._line.enter(None)
         server.close()
     assert manager.log.get(timeout=PATIENCE)[0] is BrokenDoorError
+
+
+@pytest.mark.parametrize("how", ["the server closes", "the caller lets go"])
+def test_what_leaving_for_somebody_who_is_gone_raises_is_logged(serve, connect, caplog, how):
+    left = threading.Event()
+
+    class Failing(Manager):
+        def __exit__(self, kind: Any, error: Any, trace: Any) -> bool:
+            left.set()
+            raise OSError("cannot be left")
+
+    server = serve(len)
+    with Proxy(server.attach(Endpoint(Failing(), name="failing"))) as held:
+        held._line.enter(None)
+        if how == "the server closes":
+            server.close()
+        else:
+            held.close()
+        assert left.wait(PATIENCE)
+        wait_until(lambda: "cannot be left" in caplog.text, timeout=PATIENCE)
+    told = "failing: leaving it for a caller who is gone has failed"
+    # Who lets go has held the door, and a lease: either may be noticed first.
+    assert told in caplog.text or (
+        how == "the caller lets go" and "failing, entered: on_unref" in caplog.text
+    )
 
 
 def test_a_door_that_one_has_opened_oneself_is_only_closed(serve, connect):

@@ -264,6 +264,16 @@ def test_a_file_that_appends_leaves_the_place_to_read_at(there, path):
         assert file.read() == b"0123456789end"
 
 
+@pytest.mark.parametrize("how", [{"mode": "ab", "buffering": 0}, {"mode": "ab"}, {"mode": "a"}])
+def test_a_pipe_that_appends_crosses_though_it_has_no_place(there, how):
+    read, write = os.pipe()
+    with open(read, "rb", buffering=0) as reader:
+        with open(write, **how) as writer:
+            there("call", "write", writer, "over there" if how["mode"] == "a" else b"over there")
+        assert reader.read(100) == b"over there"
+        assert reader.read(100) == b"", "nobody else can write"
+
+
 def test_what_a_reader_of_a_pipe_has_read_ahead_stays_with_it(there):
     """A pipe takes nothing back."""
     reader, writer = os.pipe()
@@ -397,6 +407,7 @@ REFUSED = {
     "BufferedReader of a _File": lambda: io.BufferedReader(_File(os.devnull)),
     "TextIOWrapper of a BytesIO": lambda: io.TextIOWrapper(io.BytesIO()),
     "EpollSelector": selectors.EpollSelector,
+    "_TemporaryFileWrapper of a BytesIO": lambda: tempfile._TemporaryFileWrapper(io.BytesIO(), "x", False),
     "_TemporaryFileCloser": lambda: tempfile.NamedTemporaryFile()._closer,
 }
 

@@ -45,6 +45,11 @@ def test_the_first_and_the_last_report_are_made(serve, connect, reports, codec):
     assert done == sorted(set(done))
 
 
+def test_a_proxy_that_listens_shows_itself_as_the_same(serve, connect, reports):
+    serve(work)
+    assert repr(connect().options(progress=tell(reports))) == repr(connect())
+
+
 def test_no_more_than_twenty_a_second(serve, connect, reports):
     serve(work)
     begun = time.monotonic()

@@ -332,3 +332,88 @@ def test_an_idle_channel_that_the_server_closed_is_replaced(spawn_server, door_d
     with pytest.raises(BrokenDoorError) as caught:
         proxy()
     assert caught.value.may_have_run is False
+
+
+def test_who_waits_for_another_thread_to_reopen_waits_no_longer_than_the_call(door_dir, connect):
+    with Server() as server:
+        server.attach(echo, door_dir / "a.door")
+        proxy = connect(timeout=0.2)
+    go, held = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with proxy._line._opening:
+            held.set()
+            assert go.wait(20)
+
+    with Server() as server, ThreadPoolExecutor(1) as threads:
+        server.attach(echo, door_dir / "a.door")
+        holding = threads.submit(hold)
+        assert held.wait(20)
+        with pytest.raises(RevokedError) as caught:
+            proxy("x")
+        assert not caught.value.may_have_run
+        assert isinstance(caught.value.__cause__, CallTimeoutError)
+        assert "another thread is still opening it anew" in str(caught.value.__cause__)
+        go.set()
+        holding.result(20)
+        assert proxy("x") == "x"
+
+
+@pytest.mark.parametrize("when", ["before it opens", "while it opens"])
+def test_a_proxy_that_is_closed_while_a_call_reopens_it_stays_closed(door_dir, connect, when):
+    """What was opened is closed again, and the call fails as it would have."""
+    with Server() as server:
+        server.attach(echo, door_dir / "a.door")
+        proxy = connect()
+    kind = type(proxy._line)
+    reopen, opened = kind._reopen, []
+
+    def close_before(line: Any, *args: Any) -> Any:
+        line.close()
+        return reopen(line, *args)
+
+    def close_behind(line: Any, *args: Any) -> Any:
+        opened.append(open_(line, *args))
+        line.close()
+        return opened[0]
+
+    open_ = kind._open
+    with Server() as server:
+        server.attach(echo, door_dir / "a.door")
+        with pytest.MonkeyPatch.context() as patch:
+            if when == "before it opens":
+                patch.setattr(kind, "_reopen", close_before)
+            else:
+                patch.setattr(kind, "_open", close_behind)
+            with pytest.raises(RevokedError) as caught:
+                proxy("x")
+        assert isinstance(caught.value.__cause__, ClosedError)
+        assert "this proxy is closed" in str(caught.value.__cause__)
+        assert all(handle.closed for handle in opened)
+        with pytest.raises(ClosedError):
+            proxy("x")
+
+
+def test_of_two_who_reopen_one_within_the_other_the_first_counts(door_dir, connect):
+    """A signal handler that calls while its thread opens the door: what that has opened is let go."""
+    with Server() as server:
+        server.attach(echo, door_dir / "a.door")
+        proxy = connect()
+    kind = type(proxy._line)
+    open_, opened = kind._open, []
+
+    def call_within(line: Any, *args: Any) -> Any:
+        handle = open_(line, *args)
+        opened.append(handle)
+        if len(opened) == 1:
+            assert proxy("inner") == "inner"
+        return handle
+
+    with Server() as server:
+        server.attach(echo, door_dir / "a.door")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(kind, "_open", call_within)
+            assert proxy("outer") == "outer"
+        outer, inner = opened
+        assert outer.closed
+        assert proxy._line.handle is inner

@@ -4,6 +4,7 @@ Streams: iterators as results and arguments, what is read ahead, and what ends t
 
 from __future__ import annotations
 
+import functools
 import gc
 import itertools
 import os
@@ -23,6 +24,7 @@ from support.rawdoor import Background
 from doorpool import (
     BrokenDoorError,
     CallTimeoutError,
+    ClosedError,
     DoorError,
     Endpoint,
     MarshalError,
@@ -674,6 +676,129 @@ def test_what_was_made_behind_an_early_answer_comes_next(serve, connect, codec):
     assert got == list(range(20))
 
 
+@pytest.mark.parametrize("codec", ["pickle", "data"])
+def test_an_error_behind_an_early_answer_is_that_of_the_next_pull(serve, connect, codec):
+    """Which has joined meanwhile, and whose thread is another than that which the iterator raises in."""
+    go = threading.Event()
+
+    def numbers() -> Iterator[int]:
+        yield from range(4)  # 0; 1 and 2; 3 of a batch of four
+        assert go.wait(PATIENCE)
+        raise KeyError("colour")
+
+    serve(numbers, codec=codec)
+    stream, got = connect()(), []
+    assert take(stream, 4) == [0, 1, 2, 3]
+    pull = Background(lambda: got.append(next(stream)))
+    wait_until(joined, timeout=PATIENCE)
+    go.set()
+    error = pull.error()
+    assert (type(error), error.args) == (KeyError, ("colour",))
+    assert got == []
+    if codec == "pickle":
+        assert "in numbers" in str(error.__cause__)
+
+
+def joined() -> bool:
+    """Tell whether a pull has been left to the thread that has its iterator."""
+    makings = [pump._making_batch for pump in list(streams._watcher._since)]
+    return any(making is not None and making.asker not in (None, making.maker) for making in makings)
+
+
+def test_a_pull_that_joined_and_was_given_up_is_not_answered(serve, connect):
+    """What is made for it is for who asks next."""
+    go = threading.Event()
+
+    def numbers() -> Iterator[int]:
+        yield from range(4)
+        assert go.wait(PATIENCE)
+        yield from range(4, 7)
+
+    endless = numbers()
+    serve(lambda: endless)
+    stream, other = connect()(), connect()()
+    assert take(stream, 4) == [0, 1, 2, 3]
+    stream.timeout = 0.1
+    with pytest.raises(CallTimeoutError):
+        next(stream)
+    wait_until(joined, timeout=PATIENCE)
+    pull = Background(lambda: list(other))
+    wait_until(lambda: len(streams._watcher._since) == 1 and waiting_pulls() == 1, timeout=PATIENCE)
+    go.set()
+    assert pull.result() == [4, 5, 6]
+
+
+def waiting_pulls() -> int:
+    return sum(pump._waiting for pump in list(streams._watcher._since))
+
+
+def test_pulls_that_wait_for_one_that_runs_end_by_their_time(serve, connect):
+    """One is at work for a caller, so nobody joins; the next one waits for the iterator."""
+    go = threading.Event()
+
+    def numbers() -> Iterator[int]:
+        assert go.wait(PATIENCE)
+        yield from range(3)
+
+    endless = numbers()
+    serve(lambda: endless)
+    first, second = connect()(), connect()()
+    pull = Background(lambda: next(first))
+    wait_until(lambda: streams._watcher._since, timeout=PATIENCE)
+    second.timeout = 0.2
+    with pytest.raises(CallTimeoutError):
+        next(second)
+    go.set()
+    assert pull.result() == 0
+    first.close()
+
+
+@pytest.mark.parametrize("last", ["an end", "an error"])
+def test_a_stream_whose_server_closes_while_nothing_comes_is_no_end(serve, connect, last):
+    """The iterator ends because of it, having made nothing: the caller is not told that it has ended."""
+    begun, go = threading.Event(), threading.Event()
+
+    def numbers() -> Iterator[int]:
+        yield 0
+        begun.set()
+        assert go.wait(PATIENCE)
+        if last == "an error":
+            raise KeyError("colour")
+
+    server = serve(numbers)
+    stream = connect()()
+    assert next(stream) == 0
+    pull = Background(lambda: next(stream))
+    assert begun.wait(PATIENCE)
+    closing = threading.Thread(target=server.close)
+    closing.start()
+    wait_until(lambda: all(pump._gone for pump in list(streams._watcher._since)), timeout=PATIENCE)
+    go.set()
+    error = pull.error()
+    closing.join(PATIENCE)
+    assert isinstance(error, DoorError)
+    assert error.may_have_run
+
+
+@pytest.mark.parametrize("codec", ["pickle", "data"])
+def test_an_item_larger_than_may_cross_is_an_error_in_its_place(serve, connect, codec, monkeypatch):
+    small = functools.partial(streams._StreamEndpoint, max_reply=10_000)
+    monkeypatch.setattr(streams, "_StreamEndpoint", small)
+
+    def blocks() -> Iterator[bytes]:
+        yield b"small"
+        yield bytes(20_000)
+        yield b"never"
+
+    serve(blocks, codec=codec)
+    stream = connect()()
+    assert next(stream) == b"small"
+    with pytest.raises(DoorError, match="and 10000 bytes and 253 descriptors may cross at a time") as caught:
+        next(stream)
+    assert caught.value.may_have_run
+    assert list(stream) == []
+
+
 def test_huge_items(far):
     sizes = [len(block) for block in far("blocks")(30_000_000, 4)]
     assert sizes == [30_000_000] * 4
@@ -721,9 +846,41 @@ def test_an_item_that_cannot_cross_is_an_error_in_its_place(far, n):
     assert list(stream) == []
 
 
-def test_a_value_returned_that_cannot_cross_is_an_error_at_the_end(serve, connect):
+@pytest.mark.parametrize("codec", ["pickle", "data"])
+def test_an_item_that_cannot_cross_is_no_reason_to_answer_early(serve, connect, codec):
+    """In a batch whose next item is long in coming: nothing is sent twice, or in another order."""
+    go = threading.Event()
+
+    def numbers() -> Iterator[Any]:
+        yield from range(4)  # 0; 1 and 2; 3 of a batch of four
+        yield threading.Lock()
+        assert go.wait(PATIENCE)
+        yield 5
+
+    serve(numbers, codec=codec)
+    stream, got = connect()(), []
+
+    def go_through() -> None:
+        got.extend(stream)
+
+    pull = Background(go_through)
+    wait_until(
+        lambda: any(getattr(pump._making_batch, "unfit", False) for pump in list(streams._watcher._since))
+    )
+    assert got == [0, 1, 2]
+    go.set()
+    error = pull.error()
+    assert isinstance(error, MarshalError)
+    assert "lock" in str(error)
+    assert got == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("n", [3, 4])
+def test_a_value_returned_that_cannot_cross_is_an_error_at_the_end(serve, connect, n):
+    """Alone, or in one batch with the last items."""
+
     def numbers() -> Any:
-        yield from range(3)
+        yield from range(n)
         return threading.Lock()
 
     serve(numbers)
@@ -732,7 +889,8 @@ def test_a_value_returned_that_cannot_cross_is_an_error_at_the_end(serve, connec
     with pytest.raises(MarshalError, match="lock"):
         for item in stream:
             got.append(item)
-    assert got == [0, 1, 2]
+    assert got == [*range(n)]
+    assert list(stream) == []
 
 
 def test_a_pull_takes_no_longer_than_the_time_of_the_proxy(far):
@@ -778,6 +936,27 @@ def test_leaving_a_with_block_closes(far):
         assert [*itertools.islice(stream, 5)] == [0, 1, 2, 3, 4]
     assert far("look")()[-1] == "finally"
     assert "ended" in repr(stream)
+
+
+def test_an_iterator_that_cannot_be_closed_is_let_go(serve, connect):
+    ended = threading.Event()
+
+    class Numbers:
+        def __iter__(self) -> Iterator[int]:
+            return self
+
+        def __next__(self) -> int:
+            return 1
+
+        def __del__(self) -> None:
+            ended.set()
+
+    serve(lambda: map(int, Numbers()))
+    stream = connect()()
+    assert next(stream) == 1
+    assert not ended.is_set()
+    stream.close()
+    assert ended.wait(PATIENCE)
 
 
 def test_close_raises_what_the_finally_raises(serve, connect):
@@ -946,6 +1125,27 @@ def test_an_iterator_that_is_passed_twice_gives_each_item_once(serve, connect):
 
 
 # -- threads, processes, codecs
+
+
+def test_an_iterator_whose_door_is_closing_gets_another(serve, connect, monkeypatch):
+    """Nobody had it any more, a moment before it is passed again; what it has made is not lost."""
+    endless = itertools.count()
+    serve(lambda: endless)
+    stream = connect()()
+    assert take(stream, 3) == [0, 1, 2]
+    hand_out, closed = streams.Pump.hand_out, []
+
+    def late(pump: streams.Pump, *args: Any) -> Any:
+        if not closed:
+            closed.append(pump)
+            raise ClosedError("closing")
+        return hand_out(pump, *args)
+
+    monkeypatch.setattr(streams.Pump, "hand_out", late)
+    other = connect()()
+    assert len(closed) == 1
+    assert take(other, 3) == [3, 4, 5]
+    assert streams._pumps[id(endless), "pickle"] is not closed.pop()
 
 
 def test_threads_that_share_a_stream_get_each_item_once(far):

@@ -18,8 +18,9 @@ from typing import Any
 import pytest
 from support import Child, Holdings, rawpeer, wait_until
 
-from doorpool import Proxy, RemoteError, Server
+from doorpool import BrokenDoorError, Endpoint, Proxy, RemoteError, Server
 from doorpool._keeper import keeper
+from doorpool._threads import Pool
 
 PATIENCE = 30.0  # seconds until what certainly happens is taken for a hang
 
@@ -312,6 +313,78 @@ def test_all_first_threads_or_none(door_dir, connect, shortage, left):
     with server:
         assert connect()() == os.getpid()
         assert server.statistics().threads == 2
+
+
+@pytest.mark.ids("T11")
+def test_names_that_a_failed_start_takes_back_close_no_endpoint(door_dir, connect, shortage, monkeypatch):
+    """The one thread that was had hears that the door has no name any more, before it is sent away."""
+    told = []
+    server = Server(name="short")
+    server.attach(os.getpid, door_dir / "a.door", on_unref=lambda: told.append("unreferenced"))
+    pool = server._shared_pool
+    shortage.left = 1
+    with monkeypatch.context() as patch:
+        patch.setattr(Pool, "send_away", lambda pool: None)
+        with pytest.raises(RuntimeError, match="can't start new thread"):
+            server.start()
+    wait_until(lambda: not pool._jobs and pool.gate.waiting == 1)
+    pool.send_away()
+    wait_until(lambda: server.statistics().threads == 0)
+    shortage.left = float("inf")
+    with server:
+        assert connect()() == os.getpid()
+    assert told == []
+
+
+@pytest.mark.parametrize("left", [2, 3])
+@pytest.mark.ids("T11")
+def test_the_first_threads_of_all_pools_or_none(door_dir, connect, shortage, left):
+    """Those of the shared pool are had, and one or none of the two of an endpoint's own."""
+    server = Server(name="short")
+    server.attach(os.getpid, door_dir / "a.door")
+    server.attach(os.getpid, door_dir / "b.door", name="own", threads=2)
+    shortage.left = left
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        server.start()
+    wait_until(lambda: server.statistics().threads == 0, "those that were had are sent away")
+    shortage.left = float("inf")
+    with server:
+        assert connect()() == os.getpid()
+        assert connect(door_dir / "b.door")() == os.getpid()
+        assert server.statistics().threads == 4
+
+
+@pytest.mark.parametrize("left", [0, 1])
+@pytest.mark.ids("T11")
+def test_an_endpoint_that_found_no_threads_of_its_own(door_dir, serve, connect, shortage, left):
+    server = serve(os.getpid, server={"name": "short"})
+    before = server.statistics().threads
+    shortage.left = left
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        server.attach(os.getpid, door_dir / "b.door", name="own", threads=2)
+    assert not (door_dir / "b.door").exists()
+    wait_until(lambda: not any(it.name.startswith("short-own") for it in threading.enumerate()))
+    assert server.statistics().threads == before
+    shortage.left = float("inf")
+    server.attach(os.getpid, door_dir / "b.door", name="own", threads=2)
+    assert connect(door_dir / "b.door")() == connect()() == os.getpid()
+
+
+def test_a_call_that_cannot_be_answered_costs_no_thread(serve, connect, monkeypatch, caplog):
+    server, proxy = serve(os.getpid), connect(timeout=PATIENCE)
+
+    def fail(*_: Any) -> Any:
+        raise LookupError("a fault in the library")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Endpoint, "_serve", fail)
+        with pytest.raises(BrokenDoorError, match="the server failed to answer") as caught:
+            proxy()
+    assert caught.value.may_have_run
+    assert "could not be answered" in caplog.text
+    assert "a fault in the library" in caplog.text
+    assert proxy() == os.getpid()
+    assert (server.statistics().served, server.statistics().errors) == (2, 1)
 
 
 @pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")

@@ -16,7 +16,8 @@ import pytest
 from support import rawpeer, wait_until
 from support.rawdoor import PATIENCE, Background, Canary
 
-from doorpool import _guests
+from doorpool import _gate, _guests, _keeper, _sockets
+from doorpool._channel import Channel
 from doorpool._errors import AccessError, BrokenDoorError, BusyError, ClosedError, RevokedError
 from doorpool._keeper import keeper
 from doorpool.door import Door, Gate, Handle
@@ -281,6 +282,74 @@ def test_errors_in_the_keeper_leave_the_other_doors_alone(serve, caplog):
             handle.call()
 
 
+def test_a_bell_that_can_ring_no_more_has_rung():
+    bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+    os.eventfd_write(bell, 2**64 - 2)
+    _sockets.ring(bell)
+    assert os.eventfd_read(bell) == 2**64 - 2
+    os.close(bell)
+
+
+@pytest.mark.ids("F02")
+@pytest.mark.parametrize(("failures", "rung"), [(2, 1), (3, 0)])
+def test_a_bell_is_rung_again_for_whatever_the_kernel_says(monkeypatch, failures, rung):
+    """Three times at most: what goes on failing is not going to end."""
+    bell, failed = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC), []
+    write = os.eventfd_write
+
+    def fail(number, count):
+        if len(failed) < failures:
+            failed.append(number)
+            raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+        write(number, count)
+
+    monkeypatch.setattr(os, "eventfd_write", fail)
+    _sockets.ring(bell)
+    monkeypatch.undo()
+    assert len(failed) == failures
+    write(bell, 1)
+    assert os.eventfd_read(bell) == rung + 1
+    os.close(bell)
+
+
+@pytest.mark.ids("F02")
+def test_a_descriptor_for_which_the_set_has_no_room_is_watched_as_soon_as_it_has(monkeypatch):
+    """Paused for a shortage, and not to be put back into the set at first."""
+    bell, heard, refused = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC), threading.Event(), []
+    it = keeper()
+    epoll = it._epoll
+
+    class Full:
+        def register(self, number, *events):
+            if number == bell and len(refused) < 2:
+                refused.append(number)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            epoll.register(number, *events)
+
+        def __getattr__(self, name):
+            return getattr(epoll, name)
+
+    def hear():
+        os.eventfd_read(bell)
+        heard.set()
+
+    try:
+        it.watch(bell, hear)
+        monkeypatch.setattr(_keeper, "SHORTAGE_PAUSE", 0.01)
+        monkeypatch.setattr(it, "_epoll", Full())
+        it.pause(bell, 0.01)
+        os.eventfd_write(bell, 1)
+        assert heard.wait(PATIENCE)
+        assert len(refused) == 2
+        it.unwatch(bell)
+        it.pause(bell, 0.01)  # nobody's any more
+        assert bell not in it._callbacks
+    finally:
+        monkeypatch.undo()
+        it.unwatch(bell)
+        os.close(bell)
+
+
 def test_the_keeper_turns_first_to_those_for_whom_somebody_waits():
 
     bells = [os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC) for _ in range(3)]
@@ -431,6 +500,71 @@ def test_an_error_of_ours_costs_one_channel_and_no_thread(serve, monkeypatch, ca
     assert handle.call(b"next").data == b"next"
     assert "please report it" in caplog.text
     assert "a fault in the library" in caplog.text
+
+
+def test_no_memory_for_a_request_costs_one_channel_and_no_thread(serve, monkeypatch, caplog):
+    serving = serve(threads=1)
+    handle = serving.handle()
+    handle.call(b"")
+
+    def fail(*_):
+        raise MemoryError("no room")
+
+    (served,) = serving.gate._served.values()
+    monkeypatch.setattr(type(served.channel), "read", fail, raising=True)
+    handle._idle[-1].socket.send(b"anything")
+    wait_until(lambda: serving.door.channels == 0)
+    monkeypatch.undo()
+    assert handle.call(b"next").data == b"next"
+    assert "channel closed: no memory for a request (no room)" in caplog.text
+    assert "please report it" not in caplog.text
+
+
+def test_a_channel_that_cannot_be_waited_at_is_ended(serve, monkeypatch):
+    serving = serve(threads=2, lingers=True)
+    doze = Channel.doze
+
+    def fail(channel, seconds):
+        if seconds == _gate.LINGER:
+            raise OSError(errno.ENOMEM, "no memory")
+        doze(channel, seconds)
+
+    monkeypatch.setattr(Channel, "doze", fail)
+    handle = serving.handle(lazy=True)
+    with pytest.raises((BusyError, BrokenDoorError)) as caught:
+        handle.call(b"", timeout=PATIENCE)
+    assert not caught.value.may_have_run
+    wait_until(lambda: serving.door.channels == 0)
+    monkeypatch.undo()
+    assert handle.call(b"again").data == b"again"
+
+
+def test_a_channel_with_a_call_in_it_is_not_spared(gate):
+    door = Door(gate)
+    with Handle(door.open()) as handle, Handle(door.open()) as other:
+        for each in (handle, other):
+            call = Background(each.call, b"first")
+            gate.wait(PATIENCE).reply()
+            call.result()
+        channel = handle._idle[-1].socket
+        call = Background(handle.call, b"waits")
+        wait_until(lambda: rawpeer.unread_there(channel))
+        gate.spare(2)
+        assert door.channels == 1, "that of the other is idle"
+        invocation = gate.wait(PATIENCE)
+        assert invocation.data == b"waits"
+        invocation.reply(b"answered")
+        assert call.result().data == b"answered"
+    door.revoke()
+
+
+def test_a_door_shows_how_it_is(serve):
+    serving = serve(name="a door")
+    serving.handle().call(b"")
+    assert repr(serving.door).startswith("<Door 'a door' ")
+    assert repr(serving.door).endswith(" 1 channels>")
+    serving.door.revoke()
+    assert repr(serving.door).endswith(" revoked>")
 
 
 def test_something_has_come_if_the_set_would_report_it():

@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+import select
 import socket
 import sys
 import threading
@@ -17,6 +18,7 @@ from support import rawpeer, run_as_uid, wait_until
 from support.rawdoor import PATIENCE, Background, Canary
 
 from doorpool import _handle
+from doorpool._channel import Channel
 from doorpool._errors import BrokenDoorError, BusyError, CallTimeoutError, ClosedError, RevokedError
 from doorpool._keeper import keeper
 from doorpool.door import Handle, Reason
@@ -297,6 +299,102 @@ def test_knocks_that_are_dropped_are_made_again():
         server.knock_socket.close()
         assert isinstance(call.error(), BusyError)
         os.close(copy)
+
+
+@pytest.mark.ids("L14")
+@pytest.mark.parametrize(
+    ("words", "may_have_run"),
+    [
+        pytest.param(rawpeer.frame(rawpeer.REPLY, 1, b"late"), True, id="a reply"),
+        pytest.param(rawpeer.frame(rawpeer.REPLY, 1, b"late", descriptors=1), True, id="a reply with a file"),
+        pytest.param(rawpeer.frame(rawpeer.FAILURE, 1, rawpeer.refusal(rawpeer.BUSY)), False, id="a refusal"),
+        pytest.param(
+            rawpeer.frame(rawpeer.FAILURE, 1, rawpeer.refusal(rawpeer.BUSY, may_have_run=True)), True,
+            id="a failure",
+        ),
+        pytest.param(
+            rawpeer.frame(rawpeer.GOODBYE, 1, rawpeer.refusal(rawpeer.CLOSED)), False, id="a goodbye"
+        ),
+        pytest.param(b"what is no frame at all" * 5, True, id="nonsense"),
+        pytest.param(rawpeer.frame(rawpeer.REPLY, 1, b"late")[:20], True, id="half a reply"),
+        pytest.param(b"", True, id="nothing"),
+    ],
+)  # fmt: skip
+def test_what_comes_just_as_a_call_is_given_up_says_whether_it_ran(monkeypatch, words, may_have_run):
+    shutdown = Channel.shutdown
+    with rawpeer.RawServer() as server, Handle(server.descriptor, lazy=True) as handle:
+
+        def give_up(channel):
+            if words and not given_up:
+                with open(os.devnull) as file:
+                    server.send(words, [file.fileno()] * (words[2:4] == b"\x01\x00"))
+            given_up.append(channel)
+            shutdown(channel)
+
+        given_up = []
+        call = Background(handle.call, timeout=0.3)
+        server.accept()
+        server.receive()
+        monkeypatch.setattr(Channel, "shutdown", give_up)
+        error = call.error()
+        assert isinstance(error, CallTimeoutError)
+        assert error.may_have_run is may_have_run
+        monkeypatch.undo()
+        assert not handle._idle
+
+
+def test_a_request_that_nobody_reads_for_a_while_goes_whole(monkeypatch):
+    looked = threading.Event()
+    look_up = Handle._look_up_sending
+
+    def look(handle, channel, deadline):
+        look_up(handle, channel, deadline)
+        if not select.select([], [channel.socket], [], 0)[1]:
+            looked.set()
+
+    monkeypatch.setattr(Handle, "_look_up_sending", look)
+    monkeypatch.setattr(_handle, "LOOK_UP", 0.02)
+    with rawpeer.RawServer() as server, Handle(server.descriptor, lazy=True) as handle:
+        call = Background(handle.call, bytes(range(256)) * 40_000, timeout=PATIENCE)
+        server.accept()
+        for _ in range(3):
+            assert looked.wait(PATIENCE)
+            looked.clear()
+        request = server.receive()
+        assert request.body == bytes(range(256)) * 40_000
+        server.send(rawpeer.frame(rawpeer.REPLY, request.number, b"read"))
+        assert call.result().data == b"read"
+
+
+def test_who_waits_to_knock_hears_that_the_server_has_gone(monkeypatch):
+    """As many of this process have knocked already as may at a time, and none is answered."""
+    monkeypatch.setattr(_handle, "LOOK_UP", 0.02)
+    knock, knocked = Handle._knock, set()
+
+    def note(it, *args):
+        knocked.add(threading.get_ident())
+        return knock(it, *args)
+
+    monkeypatch.setattr(Handle, "_knock", note)
+    with rawpeer.RawServer() as server, Handle(server.descriptor, lazy=True) as handle:
+        knocking = [Background(handle.call) for _ in range(_handle.MAX_KNOCKS)]
+        wait_until(handle._knocks.empty)
+        checked = threading.Event()
+        check_there = Handle._check_there
+
+        def check(it, door):
+            check_there(it, door)
+            if threading.get_ident() not in knocked:
+                checked.set()
+
+        monkeypatch.setattr(Handle, "_check_there", check)
+        waiting = Background(handle.call)
+        assert checked.wait(PATIENCE)
+        server.close()
+        for each in (waiting, *knocking):
+            error = each.error()
+            assert isinstance(error, BrokenDoorError)
+            assert not error.may_have_run
 
 
 # -- fork

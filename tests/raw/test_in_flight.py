@@ -8,6 +8,7 @@ tells when the kernel has closed the last one.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import select
 import socket
@@ -17,8 +18,10 @@ from support import wait_until
 from support.rawdoor import PATIENCE, Background
 
 from doorpool import _sockets
-from doorpool._errors import BrokenDoorError, RevokedError
-from doorpool.door import Handle
+from doorpool._channel import Channel
+from doorpool._errors import BrokenDoorError, BusyError, RevokedError
+from doorpool._wire import Kind
+from doorpool.door import Door, Handle
 
 PROMPTLY = 1.0  # seconds (threats.md 3.1, P3)
 
@@ -224,3 +227,33 @@ SLACK = 50  # sockets of others on this machine, which come and go
 def unix_sockets() -> int:
     with open("/proc/net/unix") as file:
         return sum(1 for _ in file)
+
+
+@pytest.mark.parametrize("what", ["too many in flight", "no number for it"])
+def test_a_descriptor_of_a_door_that_cannot_be_sent_is_told_and_costs_no_channel(serve, monkeypatch, what):
+    serving = serve()
+    handle = serving.handle()
+
+    post = Channel.post
+
+    def post_but(channel, kind, *args, **options):
+        if kind == Kind.PONG:
+            raise OSError(errno.ETOOMANYREFS, "too many references")
+        post(channel, kind, *args, **options)
+
+    def fail(*_):
+        raise OSError(errno.EMFILE, "no descriptor")
+
+    before = len(os.listdir("/proc/self/fd"))
+    with monkeypatch.context() as patch:
+        if what == "too many in flight":
+            patch.setattr(Channel, "post", post_but)
+        else:
+            patch.setattr(Door, "open_for", fail)
+        with pytest.raises(BusyError, match="the server has made no descriptor of its door"):
+            handle.ask_descriptor(None, None)
+    assert len(os.listdir("/proc/self/fd")) <= before + 2, "a channel, opened for it"
+    channel = handle._idle[-1]
+    with Handle(handle.ask_descriptor(None, None)) as other:
+        assert other.call(b"by the other").data == b"by the other"
+    assert handle._idle[-1] is channel

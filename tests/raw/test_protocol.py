@@ -292,6 +292,33 @@ def test_descriptors_in_the_body_of_a_refused_frame(canary, client, file):
     bird.still_sings()
 
 
+@pytest.mark.ids("E07")
+def test_bytes_behind_the_body_of_a_refused_frame_end_the_channel(canary, client):
+    serving, bird = canary
+    serving.door.max_request = 1000
+    client.send(rawpeer.frame(rawpeer.REQUEST, 1, length=2000))
+    assert client.receive().reason == rawpeer.TOO_LARGE
+    client.send(bytes(2001))
+    ends_with_words(client, "behind the end")
+    bird.still_sings()
+
+
+@pytest.mark.ids("F05")
+def test_bells_behind_the_body_of_a_refused_frame_are_no_frame(canary, client):
+    """Of a client that gave a call up whose answer it would have been rung for."""
+    serving, bird = canary
+    serving.door.max_request = 1000
+    client.send(rawpeer.frame(rawpeer.REQUEST, 1, length=2000))
+    assert client.receive().reason == rawpeer.TOO_LARGE
+    client.send(bytes(2000))
+    client.wait_until_read()
+    client.send(b"B")
+    client.send(rawpeer.frame(rawpeer.REQUEST, 2, b"next"))
+    reply = client.receive()
+    assert (reply.kind, reply.number, reply.body) == (rawpeer.REPLY, 2, b"next")
+    bird.still_sings()
+
+
 @pytest.mark.ids("C01")
 @pytest.mark.parametrize(("claimed", "brought"), [(0, 1), (1, 0), (1, 2), (2, 1), (65_535, 0), (0, 253)])
 @pytest.mark.parametrize("kind", [rawpeer.REQUEST, rawpeer.PING])

@@ -74,6 +74,15 @@ def test_knock_is_written_as_agreed():
     assert _wire.decode_knock(KNOCK) == Knock((3, 11))
 
 
+def test_a_wish_for_a_descriptor_says_whose_it_will_be():
+    for uid in (0, 4201, None):
+        assert _wire.is_hand_out(_wire.encode_hand_out(uid))
+        assert _wire.decode_hand_out(_wire.encode_hand_out(uid), 6602) == uid
+    for odd in (b"", b"\0", bytes(3), bytes(5)):
+        assert _wire.decode_hand_out(_wire.HAND_OUT + odd, 6602) == 6602, "the asker's own"
+    assert not _wire.is_hand_out(b"")
+
+
 def test_answers_are_written_as_agreed():
     said = Answer(refusal=Refusal(Reason.TOO_LARGE, "too much", limit=10, value=11))
     assert Answer().encode() == ANSWER

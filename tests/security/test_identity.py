@@ -233,6 +233,17 @@ def test_a_client_of_another_user_knows_its_server(actor, come_by, way, path):
 
 
 @pytest.mark.ids("B20", "K8")
+def test_a_file_of_one_user_at_which_another_answers_is_not_believed(actor, path):
+    """Root has given the name away, or has been given one: whose door it is, nobody can say."""
+    server, client = actor(V), actor(0)
+    server(serve, "raw", path, codec="RAW")
+    assert client(open_client, "raw", path, server={V})[:3] == (server.pid, V, V)
+    os.chown(path, FRIEND, -1)
+    with pytest.raises(AccessError, match=f"its file belongs to uid {FRIEND}, and uid {V} answers"):
+        client(open_client, "raw", path, server={V})
+
+
+@pytest.mark.ids("B20", "K8")
 def test_a_listener_of_roots_served_by_a_user_is_the_users(actor, layer, path):
     """Root makes the name and the listener, then gives root up; what counts is who answers."""
     server, client, other = actor(0), actor(V), actor(FRIEND)

@@ -525,6 +525,40 @@ def test_one_uid_brings_descriptors_until_it_is_refused_and_others_are_served(se
     assert one(pass_some, f"{path}.keep", 200) == 200
 
 
+def begin_ping(path: str, count: int) -> None:
+    """Send a ping that brings descriptors, all but its last byte."""
+    pipe, _ = fds = os.pipe()
+    whole = byhand.frame_bytes("P", 1, b"what no ping has", descriptors=count)
+    with byhand.reach(path) as door:
+        byhand.receive(door).close()
+        channel, answer = byhand.dial(door)
+        assert channel is not None, answer
+        byhand.send(channel, whole[:-1], [pipe] * count)
+    here.kept, here.rest = [channel], whole[-1:]
+    for fd in fds:
+        os.close(fd)
+
+
+def end_ping() -> bytes:
+    """Send the rest; return the kind of what is answered."""
+    byhand.send(here.kept[0], here.rest)
+    return byhand.receive(here.kept[0]).data[:1]
+
+
+@pytest.mark.ids("F07")
+def test_what_was_brought_and_is_not_run_counts_no_longer_than_it_is_here(serving, actor, path):
+    """It was counted from its first packet on, and was closed when the whole of it was looked at."""
+    server, one = serving(), actor(A)
+    before = server(table)
+    one(begin_ping, path, 100)
+    wait_until(lambda: server(usage, A).get("descriptors", 0) >= 100, timeout=PATIENCE)
+    assert one(end_ping) == b"A"
+    wait_until(lambda: server(usage, A)["descriptors"] <= 2, "only those of his channel", timeout=PATIENCE)
+    wait_until(lambda: server(table) < before + 50, timeout=PATIENCE)
+    one(disconnect)
+    wait_until(lambda: server(usage, A) == {}, timeout=PATIENCE)
+
+
 @pytest.mark.ids("F07")
 def test_many_uids_bring_no_more_descriptors_than_all_strangers_may_and_our_own_passes(serving, actor, path):
     server, strangers, own = serving(), [actor(A + number) for number in range(4)], actor(0)

@@ -17,6 +17,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import attrs
@@ -539,6 +540,117 @@ def test_a_peer_whose_process_is_not_told_is_in_no_namespace_of_ours():
     peer = _credentials.Credentials(os.getpid(), os.geteuid(), os.getegid(), ())
     assert "namespace" in (_credentials.pickle_bar(peer, -1, trust="namespace") or "")
     assert _credentials.pickle_bar(peer, -1, trust="uid") is None
+
+
+# -- what this kernel does not say, or no process of the tests can be
+
+
+@pytest.fixture
+def ourselves() -> Iterator[tuple[_credentials.Credentials, int]]:
+    """Who we are, and a pidfd of us."""
+    pidfd = os.pidfd_open(os.getpid())
+    yield _credentials.Credentials(os.getpid(), os.geteuid(), os.getegid(), ()), pidfd
+    os.close(pidfd)
+
+
+@pytest.mark.ids("B24")
+@pytest.mark.parametrize("number", [errno.ENOTTY, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS])
+def test_a_kernel_that_cannot_tell_namespaces_bars_nobody(ourselves, monkeypatch, number):
+    """Before Linux 6.11."""
+    monkeypatch.setattr(_credentials.fcntl, "ioctl", failing(number))
+    assert _credentials.pickle_bar(*ourselves, trust="namespace") is None
+
+
+@pytest.mark.ids("B07", "B24")
+@pytest.mark.parametrize("call", ["ioctl", "fstat"])
+def test_a_namespace_that_cannot_be_looked_at_is_not_ours(ourselves, monkeypatch, call):
+    if _credentials.pickle_bar(*ourselves, trust="namespace") is not None or not namespaces_are_told():
+        pytest.skip("this kernel does not tell user namespaces")
+    before = len(os.listdir("/proc/self/fd"))
+    for number, bar in ((errno.EACCES, "does not tell us"), (errno.EMFILE, None), (errno.ENOMEM, None)):
+        with monkeypatch.context() as patch:
+            patch.setattr(_credentials.fcntl if call == "ioctl" else os, call, failing(number))
+            if bar is None:  # a shortage says nothing about a peer
+                with pytest.raises(OSError) as caught:
+                    _credentials._namespace_bar(ourselves[1])
+                assert caught.value.errno == number
+            else:
+                assert bar in (_credentials._namespace_bar(ourselves[1]) or "")
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.mark.ids("B24")
+def test_a_peer_of_another_namespace_is_told_so(ourselves, monkeypatch):
+    if not namespaces_are_told():
+        pytest.skip("this kernel does not tell user namespaces")
+    monkeypatch.setattr(_credentials, "_own_user_namespace", lambda: (0, 0))
+    bar = _credentials.pickle_bar(*ourselves, trust="namespace")
+    assert "the other side is in another (a sandbox or a container)" in (bar or "")
+    assert _credentials.pickle_bar(*ourselves, trust="uid") is None
+
+
+@pytest.mark.ids("B21")
+def test_a_program_whose_file_gives_privileges_is_told_so(monkeypatch):
+    monkeypatch.setattr(_credentials, "_got_privileges", lambda: True)
+    assert "privileges from its program file" in (_credentials.pickle_bar_here() or "")
+
+
+@pytest.mark.ids("B21")
+@pytest.mark.parametrize(("number", "barred"), [(errno.EPERM, True), (errno.ESRCH, False)])
+def test_capabilities_that_cannot_be_looked_at_are_held(monkeypatch, number, barred):
+    """But of a thread that has ended meanwhile: that has none."""
+
+    def capget(*_: Any) -> int:
+        ctypes.set_errno(number)
+        return -1
+
+    monkeypatch.setattr(_credentials, "_libc", SimpleNamespace(capget=capget))
+    monkeypatch.setattr(os, "getresuid", lambda: (M, M, M))
+    monkeypatch.setattr(os, "getresgid", lambda: (M, M, M))
+    bar = _credentials.pickle_bar_here()
+    assert bar == (f"this process of uid {M} holds capabilities" if barred else None)
+
+
+def test_ids_that_stand_for_nobody(monkeypatch):
+    with pytest.raises(ValueError, match="credentials of 11 bytes, not 12"):
+        _credentials.unpack_ids(bytes(11))
+    nobody = _credentials.credentials_of((os.getpid(), 2**32 - 1, 2**32 - 1), (), -1)
+    assert (nobody.uid, nobody.gid) == (None, None)
+    assert _credentials.is_strange(nobody.uid)
+
+
+@pytest.mark.ids("B07")
+def test_where_the_kernel_does_not_tell_its_overflow_ids_they_are_those_of_all_others(monkeypatch):
+    def fail(path: str) -> Any:
+        raise FileNotFoundError(path)
+
+    monkeypatch.setattr(_credentials, "open", fail, raising=False)
+    monkeypatch.setattr(_credentials, "_own_user_namespace", failing(errno.ENOENT))
+    _credentials.overflow_ids.cache_clear()
+    try:
+        assert _credentials.overflow_ids("uid") == {65_534}
+        peer = _credentials.credentials_of((os.getpid(), 65_534, 65_534), (), -1)
+        assert (peer.uid, peer.gid) == (None, None), "nor is it known in which namespace we are"
+    finally:
+        _credentials.overflow_ids.cache_clear()
+
+
+def failing(number: int) -> Callable[..., Any]:
+    def fail(*_: Any) -> Any:
+        raise OSError(number, os.strerror(number))
+
+    return fail
+
+
+def namespaces_are_told() -> bool:
+    pidfd = os.pidfd_open(os.getpid())
+    try:
+        os.close(_credentials.fcntl.ioctl(pidfd, _credentials._PIDFD_GET_USER_NAMESPACE))
+    except OSError:
+        return False
+    finally:
+        os.close(pidfd)
+    return True
 
 
 def knock_and_end(path: str, frames: list[bytes]) -> bytes:

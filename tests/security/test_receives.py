@@ -322,6 +322,21 @@ def test_an_end_of_file_names_nobody(end):
         assert (letter.data, letter.ids, letter.pidfd, letter.descriptors) == (b"", None, -1, [])
 
 
+def test_what_nobody_has_taken_out_of_a_message_is_closed_with_it():
+    read, write = os.pipe()
+    ours, theirs = byhand.pair()
+    with ours, theirs:
+        byhand.send(theirs, b"message", [write])
+        os.close(write)
+        letter = _sockets.receive_letter(ours, 100)
+        assert len(letter.descriptors) == 1
+        os.write(letter.descriptors[0], b"open")
+        assert os.read(read, 100) == b"open"
+        del letter
+        assert os.read(read, 100) == b"", "nobody can write any more"
+    os.close(read)
+
+
 # -- empty reads (B23), at a client ----------------------------------------------------------------
 
 

@@ -253,6 +253,8 @@ def test_a_misfit_names_the_annotation():
         (dict[str, int], {"a": 1, "b": "x"}, "value['b']: Expected `int`, got `str`"),
         (dict[str, list[Point]], {"a": [{"x": 1}, {"x": None}]}, "value['a'][1].x: Expected `int`"),
         (dict[str, dict[int, bool]], {"a": {}, "b": {5: 1}}, "value['b'][5]: Expected `bool`"),
+        (dict[str, int], {"a": "x", "b": 1}, "value['a']: Expected `int`, got `str`"),
+        (dict[str, int], dict.fromkeys("abcdefg", 1) | {"c": "x"}, "value['c']: Expected `int`, got `str`"),
         (dict[str, int], {5: 1}, "value, a key: Expected `str`, got `int`"),
         (list[set[int]], [[1], ["x"]], "value[1][0]: Expected `int`"),
         (Order, {"items": [{"name": "a", "price": "b"}]}, "value.items[0].price: Expected `float`"),
@@ -320,6 +322,27 @@ def test_a_method_is_looked_at_once_and_others_of_its_name_are_others():
     assert data.plan_of(Callable_.method) is not data.plan_of(Callable_(1).method)
 
 
+@dataclasses.dataclass
+class Unhashable:
+    log: list[int]
+
+    def __call__(self, x: int) -> None:
+        self.log.append(x)
+
+
+def test_an_object_without_a_hash_may_be_called():
+    assert crossed(Unhashable([]), 1) == ((1,), {})
+    assert misfit(Unhashable([]), "1").startswith("the argument x: Expected `int`, got `str`")
+
+
+def test_plans_are_kept_and_not_too_many(monkeypatch):
+    monkeypatch.setattr(data, "_plans", {})
+    monkeypatch.setattr(data, "_MOST_PLANS", 3)
+    for function in map(taking, [int, str, float, bytes, bool]):
+        assert data.plan_of(function) is data.plan_of(function)
+        assert len(data._plans) <= 3
+
+
 @pytest.mark.parametrize("function", [print, dict.update, max], ids=lambda it: it.__qualname__)
 def test_of_what_has_no_annotations_nothing_is_known(function):
     assert crossed(function, 1, "b") == ((1, "b"), {})
@@ -342,6 +365,12 @@ def test_an_annotation_that_cannot_be_checked_makes_no_door(hint, said):
 # -- what is no data
 
 
+@attrs.define
+class Half:
+    missing: int = attrs.field(init=False)
+    there: Any
+
+
 @pytest.mark.parametrize(
     ("value", "said"),
     [
@@ -349,6 +378,8 @@ def test_an_annotation_that_cannot_be_checked_makes_no_door(hint, said):
         ([1, {"a": (2, lambda: 0)}], "args[0][1]['a'][1] cannot cross"),
         ({Point: 1}, "args[0][key <class"),
         (Order([Item("a", 1)], at=object()), "args[0].at cannot cross"),
+        (Item(object(), 1.5), "args[0].name cannot cross"),
+        (Half(object()), "args[0].there cannot cross"),
         (Point({1: [2**64]}), "args[0].x[1][0] cannot cross a data door: an int of data has at most 64 bits"),
         ("\ud800", "surrogates not allowed"),
         (1 + 2j, "complex"),
@@ -509,6 +540,17 @@ class Odd(Exception):
         raise SystemExit
 
 
+class OddNumber(OSError):
+    @property
+    def errno(self) -> int:  # type: ignore[override]
+        raise SystemError("no number")
+
+
+def test_of_an_error_that_does_not_tell_its_text_the_name_arrives():
+    error = arrived(OddNumber(2, "No such file", "/srv/secret"), paths=False)
+    assert (type(error), str(error)) == (RemoteError, f"{__name__}.OddNumber")
+
+
 @pytest.mark.parametrize("error", [Odd(), OSError(5, None), KeyError(5), ValueError("\ud800"), Own()])
 def test_packing_an_error_never_fails(error):
     assert isinstance(arrived(error, frames=True), Exception)
@@ -580,6 +622,53 @@ def test_a_closed_descriptor_is_not_sent():
     descriptor.close()
     with pytest.raises(MarshalError, match=r"args\[0\]\[0\] cannot cross.*closed"):
         data.pack_arguments(([descriptor],), {})
+
+
+def test_so_many_objects_of_descriptors_and_no_more(monkeypatch):
+    monkeypatch.setattr(data, "_MOST_EXTENSIONS", 2)
+    with Descriptor(os.dup(0)) as one:
+        (got,), _ = crossed(taking(list[Descriptor]), [one] * 3)
+        for each in got:
+            each.close()
+        with pytest.raises(MarshalError, match="more than 2 objects of descriptors"):
+            data.pack_arguments(([one] * 4,), {})
+
+
+def test_what_is_not_made_of_one_descriptor_is_not_sent(monkeypatch):
+    class Twin:
+        pass
+
+    def reduce(value: Any, luggage: data.Luggage) -> None:
+        luggage.add(0)
+        luggage.add(0)
+
+    monkeypatch.setitem(data._kinds, Twin, data._Kind(100, reduce, lambda descriptor, passer: None))
+    with pytest.raises(MarshalError, match=r"args\[0\] cannot.*Twin are not made of one descriptor"):
+        data.pack_arguments((Twin(),), {})
+
+
+@pytest.mark.parametrize("code", [-1, 1, 128])
+def test_an_extension_is_registered_once_and_fits_into_seven_bits(code):
+    class Late:
+        pass
+
+    with pytest.raises(ValueError, match=f"extension {code} is taken, or none"):
+        data.register(Late, code, lambda value, luggage: None, lambda descriptor, passer: None)
+    with pytest.raises(MarshalError, match="not plain data"):
+        data.pack_arguments((Late(),), {})
+
+
+def test_a_descriptor_that_its_extension_has_closed_is_not_given_back(monkeypatch):
+    def rebuild(descriptor: Descriptor, passer: int | None) -> Any:
+        descriptor.close()
+        raise ValueError("of no use")
+
+    monkeypatch.setitem(data._codes, 100, data._Kind(100, lambda value, luggage: None, rebuild))
+    message = msgspec.msgpack.encode([[msgspec.msgpack.Ext(100, bytes(4))], {}])
+    arrivals = data.Arrivals([os.dup(0)])
+    with pytest.raises(MarshalError, match="of no use"):
+        data.reading(arrivals, lambda: data.convert(taking(Any), *data.unpack_arguments(message)))
+    assert arrivals.take_back() == []
 
 
 def test_a_descriptor_that_is_named_twice_is_refused_and_given_back():

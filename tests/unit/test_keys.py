@@ -5,6 +5,7 @@ Keys of messages: they are found, as msgspec reads them, and their steps are cou
 from __future__ import annotations
 
 import itertools
+from typing import Any, Literal
 
 import msgspec
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from doorpool import _impl, _shuttle_py
+from doorpool._keys import Reader
 
 pytestmark = pytest.mark.ids("H03")
 
@@ -153,3 +155,69 @@ def test_each_key_has_its_size(twin):
     assert written == [(number, 2 if number < 256 else 3) for number in range(200, 300)]
     with pytest.raises(ValueError, match="1 keys, and 2 sizes"):
         twin.steps_of((1,), (1, 2), True, 10)
+
+
+def test_no_memory_for_a_comparison_is_no_end_of_the_counting(twin):
+    class Short:
+        def __hash__(self):
+            return 1
+
+        def __eq__(self, other):
+            raise MemoryError
+
+    with pytest.raises(MemoryError):
+        steps(twin, (Short(), Short()), True)
+
+
+#: Keys that collide, each 14 numbers that may be -1 or -2, whose hashes are one.
+ALIKE = [list(key) for key in itertools.islice(itertools.product((-1, -2), repeat=14), 2000)]
+UNLIKE = [[place, *key[1:]] for place, key in enumerate(ALIKE)]
+
+
+@pytest.mark.parametrize(
+    "hint",
+    [
+        dict[tuple[int, ...], int],
+        dict[tuple[(int,) * 14], int],
+        dict[tuple[int | Literal["a", "b"], ...], int],
+        dict[tuple[Any, ...], int],
+        set[tuple[int, ...]],
+        list[set[tuple[(Literal[-1, -2] | None,) * 14]]],
+    ],
+    ids=str,
+)
+def test_whatever_kind_of_tuples_keys_are_made_of_those_that_collide_are_refused(hint):
+    def message(keys):
+        if hint.__origin__ is dict:
+            return b"\xde" + len(keys).to_bytes(2, "big") + b"".join(map(encode, keys))
+        return msgspec.msgpack.encode([keys] if hint.__origin__ is list else keys)
+
+    def encode(key):
+        return msgspec.msgpack.encode(key) + b"\x01"
+
+    reader = Reader(hint)
+    with pytest.raises(ValueError, match=r"2000 .* collide"):
+        reader.decode(message(ALIKE))
+    if hint.__origin__ is not list:
+        made = reader.decode(message(UNLIKE))
+        assert len(made) == 2000
+
+
+def test_sets_that_are_keys_are_read_as_such():
+    reader = Reader(dict[frozenset[int], int])
+    keys = [[place, place + 1] for place in range(1000)]
+    data = b"\xde\x03\xe8" + b"".join(msgspec.msgpack.encode(key) + b"\x01" for key in keys)
+    assert set(reader.decode(data)) == {frozenset(key) for key in keys}
+
+
+def test_no_memory_for_keys_is_told():
+    """It is no key that is none, at which the looking would end as if all were well."""
+
+    class Short:
+        def decode(self, chunk):
+            raise MemoryError
+
+    reader = Reader(dict[int, int])
+    reader._maps[:] = [Short()]
+    with pytest.raises(MemoryError):
+        reader.check(msgspec.msgpack.encode(dict.fromkeys(range(1000), 1)))

@@ -7,6 +7,7 @@ from __future__ import annotations
 import logging
 import subprocess
 import sys
+import threading
 
 import pytest
 from support import wait_until
@@ -80,3 +81,27 @@ def test_no_more_lines_wait_than_may(caplog):
         assert len(it._lines) == most
     wait_until(lambda: not it._lines, timeout=PATIENCE)
     assert caplog.messages == [f"line {number}" for number in range(most)]
+
+
+@pytest.mark.ids("F03")
+@pytest.mark.parametrize("error", [RuntimeError("can't start new thread"), MemoryError()], ids=repr)
+def test_what_no_thread_can_be_had_to_write_is_written_at_the_next_occasion(monkeypatch, caplog, error):
+    it, failed = keeper(), threading.Event()
+    start = threading.Thread.start
+
+    def start_if_there_is_one(thread: threading.Thread) -> None:
+        if thread.name == "doorpool-keeper-log":
+            failed.set()
+            raise error
+        start(thread)
+
+    wait_until(lambda: not it._lines and not it._writing)
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", start_if_there_is_one)
+        it.say(logging.WARNING, "the first line")
+        assert failed.wait(PATIENCE)
+        wait_until(lambda: not it._writing)
+    assert caplog.messages == []
+    it.say(logging.WARNING, "the second line")
+    wait_until(lambda: len(caplog.messages) == 2, timeout=PATIENCE)
+    assert caplog.messages == ["the first line", "the second line"]

@@ -153,6 +153,14 @@ def test_value_arrives_as_the_same_type(value: Any) -> None:
     assert came == value
 
 
+def test_long_bytes_by_keyword_arrive_beside_the_pickle() -> None:
+    data, buffers, _ = _marshal.pack_arguments((), {"a": bytes(1_000_000), "b": 1}, HERE)
+    assert len(data) < 1_000
+    assert sum(each.nbytes for each in buffers) == 1_000_000
+    args, kwargs = _marshal.unpack_arguments(data, [bytearray(each) for each in buffers])
+    assert (args, kwargs) == ((), {"a": bytes(1_000_000), "b": 1})
+
+
 def test_keywords_arrive() -> None:
     parcel = _marshal.pack_arguments((1,), {"x": 2, "y": Data("a")}, HERE)
     assert _marshal.unpack_arguments(*carried(parcel)) == ((1,), {"x": 2, "y": Data("a")})
@@ -403,6 +411,19 @@ class Hidden:
         return super().__getattribute__(name)
 
 
+class Guarded:
+    """What can be pickled up to its lock, and not be looked at by who writes the path to that."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+
+    @property
+    def __class__(self) -> Any:  # type: ignore[override]
+        if sys._getframe(1).f_code is _marshal._item.__code__:
+            raise ZeroDivisionError
+        return Guarded
+
+
 class StateOfItsOwn:
     def __init__(self) -> None:
         self.lock = threading.Lock()
@@ -467,6 +488,17 @@ def test_what_cannot_cross_is_named_with_its_path(kind: str) -> None:
         assert text.startswith(path)
     else:
         assert text == f"{path} cannot cross the door: cannot pickle '_thread.lock' object"
+
+
+def test_what_does_not_let_itself_be_looked_at_is_told_without_a_path() -> None:
+    with pytest.raises(
+        MarshalError, match=r"^args cannot cross the door: cannot pickle '_thread.lock' object"
+    ):
+        _marshal.pack_arguments((Guarded(),), {}, HERE)
+    with pytest.raises(
+        MarshalError, match=r"^result cannot cross the door: cannot pickle '_thread.lock' obj"
+    ):
+        _marshal.pack_result(Guarded(), HERE)
 
 
 def test_paths_of_positions_and_keywords() -> None:
@@ -660,6 +692,17 @@ def test_error_of_a_setstate_is_a_marshal_error(kind: type[Exception]) -> None:
     assert info.value.may_have_run
 
 
+def test_what_cannot_be_imported_by_another_dialect_of_pickle_is_told_in_its_words() -> None:
+    """One whose memo is written to by number, as ours never is: which name it was, pickle alone can say."""
+    data = b"\x80\x02X\x01\x00\x00\x00aq\x00h\x00cno_such_module\nthing\n\x86."
+    with pytest.raises(
+        MarshalError, match=r"ModuleNotFoundError: No module named 'no_such_module'; "
+    ) as info:
+        _marshal.unpack_outcome(data)
+    assert _marshal._REMEDIES in str(info.value)
+    assert "cannot import" not in str(info.value).replace(_marshal._REMEDIES, "")
+
+
 @pytest.mark.parametrize("gone", ["module", "attribute"])
 def test_what_cannot_be_imported_is_named_with_the_remedies(gone: str) -> None:
     module = types.ModuleType("goes_away")
@@ -720,6 +763,21 @@ def test_missing_buffers_are_a_protocol_error() -> None:
     parcel = _marshal.pack_result([numpy.zeros(10_000)], HERE)
     with pytest.raises(ProtocolError):
         _marshal.unpack_outcome(parcel[0], [])
+
+
+@pytest.mark.parametrize("data", [b"E\x80\x05N.", b"R\x80\x05N.", b"", b"Z"])
+def test_descriptors_beside_what_is_no_result_are_closed(data: bytes) -> None:
+    read, write = os.pipe()
+    came = [read]
+    try:
+        with pytest.raises(ProtocolError) as info:
+            _marshal.unpack_outcome(data, (), came)
+        assert info.value.may_have_run
+        assert came == []
+        with pytest.raises(BrokenPipeError):
+            os.write(write, b"nobody reads")
+    finally:
+        os.close(write)
 
 
 @settings(max_examples=200)

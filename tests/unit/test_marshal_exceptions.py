@@ -139,6 +139,20 @@ class StateError(Exception):
         self.__dict__.update(state, lock=threading.Lock())
 
 
+class SlotStateError(Exception):
+    """A state of its own without a way to set it, as plain classes may have: pickle knows both shapes."""
+
+    __slots__ = ("place",)
+
+    def __init__(self, place: int, *, pair: bool) -> None:
+        super().__init__(place)
+        self.place, self.pair = place, pair
+
+    def __getstate__(self) -> Any:
+        attributes = {"pair": self.pair}
+        return (attributes, {"place": self.place}) if self.pair else attributes
+
+
 class NewGroup(ExceptionGroup[Exception]):
     def __new__(cls, errors: list[Exception], code: int) -> NewGroup:
         made = super().__new__(cls, "made", errors)
@@ -207,6 +221,13 @@ def _attributed() -> ValueError:
     return error
 
 
+def _with_other_arguments() -> UnicodeDecodeError:
+    error = _caught(lambda: b"\xff".decode())
+    assert isinstance(error, UnicodeDecodeError)
+    error.args = ("not what it takes",)
+    return error
+
+
 def _renamed() -> OSError:
     error = OSError(5, "I/O")
     error.filename = "later"
@@ -251,6 +272,9 @@ KINDS: dict[str, tuple[Callable[[], BaseException], tuple[str, ...]]] = {
     "namedtuple": (lambda: ValueError(Pair(1, 2)), ()),
     "own reduce": (lambda: OwnReduce(1, 2), ("left", "right")),
     "own state": (lambda: StateError("p"), ("path",)),
+    "own state of slots": (lambda: SlotStateError(4, pair=True), ("place", "pair")),
+    "own state of attributes": (lambda: SlotStateError(4, pair=False), ("pair",)),
+    "other arguments": (_with_other_arguments, ("encoding", "object", "start", "end", "reason")),
     "CalledProcessError": (
         lambda: subprocess.CalledProcessError(3, ["x"], b"out", b"err"),
         ("returncode", "cmd", "stdout", "stderr"),
@@ -327,6 +351,23 @@ def test_group_with_a_constructor_of_its_own_arrives() -> None:
     came = arrive(NewGroup([ValueError("a")], 7))
     assert type(came) is NewGroup
     assert (came.message, came.code, came.exceptions[0].args) == ("made", 7, ("a",))
+
+
+def test_group_as_a_value_arrives_with_its_members() -> None:
+    """Not as what is raised: a group whose ``__new__`` takes something else is made of its members."""
+    (came,) = _marshal.unpack_outcome(_marshal.pack_result([NewGroup([ValueError("v")], 7)], HERE)[0])
+    assert type(came) is NewGroup
+    assert (came.message, came.code) == ("made", 7)
+    assert [(type(each), each.args) for each in came.exceptions] == [(ValueError, ("v",))]
+
+
+def test_group_of_too_many_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_exceptions, "MAX_NODES", 4)
+    assert len(arrive(ExceptionGroup("g", [ValueError(n) for n in range(3)])).exceptions) == 3
+    came = arrive(ExceptionGroup("g", [ValueError(n) for n in range(4)]))
+    assert type(came) is RemoteError
+    assert came.type_name == "ExceptionGroup"
+    assert "more than 4 exceptions" in came.__notes__[-1]
 
 
 def test_one_exception_twice_in_a_group_is_one() -> None:
@@ -591,6 +632,29 @@ def test_exception_that_resists_is_a_remote_error(kind: type[Resists]) -> None:
         assert str(came) == f"{came.type_name}: the text"
 
 
+class OddMeta(type):
+    @property
+    def __module__(cls) -> str:  # type: ignore[override]
+        raise ZeroDivisionError("no module")
+
+
+@pytest.mark.ids("E10")
+def test_exception_whose_class_does_not_tell_its_name_is_told_all_the_same() -> None:
+    came = arrive(OddMeta("Nameless", (Exception,), {})("the text"))
+    assert type(came) is RemoteError
+    assert str(came) == "an exception: the text"
+
+
+@pytest.mark.parametrize("kind", [OwnReduce, lambda left, right: Unpicklable(f"{left}/{right}")])
+def test_notes_arrive_also_where_the_exception_does_not_carry_them(kind: Callable[..., Exception]) -> None:
+    error = kind(1, 2)
+    error.add_note("first")
+    error.add_note("second")
+    came = arrive(error)
+    assert came.__notes__[:2] == ["first", "second"]
+    assert "1/2" in str(came)
+
+
 @pytest.mark.ids("E10")
 def test_text_that_cannot_be_had_is_replaced() -> None:
     class StrRaises(Unpicklable):
@@ -658,6 +722,12 @@ def test_arrays_in_an_exception_travel_inside() -> None:
     came = opened(parcel)
     came.args[0][0] = 1  # writable
     assert came.args[0].shape == (100_000,)
+
+
+def test_field_that_this_python_does_not_know_becomes_an_attribute() -> None:
+    error = _exceptions.revive(ValueError, ("v",))
+    _exceptions.set_state(error, (None, {}, {"of_python_4": 5}))
+    assert error.of_python_4 == 5  # type: ignore[attr-defined]
 
 
 def test_surrogates_in_a_text_survive() -> None:

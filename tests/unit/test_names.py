@@ -405,6 +405,77 @@ def test_what_came_to_the_name_after_the_look_is_put_back(door_dir, published, m
     assert os.listdir(door_dir) == ["a.door"]
 
 
+def fails(monkeypatch: pytest.MonkeyPatch, method: str, times: int, what: Any = False) -> list[int]:
+    """Have a method of rooms fail so many times, raising or returning this; return how often it did."""
+    works, failed = getattr(_names._Room, method), []
+
+    def call(room: Any, *args: Any) -> Any:
+        if len(failed) == times:
+            return works(room, *args)
+        failed.append(len(failed))
+        if isinstance(what, Exception):
+            raise what
+        return what
+
+    monkeypatch.setattr(_names._Room, method, call)
+    return failed
+
+
+@pytest.mark.ids("A18")
+@pytest.mark.parametrize("times", [1, 2, 3])
+def test_who_was_at_the_name_and_is_gone_is_no_obstacle(door_dir, published, monkeypatch, times):
+    """Found when linking, and gone at the look that follows: before the lock is had, or with it."""
+    failed = fails(monkeypatch, "link_out", times)
+    name = published(door_dir / "a.door")
+    assert len(failed) == times
+    assert reaches(name.path, name)
+    assert os.listdir(door_dir) == ["a.door"]
+
+
+@pytest.mark.ids("A18")
+def test_who_goes_between_the_look_and_the_swap_is_no_obstacle(door_dir, published, monkeypatch):
+    path = door_dir / "a.door"
+    leave_stale(path)
+    exchange = _names._rename_exchange
+
+    def gone(*args: Any) -> int:
+        monkeypatch.setattr(_names, "_rename_exchange", exchange)
+        path.unlink()
+        return exchange(*args)
+
+    monkeypatch.setattr(_names, "_rename_exchange", gone)
+    name = published(path)
+    assert reaches(name.path, name)
+    assert os.listdir(door_dir) == ["a.door"]
+
+
+@pytest.mark.ids("A18")
+def test_others_who_keep_changing_what_is_there_are_left_alone_in_the_end(door_dir, monkeypatch):
+    before = leave_stale(door_dir / "a.door")
+    fails(monkeypatch, "swap_out", 1_000)
+    error = refusal(door_dir / "a.door")
+    assert error.errno == errno.EEXIST
+    assert "others keep changing what is here; it was left alone, try again" in str(error)
+    assert error.filename == str(door_dir / "a.door")
+    assert os.listdir(door_dir) == ["a.door"]
+    assert identity(door_dir / "a.door") == before
+    os.unlink(door_dir / "a.door")
+
+
+@pytest.mark.ids("A18")
+@pytest.mark.parametrize("replace", [False, True])
+def test_a_socket_that_cannot_be_asked_whether_it_lives_is_left_alone(
+    door_dir, published, monkeypatch, replace
+):
+    name = published(door_dir / "a.door")
+    monkeypatch.setattr(_names, "_probe", lambda *_: errno.EACCES)
+    error = refusal(name.path, replace=replace)
+    assert error.errno == errno.EEXIST
+    assert "cannot be asked whether it lives (Permission denied); it was left alone" in str(error)
+    monkeypatch.undo()
+    assert reaches(name.path, name)
+
+
 @pytest.mark.ids("A18")
 def test_what_cannot_be_put_back_is_kept(door_dir, monkeypatch):
     path = door_dir / "a.door"
@@ -655,6 +726,33 @@ def test_removing_when_the_directory_is_gone(published):
         name = published(os.path.join(folder, "a.door"))
         os.unlink(name.path)
     assert not name.remove()
+
+
+@pytest.mark.ids("N7")
+def test_a_name_that_somebody_else_removes_meanwhile_was_not_removed_by_us(door_dir, monkeypatch):
+    unlink = os.unlink
+
+    def second(path: Any, **options: Any) -> None:
+        unlink(path, **options)
+        unlink(path, **options)
+
+    with publish(door_dir / "a.door") as name:
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "unlink", second)
+            assert name.remove() is False
+        assert os.listdir(door_dir) == []
+
+
+def test_a_name_that_cannot_be_looked_at_is_not_taken_for_ours(door_dir, published, monkeypatch):
+    name = published(door_dir / "a.door")
+
+    def fail(*_: Any) -> Any:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_names._Place, "look", fail)
+        assert not name.is_ours()
+    assert name.is_ours()
 
 
 def test_removing_follows_the_directory_that_was_opened(door_dir, published):
@@ -937,6 +1035,23 @@ def test_a_directory_that_cannot_be_locked_is_refused_at_once(make_dir, as_uid, 
 
 
 @pytest.mark.ids("A08")
+@pytest.mark.parametrize("unknown", ["getpwuid", "getgrgid"])
+def test_a_group_of_a_user_who_has_no_name_may_be_anybodys(make_dir, monkeypatch, unknown):
+    import grp
+    import pwd
+
+    def nobody(_: int) -> Any:
+        raise KeyError("not found")
+
+    folder = make_dir(0o775)
+    monkeypatch.setattr(pwd if unknown == "getpwuid" else grp, unknown, nobody)
+    error = refusal(folder / "a.door")
+    assert isinstance(error, PermissionError)
+    assert "not sticky" in str(error)
+    assert os.listdir(folder) == []
+
+
+@pytest.mark.ids("A08")
 def test_a_group_of_one_user_is_that_user(make_dir, as_uid, monkeypatch):
     """
     The umask of 002 that goes with such groups must not make every directory unsafe.
@@ -1065,6 +1180,31 @@ def test_a_room_lost_to_a_sweeper_is_made_again(door_dir, published, monkeypatch
     assert made
     assert reaches(name.path, name)
     assert os.listdir(door_dir) == ["a.door"]
+
+
+@pytest.mark.ids("A10")
+def test_rooms_that_are_lost_again_and_again_are_told(door_dir, monkeypatch):
+    fails(monkeypatch, "enter", 1_000)
+    error = refusal(door_dir / "a.door")
+    assert error.errno == errno.EBUSY
+    assert f"others keep removing directories in {str(door_dir)!r}" in str(error)
+    assert os.listdir(door_dir) == []
+
+
+@pytest.mark.ids("A08")
+def test_a_room_that_the_file_system_gives_to_somebody_else_is_none(door_dir, root_only, monkeypatch):
+    """As one does that squashes root (NFS)."""
+    mkdir = os.mkdir
+
+    def squash(path: str, mode: int, *, dir_fd: int) -> None:
+        mkdir(path, mode, dir_fd=dir_fd)
+        os.chown(path, NOBODY, NOBODY, dir_fd=dir_fd)
+
+    monkeypatch.setattr(os, "mkdir", squash)
+    error = refusal(door_dir / "a.door")
+    assert error.errno == errno.EPERM
+    assert f"a directory made in {str(door_dir)!r} belongs to uid {NOBODY}, not to us" in str(error)
+    assert os.listdir(door_dir) == []
 
 
 # -- nothing is left behind

@@ -330,6 +330,17 @@ def test_what_leaves_it_otherwise_is_told():
     passing.abandon("he is gone")
 
 
+def test_a_broken_door_of_its_own_is_told_like_any_other_error():
+    class Calling(Manager):
+        def __exit__(self, kind: Any, error: Any, trace: Any) -> bool:
+            raise BrokenDoorError("the backend is gone")
+
+    calling = facade(Calling())
+    calling("__enter__")
+    with pytest.raises(BrokenDoorError, match="the backend is gone"):
+        calling.abandon("he is gone")
+
+
 def test_without_exposure_nobody_enters():
     it = facade_of(Manager(), ["__enter__"])
     assert not it.is_context_manager
@@ -416,6 +427,8 @@ def test_types_and_values_are_what_they_are_and_all_else_is_text():
     assert parameters["c"].default == (1, {2: [3]})
     assert parameters["d"].annotation == "str"
     assert read.return_annotation is None
+    assert hash(parameters["a"]) == hash(read_signature("(a: int)").parameters["a"])
+    assert len({parameters["b"], read_signature("(b: np.ndarray = os.sep)").parameters["b"]}) == 1
 
 
 _ODD = object()
@@ -429,6 +442,8 @@ def test_what_cannot_be_read_is_not_written():
     odd.__annotations__.update(a=Local, b=Any, c=int)
     odd.__annotations__["return"] = Local
     assert signature_text(odd) == "(a, b: Any = ..., c: int = 3)"
+    odd.__annotations__["return"] = int
+    assert signature_text(odd) == "(a, b: Any = ..., c: int = 3) -> int"
 
 
 def test_a_repr_that_raises_leaves_no_signature():

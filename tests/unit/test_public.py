@@ -3,6 +3,7 @@ The public face: what ``doorpool`` and ``doorpool.door`` export, and that all of
 """
 
 import inspect
+import pickle
 import types
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ if not (Path(__file__).resolve().parents[2] / "doorpool" / "__init__.py").exists
     pytest.skip("the package is not whole yet", allow_module_level=True)
 
 import doorpool
+import doorpool.__main__
 from doorpool import door
 
 ERRORS = {
@@ -188,3 +190,45 @@ REFUSING = """
 def test_the_library_says_nothing_unless_the_program_listens(run_python, door_dir):
     assert run_python(REFUSING, "unheard", cwd=door_dir).stderr == ""
     assert "WARNING:doorpool:print: refused" in run_python(REFUSING, "heard", cwd=door_dir).stderr
+
+
+def test_a_machine_that_is_no_linux_is_told_at_once(run_python):
+    code = """
+        import sys
+        sys.platform = "darwin"
+        try:
+            import doorpool
+        except ImportError as error:
+            result(str(error))
+    """
+    assert run_python(code).value == "doorpool needs Linux 5.4 or newer, and this is darwin"
+
+
+def test_asked_for_nothing_the_command_says_what_there_is(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["doorpool"])
+    doorpool.__main__.main()
+    said = capsys.readouterr().out
+    assert "usage: doorpool" in said
+    assert "--version" in said
+
+
+def test_defaults_show_themselves_as_they_are_written():
+    signature = str(inspect.signature(doorpool.Endpoint))
+    assert "max_request: 'int' = 2**30 (of data: 2**24)" in signature
+    assert repr(doorpool.anyone) == "anyone"
+
+
+def test_what_is_of_a_process_does_not_cross_to_another(door_dir):
+    def look() -> None:
+        for mine, text in (
+            (doorpool.current_call(), "stays in the process"),
+            (server, "stays in its process"),
+        ):
+            with pytest.raises(TypeError, match=text):
+                pickle.dumps(mine)
+
+    with doorpool.Server() as server:
+        server.attach(look, door_dir / "a.door")
+        server.start()
+        with doorpool.Proxy(door_dir / "a.door", timeout=20.0) as proxy:
+            proxy()

@@ -22,6 +22,8 @@ import tempfile
 import threading
 import time
 from functools import partial
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -30,6 +32,7 @@ from support.processes import run_as_uid
 from support.shortage import only
 
 from doorpool import _keeper, _manifest, _memory, _segments, _shelf
+from doorpool._channel import Channel
 from doorpool._errors import ProtocolError
 from doorpool._shelf import Shelf, buffer, empty, totals
 
@@ -611,6 +614,24 @@ def test_a_receiver_that_cannot_map_a_segment_reads_it(pair, monkeypatch, slow_s
     assert pair.one.counts.retained == 0
     assert in_segment(pair.send(block(2 * MIB))[0])
     assert pair.one.counts.held == 2
+
+
+def test_a_segment_that_cannot_be_had_just_now_is_not_taken_for_one_that_has_not_come():
+    """``EAGAIN`` is also what the kernel says of memory over RLIMIT_MEMLOCK; whoever reads would read on."""
+    read, write = os.pipe()
+
+    class Locked:
+        def unload(self, *_: Any) -> Any:
+            raise BlockingIOError(errno.EAGAIN, "locked")
+
+    channel: Any = SimpleNamespace(shelf=Locked(), peer=SimpleNamespace(uid=os.geteuid()))
+    came = [write]
+    with pytest.raises(OSError, match=r"a segment cannot be had: \[Errno \d+\] locked") as caught:
+        Channel.unstow(channel, b"", (), came)
+    assert not isinstance(caught.value, BlockingIOError)
+    assert came == []
+    assert os.read(read, 1) == b"", "what it brought is closed"
+    os.close(read)
 
 
 def test_an_error_while_loading_loses_no_segment(pair, monkeypatch, slow_sweeper):

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import mmap
 import os
 import select
@@ -19,7 +20,7 @@ from support import wait_until
 from support.rawdoor import PATIENCE, Background
 from support.tasks import is_asleep
 
-from doorpool import Proxy, _impl
+from doorpool import Proxy, _impl, _shuttle_py
 
 pytestmark = pytest.mark.skipif(_impl.NAME != "c", reason="no compiled shuttle here")
 
@@ -180,6 +181,34 @@ def test_bad_arguments_post_nothing(ends, arguments, error):
 def test_bad_times_and_sets(ends, method, value, error):
     with pytest.raises(error):
         getattr(ends.client, method)(value)
+
+
+@pytest.mark.parametrize(
+    ("said", "count"),
+    [
+        ("max 100000", None), ("100000 100000", 1), ("150000 100000", 2), ("1000 100000", 1),
+        ("400000 100000", 4), ("nonsense", None), ("a b", None), (None, None),
+    ],
+)  # fmt: skip
+def test_as_many_cpus_as_the_control_group_lets_it_use(monkeypatch, said, count):
+    """Rounded up: who may use one and a half has two threads run at one time."""
+
+    def read(path):
+        if path == "/proc/self/cgroup":
+            return io.StringIO("12:cpu:/old\n0::/user.slice/its:own\n")
+        assert path == "/sys/fs/cgroup/user.slice/its:own/cpu.max"
+        if said is None:
+            raise FileNotFoundError
+        return io.StringIO(f"{said}\n")
+
+    monkeypatch.setattr(_impl, "open", read, raising=False)
+    assert _impl._quota() == count
+
+
+@pytest.mark.parametrize("groups", ["", "12:cpu:/old\n"])
+def test_without_control_groups_of_today_all_cpus_may_be_used(monkeypatch, groups):
+    monkeypatch.setattr(_impl, "open", lambda path: io.StringIO(groups), raising=False)
+    assert _impl._quota() is None
 
 
 def test_limit_cpus_takes_a_number():
@@ -476,3 +505,10 @@ def test_of_a_taker_and_a_withdrawer_one_wins(many):
         thread.join()
         ends.close()
         assert taken == [not withdrawn]
+
+
+def test_the_twin_in_python_makes_no_page():
+    with pytest.raises(OSError, match="runs without the compiled shuttle"):
+        _shuttle_py.make_page()
+    with pytest.raises(_shuttle_py.PageError, match="runs without the compiled shuttle"):
+        _shuttle_py.Page(-1, 4096, 0)

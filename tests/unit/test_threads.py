@@ -7,9 +7,10 @@ from __future__ import annotations
 import threading
 
 import pytest
+from support import wait_until
 
-from doorpool import BusyError, _threads
-from doorpool._threads import Pool, waiting_for
+from doorpool import BusyError, ClosedError, _threads
+from doorpool._threads import Pool, Pools, waiting_for
 
 
 @pytest.fixture
@@ -115,3 +116,45 @@ def test_a_thread_that_serves_no_pool_waits_for_any(pool):
     pretend(pool, pool)
     with waiting_for(pool, "a door"):
         assert len(pool._awaited) == 1
+
+
+def test_what_fails_between_calls_costs_no_thread(pool, caplog):
+    done = threading.Event()
+
+    def fail() -> None:
+        raise LookupError("a fault in the library")
+
+    pool.start()
+    pool.run_soon(fail)
+    pool.run_soon(done.set)
+    assert done.wait(20)
+    pool.close(20)
+    pool.join(20)
+    assert "a server thread failed at something between calls" in caplog.text
+    assert "a fault in the library" in caplog.text
+
+
+def test_a_thread_that_fails_is_counted_out(pool, monkeypatch, caplog):
+    def fail(*_: object) -> None:
+        raise LookupError("a fault in the library")
+
+    monkeypatch.setattr(pool, "_serve_calls", fail)
+    pool.start()
+    wait_until(lambda: not pool.threads)
+    assert "a server thread failed" in caplog.text
+    assert "a fault in the library" in caplog.text
+    monkeypatch.undo()
+    done = threading.Event()
+    pool.start()
+    pool.run_soon(done.set)
+    assert done.wait(20), "and the next ones serve"
+    pool.close(20)
+    pool.join(20)
+
+
+def test_pools_that_are_closed_make_no_further_one():
+    pools = Pools("pools", lambda invocation: True, max_threads=1, idle_timeout=None, thread_setup=None)
+    pools.close(0)
+    with pytest.raises(ClosedError, match="pools is closed"):
+        pools.private("own", 1)
+    pools.dispose()

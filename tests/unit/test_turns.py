@@ -5,13 +5,15 @@ Whose turn it is at a pool of threads: ``doorpool._shares.Turns``, without socke
 from __future__ import annotations
 
 import math
+import threading
 import time
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from support.rawdoor import Background
 
-from doorpool._shares import PROMPT, Limits, Tempo, Turns
+from doorpool._shares import PROMPT, Crowd, Limits, Tempo, Turns
 
 A, B = 6701, 6702
 
@@ -101,3 +103,47 @@ def test_who_is_held_for_others_being_fresh_counts_for_the_turns_that_are_left()
         assert not turns.take(one, A)
         turns.hold(one, A, is_open)
     assert turns.is_full(A) == 4
+
+
+def test_who_looks_waits_for_nobody():
+    """It is the keeper, which whoever holds the lock may be waiting for."""
+    turns = Turns(Limits(), 64)
+    first, second = channel(30_000), channel(30_000)
+    assert turns.take(first, A)
+    assert turns.hold(second, A, is_open) == []
+    first.begun = time.monotonic_ns() - PROMPT
+    held, go = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with turns._lock:
+            held.set()
+            assert go.wait(20)
+
+    holding = Background(hold)
+    assert held.wait(20)
+    assert turns.look() == ([], True)
+    assert turns.give_back(first, A, wait=False) is None
+    go.set()
+    holding.result()
+    assert turns.look() == ([second], False)
+    assert turns.give_back(second, A, wait=False) == []
+
+
+def test_a_channel_that_was_closed_while_it_was_to_be_held_is_not_held():
+    turns = Turns(Limits(), 64)
+    first, second = channel(30_000), channel(30_000)
+    assert turns.take(first, A)
+    assert turns.hold(second, A, lambda: False) == []
+    assert not turns.any_held
+    assert turns.give_back(first, A) == []
+
+
+def test_of_a_channel_without_a_share_nothing_is_counted():
+    """One that was counted out, of which a call still runs."""
+    crowd = Crowd(Limits(bytes=1000))
+    served: Any = SimpleNamespace(share=None, bytes=0)
+    assert crowd.room(served, 5000) == 5000
+    crowd.count(served, 4000)
+    assert crowd.begin_reply(served, 4000) is None
+    assert served.bytes == 0
+    assert crowd.usage() == {}

@@ -245,3 +245,15 @@ def test_the_limits_follow_that_of_open_files(monkeypatch):
         assert _unread.most_unread(Limits()) == expected
         assert _unread.most_unread(Limits(unread=1000)) == (expected[1], expected[1])
         assert _unread.most_unread(Limits(unread=1)) == (1, expected[1])
+
+
+def test_of_a_channel_that_is_closed_nobody_says_that_it_was_read(line):
+    one = line()
+    parcels = _unread.Parcels(one.channel.socket, A, 1, 0.0, sending=False)
+    assert parcels.are_read
+    one.send(1)
+    assert not parcels.are_read
+    one.read()
+    assert parcels.are_read
+    one.channel.socket.close()
+    assert not parcels.are_read
