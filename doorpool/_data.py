@@ -943,7 +943,7 @@ def read_text(piece: Any) -> str:
 
 def read_value(piece: Any) -> Any:
     """Read a piece of the arguments that may be anything, within ``reading``.  Raises ``MarshalError``."""
-    return _fit("a value", _read_plain, piece)
+    return _fit("a value", _read_plain, piece, _steps_of_message())
 
 
 _read_error = Decoder(tuple[str, str | None, str | None])

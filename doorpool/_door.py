@@ -815,18 +815,18 @@ class Door:
         """
         if self._generation != _sockets.here():
             raise PermissionError(errno.EPERM, f"{self.name}: only the process that made it may revoke it")
-        if self._revoked is not None:
+        if self._revoked is not None and not self._names:
             return
-        self._revoked = refusal or _REVOKED
+        self._revoked = self._revoked or refusal or _REVOKED
         # step: revoked
-        with self._keeper.lock:
-            names = list(self._names.values())
-            self._names.clear()
-        for name in names:
+        names = list(self._names.items())  # which stay there until all is done: Ctrl-C may come before
+        for _, name in names:
             self._remove(name)
         with self._keeper.lock:
-            for name in names:
-                self._stop_listening(name)
+            for path, name in names:
+                if self._names.get(path) is name:  # no other thread was quicker
+                    self._stop_listening(name)
+                    del self._names[path]
             for port in list(self._ports):
                 self._say_farewell(port)
             self._guests.dismiss_all(self)

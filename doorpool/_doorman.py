@@ -38,7 +38,7 @@ class Doormen:
         Have a thread do something soon; it must raise nothing.
 
         Raises:
-            RuntimeError: there is no thread to be had.
+            RuntimeError, MemoryError: there is no thread to be had.
         """
         with self._lock:
             self._jobs.append(job)
@@ -50,7 +50,7 @@ class Doormen:
         except BaseException:
             with self._lock:
                 self._working -= 1
-                if not self._working:  # else one of the others will come to it
+                if not self._working and job in self._jobs:  # else one of the others comes to it
                     self._jobs.remove(job)
                     raise
 

@@ -351,8 +351,8 @@ class Gate:
     def _look_later(self) -> None:
         """In the keeper's thread, as the next."""
         if not self._is_to_look:
-            self._is_to_look = True
             keeper().after(PROMPT / 1e9, self._look_at_turns)
+            self._is_to_look = True
 
     def _look_at_turns(self) -> None:
         """Wait for nobody who holds a lock, and may want the keeper's."""
@@ -682,7 +682,8 @@ class Gate:
         try:
             return _PARKED if page is None or page.park() else _AT_ONCE
         except shuttle.PageError as error:
-            log.warning("%s: %s: channel closed: %s", served.door.name, served.channel.peer, error)
+            text = "%s: %s: channel closed: %s"  # perhaps in the keeper's thread
+            keeper().say(logging.WARNING, text, served.door.name, served.channel.peer, error)
             served.doomed = Refusal(Reason.PROTOCOL, str(error))
             return _PARKED
 
@@ -720,10 +721,18 @@ class Gate:
                 return
             if served.channel.number and not served.goes_on and served.claim.acquire(blocking=False):
                 if _sockets.unread(served.channel.socket):
-                    self._park(served)
+                    self._let_be(served)
                 else:
                     self._say_goodbye(served, _SPARED)
                     count -= 1
+
+    def _let_be(self, served: Served) -> None:
+        """Let go of a channel that was parked; if it has a turn, it keeps that."""
+        served.claim.release()
+        if served.doomed is not None:
+            self.end(served, served.doomed)
+        elif self._served.get(served.fd) is served:
+            self._arm(served, _PARKED)
 
     def _say_goodbye(self, served: Served, refusal: Refusal) -> None:
         if served.unread is not None:

@@ -258,7 +258,7 @@ class Keeper:
         with self.lock:
             self._run_soon()
             self._run_timers()
-        for _ in range(len(self._afterwards)):
+        while self._afterwards:
             self._call(self._afterwards.popleft())
         if self._lines:
             self._have_written()

@@ -505,10 +505,10 @@ class Server:
 
     def _close_by_signal(self) -> None:
         """Close the server in a thread of its own, as soon as one is to be had; in the keeper's thread."""
-        closer = threading.Thread(target=self.close, args=[self._close_timeout], name=f"{self.name}-closing")
+        name = f"{self.name}-closing"
         try:
-            closer.start()
-        except RuntimeError as error:
+            threading.Thread(target=self.close, args=[self._close_timeout], name=name).start()
+        except (RuntimeError, MemoryError) as error:
             keeper().say(logging.WARNING, "%s: no thread to close it: %s; trying again", self.name, error)
             keeper().after(_RETRY, lambda: keeper().afterwards(self._close_by_signal))
 
@@ -563,15 +563,14 @@ class Server:
         try:
             for endpoint in endpoints:
                 endpoint._retire(refusal)
-            late = self._pools.close(timeout)
+            self._cut(self._pools.close(timeout), f"after {timeout} s")
+            self._clear_up(endpoints, _JOIN)
         except BaseException:  # Ctrl-C: whoever closes has no patience any more
             for endpoint in endpoints:
                 endpoint._retire(refusal)
             self._cut(self._pools.close(0), "by an exception")
             self._clear_up(endpoints, 0)
             raise
-        self._cut(late, f"after {timeout} s")
-        self._clear_up(endpoints, _JOIN)
 
     def _clear_up(self, endpoints: list[Endpoint], timeout: float) -> None:
         """Leave what callers have entered, and have the last threads give back what the pools have."""

@@ -169,6 +169,11 @@ def over(what: str, uid: int | None, value: int, limit: int, *, may_have_run: bo
     return Refusal(Reason.BUSY, text, may_have_run, limit, value)
 
 
+def _enter_without_waiting(lock: Any) -> bool:
+    """Acquire a lock if nobody has it: no other thread, nor this one, in whose midst a finalizer may come."""
+    return not lock._is_owned() and lock.acquire(blocking=False)
+
+
 class ShareError(BusyError):
     """What a stranger is to have is over his share.  It has been logged; he is told a ``BusyError``."""
 
@@ -213,7 +218,7 @@ class Crowd:
         if share is None:
             return True
         share.channels.discard(served)
-        if not self._lock.acquire(blocking=False):
+        if not _enter_without_waiting(self._lock):
             return False
         try:
             served.share = None
@@ -242,10 +247,12 @@ class Crowd:
 
     def _set(self, share: Share, served: Served, size: int) -> None:
         """Let a channel have so many bytes in flight; for holders of the lock."""
-        before = min(share.bytes, self.limits.bytes)
-        share.bytes += size - served.bytes
+        # Nothing is called here, so no finalizer comes in between that does the same.
+        most = self.limits.bytes
+        before, now = share.bytes, share.bytes + size - served.bytes
+        self._bytes += (now if now < most else most) - (before if before < most else most)
+        share.bytes = now
         served.bytes = size
-        self._bytes += min(share.bytes, self.limits.bytes) - before
 
     def count(self, served: Served, size: int) -> None:
         """Say how many bytes of a channel are in flight now."""
@@ -379,7 +386,7 @@ class Turns:
         Returns:
             Those to be armed that got it; None if that was not to be had without waiting.
         """
-        if not self._lock.acquire(blocking=wait):
+        if not (self._lock.acquire() if wait else _enter_without_waiting(self._lock)):
             return None
         try:
             self._forget(served, uid)
@@ -420,7 +427,7 @@ class Turns:
 
     def _wait_for_fresh_ones(self) -> bool:
         return self._taken < self._most_of_all and any(
-            len(self._running.get(uid, ())) < self._most for uid in self._held
+            len(self._running.get(uid, ())) < self._most for uid in list(self._held)
         )
 
     def _has_one(self, uid: int | None, served: Served) -> bool:
@@ -430,7 +437,7 @@ class Turns:
         if not mine or not served.door.tempo.is_prompt:
             return True
         late = time.monotonic_ns() - PROMPT
-        return not any(one.begun > late and one.door.tempo.is_prompt for one in mine)
+        return not any(one.begun > late and one.door.tempo.is_prompt for one in list(mine))
 
     def _give(self, served: Served, uid: int | None) -> None:
         served.turn = True
@@ -455,15 +462,19 @@ class Turns:
         """Give the free turns to who is held, one for each uid in the round."""
         got: list[Served] = []
         while self._taken < self._most_of_all:
-            firsts = ((uid, next(iter(mine))) for uid, mine in self._held.items())
-            uid, served = next((one for one in firsts if self._has_one(*one)), (None, None))
-            if served is None:
+            for uid in list(self._held):
+                served = next(iter(self._held.get(uid, ())), None)
+                if served is not None and self._has_one(uid, served):
+                    break
+            else:
                 break
-            mine = self._held.pop(uid)
-            del mine[served]
+            mine = self._held.pop(uid, {})
             if mine:
                 self._held[uid] = mine  # at the end of the round
+            if served not in mine:  # a finalizer has just closed it
+                continue
             self._give(served, uid)
+            self._forget(served, uid)
             got.append(served)
         self.any_held = bool(self._held)
         return got
@@ -471,7 +482,7 @@ class Turns:
     def usage(self) -> dict[int | None, Usage]:
         """What each stranger has of turns."""
         with self._lock:
-            held = {uid: len(mine) for uid, mine in self._held.items()}
+            held = {uid: len(mine) for uid, mine in list(self._held.items())}
             return {
                 uid: Usage(running=len(self._running.get(uid, ())), queued=held.get(uid, 0))
                 for uid in {*self._running, *held}

@@ -764,8 +764,8 @@ class _Sweeper:
             return
         try:
             start_new_thread(self._sweep, ())
-        except RuntimeError:  # no thread to be had
-            self._sweep()
+        except (RuntimeError, MemoryError):  # no thread to be had
+            keeper().afterwards(self._sweep)
 
     def _sweep(self) -> None:
         before = time.monotonic() - IDLE

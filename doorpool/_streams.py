@@ -572,11 +572,16 @@ class _Watcher:
     def watch(self, pump: Pump) -> None:
         """Look after a pump from now on."""
         self._since[pump] = time.monotonic()
-        if not self._runs:
+        if self._runs:
+            return
+        try:
             with self._lock:
                 if not self._runs:
                     threading.Thread(target=self._run, name="doorpool-streams", daemon=True).start()
                     self._runs = True
+        except BaseException:
+            self.forget(pump)
+            raise
 
     def forget(self, pump: Pump) -> None:
         """Look after it no longer."""

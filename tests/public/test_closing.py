@@ -25,6 +25,8 @@ from support.rawdoor import Background
 
 from doorpool import BrokenDoorError, ClosedError, Endpoint, Proxy, RevokedError, Server
 from doorpool._keeper import keeper
+from doorpool._names import Name
+from doorpool._threads import Pool
 
 PATIENCE = 30.0  # seconds until what certainly happens is taken for a hang
 PROMPTLY = 1.0  # seconds (threats.md, G09)
@@ -284,6 +286,31 @@ def test_an_exception_while_closing_cuts_what_is_left_and_keeps_nothing(serve, c
     assert server.closed
     work.ends["too late"].set()
     wait_until(lambda: server.statistics().threads == 0)
+
+
+@pytest.mark.parametrize("where", [(Name, "remove"), (Pool, "join")], ids=["at a name", "at the threads"])
+def test_ctrl_c_at_any_step_of_closing_keeps_nothing(door_dir, where):
+    path, interrupted = door_dir / "a.door", []
+    keeper()
+    before = len(os.listdir("/proc/self/fd"))
+    server = Server()
+    server.attach(len, path)
+    server.start()
+    step = getattr(*where)
+
+    def interrupt(self: Any, *args: Any) -> Any:
+        if not interrupted:
+            interrupted.append(where)
+            raise KeyboardInterrupt
+        return step(self, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(*where, interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            server.close()
+    assert server.closed
+    assert not path.exists()
+    wait_until(lambda: len(os.listdir("/proc/self/fd")) == before)
 
 
 # -- an endpoint

@@ -12,7 +12,7 @@ import pytest
 from support import wait_until
 from support.actors import here
 
-from doorpool import Limits, Proxy, Server, current_call
+from doorpool import Limits, Proxy, Server, _sockets, current_call
 
 PATIENCE = 20.0
 A, B = 6701, 6702
@@ -316,8 +316,55 @@ def open_it(path: str) -> None:
     here.proxy = Proxy(path, server={0}, open_timeout=PATIENCE / 2)
 
 
+def call_here(waits: bool) -> None:
+    here.proxy(waits)
+
+
 def close_it() -> None:
     here.proxy.close()
+
+
+def claim_one() -> None:
+    """Keep the only channel from the threads, as one does that reads it."""
+    here.gate = here.server._shared_pool.gate
+    (here.served,) = here.gate._served.values()
+    assert here.served.claim.acquire(timeout=PATIENCE)
+
+
+def call_without_waiting() -> None:
+    here.future = here.proxy.submit(False)
+
+
+def give_it_a_turn() -> None:
+    """Let it be as a channel is that has got a turn, and of which no thread has heard yet."""
+    wait_until(lambda: _sockets.unread(here.served.channel.socket), timeout=PATIENCE)
+    assert here.gate._turns.take(here.served, A)
+    here.served.claim.release()
+
+
+def look_for_some_to_spare() -> None:
+    here.gate.spare(1)
+
+
+def is_answered() -> bool:
+    return here.future.result(PATIENCE) is None
+
+
+@pytest.mark.ids("F11t", "F01")
+def test_who_looks_for_channels_to_spare_waits_for_nobody_who_is_held_up(actor, path):
+    """The keeper does, with its lock held, when descriptors have run out."""
+    server, one = actor(0), actor(A)
+    server(serve_what_may_wait, path)
+    one(open_it, path)
+    one(call_here, False)
+    server(claim_one)
+    one(call_without_waiting)
+    server(give_it_a_turn)
+    server(hold_what_counts)
+    server(look_for_some_to_spare)
+    server(stop_holding)
+    assert one(is_answered)
+    one(close_it)
 
 
 def channels(uid: int) -> int:

@@ -147,3 +147,37 @@ def test_of_a_channel_without_a_share_nothing_is_counted():
     assert crowd.begin_reply(served, 4000) is None
     assert served.bytes == 0
     assert crowd.usage() == {}
+
+
+def test_a_finalizer_in_the_midst_of_it_passes_for_somebody_who_does_not_wait():
+    turns, crowd = Turns(Limits(), 64), Crowd(Limits())
+    first: Any = channel(30_000)
+    first.bytes = 0
+    crowd.enter(first, A)
+    assert turns.take(first, A)
+    with turns._lock, crowd._lock:
+        assert turns.give_back(first, A, wait=False) is None
+        assert not crowd.leave(first)
+    assert turns.give_back(first, A, wait=False) == []
+    assert crowd.leave(first)
+    assert crowd.leave(first), "once more does no harm"
+    assert crowd.usage() == {}
+
+
+def test_a_finalizer_may_close_channels_while_turns_are_passed_on():
+    """It comes where the first of those who are held is looked at, and lets go of all but the last."""
+    first, *held = (channel() for _ in range(4))
+
+    class Interrupted(Turns):
+        def _has_one(self, uid: int | None, served: Any) -> bool:
+            if served is held[0]:
+                for nth, one in enumerate(held[:-1]):
+                    self.forget(one, B + nth)
+            return super()._has_one(uid, served)
+
+    turns = Interrupted(Limits(), threads=1)
+    assert turns.take(first, A)
+    for nth, one in enumerate(held):
+        assert turns.hold(one, B + nth, is_open) == []
+    assert turns.give_back(first, A) == [held[-1]]
+    assert not turns.any_held
