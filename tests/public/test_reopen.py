@@ -337,7 +337,7 @@ def test_an_idle_channel_that_the_server_closed_is_replaced(spawn_server, door_d
 def test_who_waits_for_another_thread_to_reopen_waits_no_longer_than_the_call(door_dir, connect):
     with Server() as server:
         server.attach(echo, door_dir / "a.door")
-        proxy = connect(timeout=0.2)
+        proxy = connect(timeout=20)
     go, held = threading.Event(), threading.Event()
 
     def hold() -> None:
@@ -350,7 +350,7 @@ def test_who_waits_for_another_thread_to_reopen_waits_no_longer_than_the_call(do
         holding = threads.submit(hold)
         assert held.wait(20)
         with pytest.raises(RevokedError) as caught:
-            proxy("x")
+            proxy.options(timeout=1.0)("x")
         assert not caught.value.may_have_run
         assert isinstance(caught.value.__cause__, CallTimeoutError)
         assert "another thread is still opening it anew" in str(caught.value.__cause__)

@@ -676,21 +676,54 @@ def test_what_was_made_behind_an_early_answer_comes_next(serve, connect, codec):
     assert got == list(range(20))
 
 
+@pytest.fixture
+def stuck(monkeypatch) -> threading.Event:
+    """
+    Have batches be of 1, 2 and 4 items, however slow the machine is.
+
+    None takes too long to be followed by one twice as large, and none is sent early before an iterator that
+    is about to wait has set this.
+    """
+    it, send_early = threading.Event(), streams.Pump.send_early
+
+    def send(pump: streams.Pump) -> None:
+        if it.is_set():
+            send_early(pump)
+
+    monkeypatch.setattr(streams, "_TIME", 60.0)
+    monkeypatch.setattr(streams.Pump, "send_early", send)
+    return it
+
+
+def pump_of(iterator: Iterator[Any], codec: str = "pickle") -> streams.Pump:
+    """Return the pump of an iterator that has been passed."""
+    return streams._pumps[id(iterator), codec]
+
+
+def joined(pump: streams.Pump) -> bool:
+    """Tell whether a pull has been left to the thread that has the iterator."""
+    making = pump._making_batch
+    return making is not None and making.asker not in (None, making.maker)
+
+
 @pytest.mark.parametrize("codec", ["pickle", "data"])
-def test_an_error_behind_an_early_answer_is_that_of_the_next_pull(serve, connect, codec):
+def test_an_error_behind_an_early_answer_is_that_of_the_next_pull(serve, connect, stuck, codec):
     """Which has joined meanwhile, and whose thread is another than that which the iterator raises in."""
     go = threading.Event()
 
     def numbers() -> Iterator[int]:
         yield from range(4)  # 0; 1 and 2; 3 of a batch of four
+        stuck.set()
         assert go.wait(PATIENCE)
         raise KeyError("colour")
 
-    serve(numbers, codec=codec)
+    iterator = numbers()
+    serve(lambda: iterator, codec=codec)
     stream, got = connect()(), []
+    pump = pump_of(iterator, codec)
     assert take(stream, 4) == [0, 1, 2, 3]
     pull = Background(lambda: got.append(next(stream)))
-    wait_until(joined, timeout=PATIENCE)
+    wait_until(lambda: joined(pump), timeout=PATIENCE)
     go.set()
     error = pull.error()
     assert (type(error), error.args) == (KeyError, ("colour",))
@@ -699,37 +732,30 @@ def test_an_error_behind_an_early_answer_is_that_of_the_next_pull(serve, connect
         assert "in numbers" in str(error.__cause__)
 
 
-def joined() -> bool:
-    """Tell whether a pull has been left to the thread that has its iterator."""
-    makings = [pump._making_batch for pump in list(streams._watcher._since)]
-    return any(making is not None and making.asker not in (None, making.maker) for making in makings)
-
-
-def test_a_pull_that_joined_and_was_given_up_is_not_answered(serve, connect):
+def test_a_pull_that_joined_and_was_given_up_is_not_answered(serve, connect, stuck):
     """What is made for it is for who asks next."""
     go = threading.Event()
 
     def numbers() -> Iterator[int]:
         yield from range(4)
+        stuck.set()
         assert go.wait(PATIENCE)
         yield from range(4, 7)
 
-    endless = numbers()
-    serve(lambda: endless)
+    iterator = numbers()
+    serve(lambda: iterator)
     stream, other = connect()(), connect()()
+    pump = pump_of(iterator)
     assert take(stream, 4) == [0, 1, 2, 3]
-    stream.timeout = 0.1
-    with pytest.raises(CallTimeoutError):
-        next(stream)
-    wait_until(joined, timeout=PATIENCE)
+    stream.timeout = 2.0
+    pull = Background(lambda: next(stream))
+    wait_until(lambda: joined(pump), timeout=PATIENCE)
+    assert isinstance(pull.error(), CallTimeoutError)
+    assert joined(pump)
     pull = Background(lambda: list(other))
-    wait_until(lambda: len(streams._watcher._since) == 1 and waiting_pulls() == 1, timeout=PATIENCE)
+    wait_until(lambda: pump._waiting == 1, timeout=PATIENCE)
     go.set()
     assert pull.result() == [4, 5, 6]
-
-
-def waiting_pulls() -> int:
-    return sum(pump._waiting for pump in list(streams._watcher._since))
 
 
 def test_pulls_that_wait_for_one_that_runs_end_by_their_time(serve, connect):
@@ -740,14 +766,17 @@ def test_pulls_that_wait_for_one_that_runs_end_by_their_time(serve, connect):
         assert go.wait(PATIENCE)
         yield from range(3)
 
-    endless = numbers()
-    serve(lambda: endless)
+    iterator = numbers()
+    serve(lambda: iterator)
     first, second = connect()(), connect()()
+    pump = pump_of(iterator)
     pull = Background(lambda: next(first))
-    wait_until(lambda: streams._watcher._since, timeout=PATIENCE)
-    second.timeout = 0.2
-    with pytest.raises(CallTimeoutError):
-        next(second)
+    wait_until(lambda: pump._making_batch is not None, timeout=PATIENCE)
+    second.timeout = 1.0
+    late = Background(lambda: next(second))
+    wait_until(lambda: pump._waiting == 1, timeout=PATIENCE)
+    assert isinstance(late.error(), CallTimeoutError)
+    wait_until(lambda: pump._waiting == 0, "the server has its time, too")
     go.set()
     assert pull.result() == 0
     first.close()
@@ -765,14 +794,16 @@ def test_a_stream_whose_server_closes_while_nothing_comes_is_no_end(serve, conne
         if last == "an error":
             raise KeyError("colour")
 
-    server = serve(numbers)
+    iterator = numbers()
+    server = serve(lambda: iterator)
     stream = connect()()
+    pump = pump_of(iterator)
     assert next(stream) == 0
     pull = Background(lambda: next(stream))
     assert begun.wait(PATIENCE)
     closing = threading.Thread(target=server.close)
     closing.start()
-    wait_until(lambda: all(pump._gone for pump in list(streams._watcher._since)), timeout=PATIENCE)
+    wait_until(lambda: pump._gone, timeout=PATIENCE)
     go.set()
     error = pull.error()
     closing.join(PATIENCE)
@@ -847,26 +878,27 @@ def test_an_item_that_cannot_cross_is_an_error_in_its_place(far, n):
 
 
 @pytest.mark.parametrize("codec", ["pickle", "data"])
-def test_an_item_that_cannot_cross_is_no_reason_to_answer_early(serve, connect, codec):
+def test_an_item_that_cannot_cross_is_no_reason_to_answer_early(serve, connect, stuck, codec):
     """In a batch whose next item is long in coming: nothing is sent twice, or in another order."""
     go = threading.Event()
 
     def numbers() -> Iterator[Any]:
         yield from range(4)  # 0; 1 and 2; 3 of a batch of four
         yield threading.Lock()
+        stuck.set()
         assert go.wait(PATIENCE)
         yield 5
 
-    serve(numbers, codec=codec)
+    iterator = numbers()
+    serve(lambda: iterator, codec=codec)
     stream, got = connect()(), []
+    pump = pump_of(iterator, codec)
 
     def go_through() -> None:
         got.extend(stream)
 
     pull = Background(go_through)
-    wait_until(
-        lambda: any(getattr(pump._making_batch, "unfit", False) for pump in list(streams._watcher._since))
-    )
+    wait_until(lambda: getattr(pump._making_batch, "unfit", False), timeout=PATIENCE)
     assert got == [0, 1, 2]
     go.set()
     error = pull.error()

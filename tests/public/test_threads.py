@@ -384,7 +384,7 @@ def test_a_call_that_cannot_be_answered_costs_no_thread(serve, connect, monkeypa
     assert "could not be answered" in caplog.text
     assert "a fault in the library" in caplog.text
     assert proxy() == os.getpid()
-    assert (server.statistics().served, server.statistics().errors) == (2, 1)
+    wait_until(lambda: (server.statistics().served, server.statistics().errors) == (2, 1))
 
 
 @pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")

@@ -321,25 +321,31 @@ def test_knocks_that_are_dropped_are_made_again():
     ],
 )  # fmt: skip
 def test_what_comes_just_as_a_call_is_given_up_says_whether_it_ran(monkeypatch, words, may_have_run):
-    shutdown = Channel.shutdown
+    shutdown, received = Channel.shutdown, threading.Event()
     with rawpeer.RawServer() as server, Handle(server.descriptor, lazy=True) as handle:
-
-        def give_up(channel):
-            if words and not given_up:
-                with open(os.devnull) as file:
-                    server.send(words, [file.fileno()] * (words[2:4] == b"\x01\x00"))
-            given_up.append(channel)
-            shutdown(channel)
-
-        given_up = []
-        call = Background(handle.call, timeout=0.3)
+        opening = Background(handle.open_channel, None)  # of which the call's time is not to be
         server.accept()
-        server.receive()
+        opening.result()
+        (channel,), given_up = handle._idle, []
+
+        def give_up(it):
+            if it is channel:
+                assert received.wait(PATIENCE)  # however long the server takes for it
+                if words and not given_up:
+                    with open(os.devnull) as file:
+                        server.send(words, [file.fileno()] * (words[2:4] == b"\x01\x00"))
+                given_up.append(it)
+            shutdown(it)
+
         monkeypatch.setattr(Channel, "shutdown", give_up)
+        call = Background(handle.call, timeout=1.0)
+        server.receive()
+        received.set()
         error = call.error()
+        monkeypatch.undo()
         assert isinstance(error, CallTimeoutError)
         assert error.may_have_run is may_have_run
-        monkeypatch.undo()
+        assert given_up
         assert not handle._idle
 
 

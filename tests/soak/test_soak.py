@@ -7,6 +7,7 @@ The real ones take two minutes, or an hour: ``python -m tests.soak``.
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -130,6 +131,42 @@ def test_what_has_grown_is_found(watch, grown, what):
     watch._samples["server"][3] = [grown] * 5
     (wrong,) = judged(watch)
     assert wrong.startswith(f"{what} of the server: ")
+
+
+UNCOUNTED = Sample(30_000, 1_000, 100, 20)
+
+
+@pytest.mark.parametrize("quarter", [0, 3])
+def test_objects_that_were_not_counted_all_the_time_are_those_that_were(watch, quarter):
+    watch._samples["server"][quarter][:0] = [UNCOUNTED] * 20
+    assert judged(watch) == []
+    assert watch.figures()["server"]["objects"] == [100_000] * 4
+    watch._samples["server"][3][-5:] = [Sample(30_000, 1_000, 100, 20, 150_000)] * 5
+    (wrong,) = judged(watch)
+    assert wrong == "objects of the server: 100000 in the first quarter, 150000 in the last"
+
+
+@pytest.mark.parametrize("quarter", [0, 3])
+@pytest.mark.parametrize("counted", [0, 1])
+def test_objects_that_were_hardly_counted_are_not_judged(watch, quarter, counted):
+    watch._samples["server"][quarter] = [
+        Sample(30_000, 1_000, 100, 20, 1 if quarter == 0 else 10**9)
+    ] * counted
+    watch._samples["server"][quarter] += [UNCOUNTED] * 10
+    assert judged(watch) == []
+    assert math.isnan(watch.figures()["server"]["objects"][quarter]) == (not counted)
+    watch._samples["server"][3] = [Sample(60_000, 1_000, 100, 20)] * 10
+    (wrong,) = judged(watch)
+    assert wrong.startswith("memory of the server: "), "and all else is judged as ever"
+
+
+def test_of_whom_no_objects_are_counted_none_are_told(watch):
+    watch._samples["clients"] = [[UNCOUNTED] * 5 for _ in range(4)]
+    watch._sizes["clients"] = 1
+    assert judged(watch) == []
+    assert watch.figures()["clients"] == {
+        "memory": [30_000] * 4, "segments": [1_000] * 4, "descriptors": [100] * 4, "threads": [20] * 4,
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(("what", "seconds"), [("call", 0.2), ("opening", 2.0)])

@@ -146,9 +146,13 @@ class Watch:
         return sample
 
     def figures(self) -> dict[str, Any]:
-        """Return what was measured in each quarter."""
+        """Return what was measured in each quarter: NaN where nothing is known."""
         found: dict[str, Any] = {
-            group: {name: [_median(quarter, name) for quarter in quarters] for name in BOUNDS}
+            group: {
+                name: [_median(_known(quarter, name)) for quarter in quarters]
+                for name in BOUNDS
+                if any(_known(quarter, name) for quarter in quarters)
+            }
             for group, quarters in self._samples.items()
         }
         for name, quarters in self.times.items():
@@ -159,12 +163,13 @@ class Watch:
         return found
 
     def judge(self, complain: Callable[[str], None]) -> None:
-        """Say what has grown."""
+        """Say what has grown, of all that is known of both quarters."""
         for group, quarters in self._samples.items():
-            if min(len(quarters[0]), len(quarters[3])) < _SAMPLES:
-                continue
             for name, (factor, a_process, a_client) in BOUNDS.items():
-                first, last = _median(quarters[0], name), _median(quarters[3], name)
+                was, now = _known(quarters[0], name), _known(quarters[3], name)
+                if min(len(was), len(now)) < _SAMPLES:
+                    continue
+                first, last = _median(was), _median(now)
                 most = first * factor + a_process * self._sizes[group] + a_client * self._clients
                 if not last <= most:
                     complain(f"{name} of the {group}: {first} in the first quarter, {last} in the last")
@@ -185,8 +190,14 @@ class Watch:
             )
 
 
-def _median(samples: list[Sample], name: str) -> float:
-    return statistics.median(getattr(it, name) for it in samples) if samples else math.nan
+def _known(samples: list[Sample], name: str) -> list[int]:
+    """Return what samples say of something, without those that do not know it."""
+    found = [getattr(it, name) for it in samples]
+    return [count for count in found if count] if name == "objects" else found
+
+
+def _median(counts: list[int]) -> float:
+    return statistics.median(counts) if counts else math.nan
 
 
 def _milliseconds(seconds: float) -> float:

@@ -38,25 +38,27 @@ def call(path) -> str:
         return str(proxy())
 
 
-class Late(threading.Thread):
-    """A thread that begins late: a collection, its first work, waits for the keeper's lock there."""
-
+def test_a_doorman_is_waited_for_without_the_keepers_lock(server, tmp_path, monkeypatch):
     starting, free = threading.Event(), threading.Event()
 
-    def start(self) -> None:
-        Late.starting.set()
-        assert Late.free.wait(PATIENCE)
-        super().start()
+    class Late(threading.Thread):
+        """A thread that begins late: a collection, its first work, waits for the keeper's lock there."""
 
+        def start(self) -> None:
+            starting.set()
+            assert free.wait(PATIENCE)
+            super().start()
 
-def test_a_doorman_is_waited_for_without_the_keepers_lock(server, tmp_path, monkeypatch):
     monkeypatch.setattr(_doorman, "threading", SimpleNamespace(Lock=threading.Lock, Thread=Late))
     calling = Background(call, tmp_path / "a.door")
-    assert Late.starting.wait(PATIENCE)
-    monkeypatch.undo()
-    assert keeper().lock.acquire(timeout=PATIENCE)
-    keeper().lock.release()
-    Late.free.set()
+    try:
+        assert starting.wait(PATIENCE)
+        assert not free.is_set()
+        assert keeper().lock.acquire(timeout=PATIENCE / 2)  # before the thread begins of itself
+        keeper().lock.release()
+    finally:  # or the keeper would stand still in the tests after this one
+        monkeypatch.undo()
+        free.set()
     assert calling.result() == "hello"
 
 
