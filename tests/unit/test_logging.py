@@ -74,7 +74,7 @@ def test_more_offenders_than_are_remembered_have_one_line_together(monkeypatch, 
 @pytest.mark.ids("F12t")
 def test_no_more_lines_wait_than_may(caplog):
     it, most = keeper(), _keeper._MOST_LINES
-    wait_until(lambda: not it._lines)
+    wait_until(lambda: not it._topics and not it._lines, "what others did is forgotten", PATIENCE)
     with it.lock:
         for number in range(3 * most):
             it.say(logging.WARNING, "line %d", number)
