@@ -23,7 +23,7 @@ class Model:
         self.weights = np.full((2000, 2000), 0.5)
 
     def predict(self, batch):
-        print("a batch of", len(batch))
+        print(f"a batch of {len(batch)}\n", end="")  # in one piece: the calls run in several threads
         return (batch @ self.weights).sum(axis=1)  # arrays come and go through shared memory
 
 
