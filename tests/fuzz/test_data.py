@@ -528,6 +528,14 @@ def test_crowds_in_what_is_gone_through_have_steps_in_common():
     assert "128 items of a set collide" in str(read(sets_gone_through, given([crowd] * 64)))
 
 
+def test_what_tells_of_progress_has_its_steps_from_its_message():
+    one, arrivals = TUPLES(256), _data.Arrivals([])
+    with pytest.raises(MarshalError, match="keys of a dict collide"):
+        for _ in range(256):
+            _data.reading(arrivals, lambda: _data.read_value(one))
+    assert len(_data.reading(_data.Arrivals([]), lambda: _data.read_value(one))) == 256
+
+
 def grid(low, high, dimensions):
     return {point: len(point) for point in itertools.product(range(low, high), repeat=dimensions)}
 

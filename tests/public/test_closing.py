@@ -313,6 +313,28 @@ def test_ctrl_c_at_any_step_of_closing_keeps_nothing(door_dir, where):
     wait_until(lambda: len(os.listdir("/proc/self/fd")) == before)
 
 
+def test_a_signal_for_which_there_is_no_memory_is_not_lost(door_dir, monkeypatch, caplog):
+    """The thread that closes the server is started as soon as there is."""
+    starts, start = [], threading.Thread.start
+
+    def start_at_last(thread: threading.Thread) -> None:
+        if thread.name.endswith("-closing"):
+            starts.append(thread)
+            if len(starts) < 3:
+                raise MemoryError
+        start(thread)
+
+    with Server() as server:
+        server.attach(len, door_dir / "a.door")
+        server.start()
+        monkeypatch.setattr(threading.Thread, "start", start_at_last)
+        keeper().afterwards(server._close_by_signal)
+        assert server.wait(PATIENCE)
+    starts[-1].join(PATIENCE)
+    assert len(starts) == 3
+    wait_until(lambda: "no thread to close it" in caplog.text)
+
+
 # -- an endpoint
 
 

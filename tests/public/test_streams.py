@@ -1473,3 +1473,15 @@ def test_a_signal_while_the_main_thread_is_in_a_generator(spawn_server, door_dir
         assert not child.ended, "whoever holds the main thread is not broken into"
         wait_until(told_again, timeout=10)
     assert child.wait() == code
+
+
+def test_a_watcher_for_which_there_is_no_thread_keeps_nothing(monkeypatch):
+    def none_left(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    watcher, pump = streams._Watcher(), object()
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", none_left)
+        with pytest.raises(RuntimeError):
+            watcher.watch(pump)
+    assert watcher._since == {}
