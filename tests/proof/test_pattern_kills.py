@@ -125,14 +125,17 @@ class Cast:
         self.players: dict[str, Player] = {}
         self.wrong: list[str] = []
         self.seconds: list[float] = []  # from a death until the client had an end
-        for name in ("server", *([ROUTERS[pattern]] if pattern in ROUTERS else [])):
+
+    def begin(self) -> None:
+        """Have everybody come, and use what they have."""
+        for name in ("server", *([ROUTERS[self.pattern]] if self.pattern in ROUTERS else [])):
             self.enter(name)
         self.bystander = self.enter("bystander")
         self.bystander.ask("hold")
         self.bystander.ask("work")
         self.bystander.ask("held")
         self.enter("client").ask("work")
-        self.files = sorted(os.listdir(folder))
+        self.files = sorted(os.listdir(self.folder))
         for player in self.players.values():
             player.ask("remember")
 
@@ -143,13 +146,14 @@ class Cast:
     def enter(self, name: str) -> Player:
         """Have somebody come; with him what the dead one had made in the directory goes."""
         if name in ("bystander", "client"):
-            player = self.stage.start("Guest", str(self.folder), self.pattern)
+            role, args = "Guest", ()
         else:
             if name == "server" and self.pattern in MADE:
                 shutil.rmtree(self.folder / MADE[self.pattern], ignore_errors=True)
-            player = self.stage.start("Script", str(self.folder), self.pattern, name)
+            role, args = "Script", (name,)
+        player = self.players[name] = self.stage.start(role, str(self.folder), self.pattern, *args)
+        if role == "Script":
             player.hear("serving")
-        self.players[name] = player
         return player
 
     def finish(self) -> None:
@@ -222,6 +226,7 @@ def stage() -> Iterator[Stage]:
 def test_somebody_is_killed(stage, door_dir, pattern):
     cast = Cast(stage, door_dir, pattern)
     try:
+        cast.begin()
         for row in ROWS:
             if row.pattern == pattern:
                 cast.play(row)

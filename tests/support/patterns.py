@@ -198,7 +198,7 @@ class Script(Counted):
             super().run()
         os._exit(0)  # the test is over
 
-    def print(self, *words: object) -> None:
+    def print(self, *words: object, **how: object) -> None:
         arrive(IN_PROCEDURE)
 
     def counts(self) -> dict[str, int]:
