@@ -523,7 +523,9 @@ class Endpoint:
             door.revoke()
         if self._server is not None:
             self._server._forget(self)
-        self._abandon()
+        interrupt = self._abandon()
+        if interrupt is not None:
+            raise interrupt
 
     def _retire(self, refusal: Refusal) -> None:
         """Close because the server closes; callers are told this reason."""
@@ -533,14 +535,23 @@ class Endpoint:
         if door is not None:
             door.revoke(refusal)
 
-    def _abandon(self) -> None:
-        """Leave a context manager that callers have entered and will never leave; for ``Server`` too."""
+    def _abandon(self) -> BaseException | None:
+        """
+        Leave a context manager that callers have entered and will never leave; for ``Server`` too.
+
+        Returns:
+            What a signal handler has raised in it, which means whoever runs this and not the object.
+        """
         if not isinstance(self.target, Facade):
-            return
-        try:
-            self.target.abandon(f"{self.name}: whoever had entered it is gone", final=self._closed)
-        except BaseException as error:
-            log.error("%s: leaving it for a caller who is gone has failed", self.name, exc_info=error)
+            return None
+        interrupt = None
+        for error in self.target.abandon(f"{self.name}: whoever had entered it is gone", final=self._closed):
+            if self._generation != _sockets.here():
+                leave_forked_child(error)
+            if error is not None:
+                log.error("%s: leaving it for a caller who is gone has failed", self.name, exc_info=error)
+                interrupt = interrupt or _interrupt(error)
+        return interrupt
 
     # -- unreferenced ------------------------------------------------------------------------
 
@@ -554,23 +565,25 @@ class Endpoint:
         # In this order: a name that is not to be made any more has been made.
         if self._closed or self._is_to_be_named() or not self.unreferenced:
             return
-        self._abandon()
+        assert self._pool is not None
+        self._pool.see_to_a_waiter()  # what follows is the user's code
+        interrupt = self._abandon()
         if self._on_unref is not None:
-            assert self._pool is not None
-            self._pool.see_to_a_waiter()
             try:
                 self._on_unref()
             except BaseException as error:
                 if self._generation != _sockets.here():
                     leave_forked_child(error)
                 log.error("%s: on_unref failed", self.name, exc_info=error)
+                interrupt = interrupt or _interrupt(error)
             if self._generation != _sockets.here():
                 leave_forked_child(None)
-        if self._linger or self._door is None or self._is_to_be_named():
-            return
-        if self._door.revoke_unreferenced():
+        door = None if self._linger or self._is_to_be_named() else self._door
+        if door is not None and door.revoke_unreferenced():
             self._expired = True
             self.close()
+        if interrupt is not None:
+            raise Interrupt(interrupt)
 
     def _is_to_be_named(self) -> bool:
         """Tell whether the server has a name to make for it yet, having failed to start, perhaps."""

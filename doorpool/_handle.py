@@ -1131,15 +1131,15 @@ class Handle:
             return False
         try:
             frame = channel.read(MAX_REPLY, NOT)
+            if frame is not None:
+                close_all(frame.descriptors, channel.peer.uid)
+            if frame is None or frame.kind not in (Kind.GOODBYE, Kind.FAILURE):
+                return True
+            return _wire.decode_refusal(frame.data).may_have_run
         except Hangup as hangup:
             return channel.page is not None or not hangup.unread
-        except ProtocolError:
+        except ProtocolError:  # who waited is told that his time is over, whatever came at the end of it
             return True
-        if frame is not None:
-            close_all(frame.descriptors, channel.peer.uid)
-        if frame is None or frame.kind not in (Kind.GOODBYE, Kind.FAILURE):
-            return True
-        return _wire.decode_refusal(frame.data).may_have_run
 
     def _error(self, refusal: Refusal) -> DoorError:
         """Return the error that a refusal means."""

@@ -38,7 +38,7 @@ import json
 import threading
 import types
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 from doorpool._errors import BrokenDoorError, RemoteError
@@ -236,7 +236,9 @@ class Facade:
             self._entered[number] = lease
             over = self._over
         if over:  # the door was closed meanwhile, and nobody will come to leave it
-            self.abandon("the door was closed while it was entered")
+            for failure in list(self.abandon("the door was closed while it was entered")):
+                if failure is not None:
+                    raise failure
         return (True, None, number, parcel) if value is self.object else (False, value, number, parcel)
 
     def _exit(self, error: Any = None, number: int = 0) -> bool:
@@ -257,7 +259,7 @@ class Facade:
             return bool(self.object.__exit__(None, None, None))
         return bool(self.object.__exit__(type(error), error, error.__traceback__))
 
-    def abandon(self, why: str, *, final: bool = False) -> None:
+    def abandon(self, why: str, *, final: bool = False) -> Iterator[BaseException | None]:
         """
         Leave the object for callers who are gone, as often as they had entered it.
 
@@ -265,14 +267,19 @@ class Facade:
             why: said by the exception that is shown to it.
             final: nobody can come any more; who still enters it is left for at once.
 
-        Raises:
-            BaseException: whatever its ``__exit__`` raises.
+        Yields:
+            What its ``__exit__`` has raised, or None, for each; the next are left all the same.
         """
         with self._lock:
             numbers = list(self._entered)
             self._over = self._over or final
         for number in numbers:
-            self._abandon_one(number, why)
+            failure = None
+            try:
+                self._abandon_one(number, why)
+            except BaseException as error:
+                failure = error
+            yield failure
 
     def _abandon_one(self, number: int, why: str) -> None:
         """Leave the object for one who had entered it, if he has not done so."""

@@ -574,9 +574,10 @@ class Server:
 
     def _clear_up(self, endpoints: list[Endpoint], timeout: float) -> None:
         """Leave what callers have entered, and have the last threads give back what the pools have."""
-        for endpoint in endpoints:
-            endpoint._abandon()
+        interrupts = [endpoint._abandon() for endpoint in endpoints]
         self._pools.join(timeout)
+        for interrupt in filter(None, interrupts):
+            raise interrupt
 
     def _cut(self, late: list[Invocation], when: str) -> None:
         self._overdue = bool(late)

@@ -226,6 +226,49 @@ def test_a_child_that_comes_out_of_a_procedure_answers_nothing(server, door_dir,
     assert server.stderr.count("ValueError: the child's") == (4 if how == "raises" else 0)
 
 
+LEFT = """
+    import os, sys
+    from doorpool import Proxy, Server
+
+    codes, left = [], os.open("left", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+
+    class Forking:
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            os.write(left, b"%d " % os.getpid())
+            if (child := os.fork()) == 0:
+                if sys.argv[1] == "raises":
+                    raise ValueError("the child's")
+                if sys.argv[1] == "exits":
+                    sys.exit(7)
+                return True
+            codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+
+    server = Server()
+    endpoint = server.attach(Forking(), "a.door")
+    with server, Proxy("a.door", timeout=20) as first, Proxy("a.door", timeout=20) as second:
+        first._line.enter(None)
+        second._line.enter(None)
+        if sys.argv[2] == "its own":
+            endpoint.close()
+        else:
+            server.close()
+    os.close(left)
+    result((codes, open("left").read().split() == [str(os.getpid())] * 2))
+"""
+
+
+@pytest.mark.parametrize("close", ["its own", "the server's"])
+@pytest.mark.parametrize(("how", "code"), [("returns", 0), ("exits", 7), ("raises", 1)])
+@pytest.mark.ids("Y1", "U12")
+def test_a_child_that_comes_out_of_an_exit_leaves_nothing_for_others(run_python, door_dir, how, code, close):
+    """Its parent leaves the object for those whose door is closed; the child would have done so again."""
+    done = run_python(LEFT, how, close, cwd=door_dir)
+    assert done.value == ([code] * 2, True)
+
+
 # -- a client with many threads
 
 

@@ -605,6 +605,27 @@ def test_what_leaving_for_somebody_who_is_gone_raises_is_logged(serve, connect, 
     )
 
 
+@pytest.mark.parametrize("how", ["the server closes", "the endpoint closes"])
+@pytest.mark.ids("U12")
+def test_it_is_left_for_all_who_are_gone_whatever_leaving_raises(serve, connect, caplog, how):
+    left = []
+
+    class Failing(Manager):
+        def __exit__(self, kind: Any, error: Any, trace: Any) -> bool:
+            left.append(kind)
+            raise OSError(f"cannot be left, {len(left)}")
+
+    server = serve(len)
+    endpoint = server.attach(Endpoint(Failing()))
+    with contextlib.ExitStack() as stack:
+        for _ in range(3):
+            stack.enter_context(Proxy(endpoint))._line.enter(None)
+        (server if how == "the server closes" else endpoint).close()
+    assert left == [BrokenDoorError] * 3
+    for number in (1, 2, 3):
+        assert f"cannot be left, {number}" in caplog.text
+
+
 def test_a_door_that_one_has_opened_oneself_is_only_closed(serve, connect):
     manager = Manager()
     serve(manager)

@@ -782,6 +782,7 @@ def test_a_handler_of_the_program_is_left_alone(spawn_server, door_dir, connect)
 
 
 @pytest.mark.ids("T13", "X12")
+@pytest.mark.parametrize("codec", ["pickle", "data"])
 @pytest.mark.parametrize(
     ("handler", "signals", "name"),
     [
@@ -791,7 +792,7 @@ def test_a_handler_of_the_program_is_left_alone(spawn_server, door_dir, connect)
     ],
 )
 def test_what_a_handler_raises_in_a_procedure_leaves_run(
-    spawn_server, door_dir, connect, handler, signals, name
+    spawn_server, door_dir, connect, handler, signals, name, codec
 ):
     """As it does between two calls.  The caller, whose call has ended by it, hears so."""
     child = spawn_server(
@@ -807,7 +808,7 @@ def test_what_a_handler_raises_in_a_procedure_leaves_run(
 
         server = Server(max_threads=1)
 
-        @server.endpoint("a.door")
+        @server.endpoint("a.door", codec={codec!r})
         def in_main_thread(stay):
             if stay:
                 open("staying", "w").close()
@@ -831,9 +832,97 @@ def test_what_a_handler_raises_in_a_procedure_leaves_run(
     wait_until(lambda: (door_dir / "staying").exists(), timeout=20)
     child.signal(signal.SIGINT)
     error = call.exception(20)
-    assert isinstance(error, RemoteError) is (name != "Stop"), "an Exception arrives as itself"
+    assert isinstance(error, RemoteError) is (name != "Stop" or codec == "data"), "an Exception is pickled"
     assert name in f"{type(error).__name__}: {error}"
     assert child.finish().value == (name, True)
+
+
+STAYS = """
+    import signal, sys, threading, time
+    from doorpool import Endpoint, Proxy, Server
+
+    class Stop(Exception):
+        pass
+
+    def stop(*_):
+        raise Stop("on purpose")
+
+    def stay():
+        open("staying", "w").close()
+        while True:
+            time.sleep(0.01)
+
+    class Staying:
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            stay()
+
+    server = Server(max_threads=1)
+    signal.signal(signal.SIGINT, eval(sys.argv[1]))
+"""
+
+
+@pytest.mark.ids("T13", "U11", "U12")
+@pytest.mark.parametrize(
+    ("handler", "name"), [("stop", "Stop"), ("signal.default_int_handler", "KeyboardInterrupt")]
+)
+@pytest.mark.parametrize("what", ["len, on_unref=stay", "Staying()", "Staying(), linger=True"])
+def test_what_a_handler_raises_as_something_is_let_go_of_leaves_run(
+    spawn_server, door_dir, connect, handler, name, what
+):
+    child = spawn_server(
+        STAYS
+        + f"""
+    @server.endpoint("a.door")
+    def hand_out():
+        return server.attach({what}) if threading.current_thread() is threading.main_thread() else None
+
+    ready()
+    try:
+        with server:
+            server.run(signals=False)
+    except BaseException as error:
+        result((type(error).__name__, server.closed))
+    """,
+        handler,
+        cwd=door_dir,
+    )
+    hand_out, given = connect(wait=10, reopen=False), []
+    wait_until(lambda: given.append(hand_out()) or given[-1] is not None, timeout=20)
+    held = given[-1]
+    if "Staying" in what:
+        held._line.enter(None)
+    held.close()
+    wait_until(lambda: (door_dir / "staying").exists(), timeout=20)
+    child.signal(signal.SIGINT)
+    assert child.finish().value == (name, True)
+
+
+@pytest.mark.ids("U12", "G05")
+@pytest.mark.parametrize("closes", ["endpoint", "server"])
+def test_what_a_handler_raises_as_something_is_left_leaves_close(spawn_server, door_dir, closes):
+    child = spawn_server(
+        STAYS
+        + f"""
+    endpoint = server.attach(Staying(), "a.door")
+    server.start()
+    with Proxy("a.door") as proxy:
+        proxy._line.enter(None)
+        ready()
+        try:
+            {closes}.close()
+        except BaseException as error:
+            result((type(error).__name__, server.closed, endpoint.closed))
+    server.close()
+    """,
+        "signal.default_int_handler",
+        cwd=door_dir,
+    )
+    wait_until(lambda: (door_dir / "staying").exists(), timeout=20)
+    child.signal(signal.SIGINT)
+    assert child.finish().value == ("KeyboardInterrupt", closes == "server", True)
 
 
 def test_without_signals_ctrl_c_is_an_exception(spawn_server, door_dir, connect):

@@ -315,6 +315,7 @@ def test_knocks_that_are_dropped_are_made_again():
         pytest.param(
             rawpeer.frame(rawpeer.GOODBYE, 1, rawpeer.refusal(rawpeer.CLOSED)), False, id="a goodbye"
         ),
+        pytest.param(rawpeer.frame(rawpeer.FAILURE, 1, b"?"), True, id="a refusal that is none"),
         pytest.param(b"what is no frame at all" * 5, True, id="nonsense"),
         pytest.param(rawpeer.frame(rawpeer.REPLY, 1, b"late")[:20], True, id="half a reply"),
         pytest.param(b"", True, id="nothing"),
