@@ -145,11 +145,14 @@ class Channel:
     )
 
     def __init__(self, sock: socket.socket, peer: Credentials, ucred: bytes, pidfd: int = -1) -> None:
-        self._ended = False
         self.socket = sock
         self.peer = peer
+        self.page: shuttle.Page | None = None
+        self.shelf: Shelf | None = None
+        self._fds: list[int] = []
         self._generation = _sockets.generation
         self.pidfd = pidfd if pidfd < 0 else _sockets.own_number(pidfd)
+        self._ended = False  # from here on there is what ``close`` looks at
         self.number = 0
         self._expected: Ancillary = [(socket.SOL_SOCKET, SCM_CREDENTIALS, ucred)]
         self._explicit = not sends_effective_ids_by_itself()
@@ -157,23 +160,20 @@ class Channel:
         self._surplus = 0
         self._rest = b""
         self._begun = False  # something of these three is left to go on with
-        self._fds: list[int] = []
         self._lost = False
         self._reset = False  # the kernel has said that something of ours was never read
         self.patience: float | None = None
         self.send_patience: float | None = None
         self._poll = select.poll()
         self._poll.register(sock, select.POLLIN)
-        self.page: shuttle.Page | None = None
-        self.shelf: Shelf | None = None
         self.news: Sized = ()
         self.stowed = False
         self.lent: Callable[[], None] | None = None
 
     def __del__(self, _ending: Callable[[], bool] = sys.is_finalizing) -> None:
-        # A channel lost between two byte codes (Ctrl-C) closes without a warning.  When the
-        # interpreter ends, the modules it needs may be gone, and the kernel closes all.
-        if not _ending() and not self._ended:
+        # A channel lost between two byte codes (Ctrl-C), or half made, closes without a warning.  When
+        # the interpreter ends, the modules it needs may be gone, and the kernel closes all.
+        if not _ending() and not getattr(self, "_ended", True):
             self.close()
 
     def fileno(self) -> int:

@@ -47,7 +47,7 @@ class Descriptor:
         return f"<Descriptor {self._number}>" if self._number >= 0 else "<Descriptor closed>"
 
     def __del__(self, _ending: Callable[[], bool] = sys.is_finalizing) -> None:
-        if self._number >= 0 and not _ending():  # as in Channel
+        if getattr(self, "_number", -1) >= 0 and not _ending():  # as in Channel
             try:
                 warnings.warn(f"unclosed {self!r}", ResourceWarning, source=self, stacklevel=2)
             finally:  # the warning may be an error
@@ -83,6 +83,10 @@ class Descriptor:
         if number < 0:
             raise ValueError("this descriptor is closed")
         return number
+
+    def _put_back(self, number: int) -> None:
+        """Own the number again that ``take`` has returned."""
+        self._number = number
 
     def dup(self) -> Descriptor:
         """

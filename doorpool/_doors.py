@@ -75,16 +75,18 @@ class _ArrivedLine(Line):
     What the views share of a door that arrived: nothing is opened before it is called.
 
     Args:
-        number: the descriptor, taken over if this succeeds.
+        descriptor: taken over if this succeeds.
         passer: the uid of who passed it, the only one that is believed; None: nobody is.
         codecs: that the door may speak.
     """
 
-    def __init__(self, number: int, passer: int | None, codecs: tuple[Codec, ...] = SPOKEN) -> None:
+    def __init__(
+        self, descriptor: Descriptor, passer: int | None, codecs: tuple[Codec, ...] = SPOKEN
+    ) -> None:  # fmt: skip
         believed = frozenset[int]() if passer is None else frozenset({passer})
         self._proven = False
         super().__init__(
-            number, open_timeout=_OPENING, reopens=False, trust="namespace", server=believed, spin=None,
+            descriptor, open_timeout=_OPENING, reopens=False, trust="namespace", server=believed, spin=None,
             codecs=codecs,
         )  # fmt: skip
         self.warns = False  # nobody has opened it by himself
@@ -253,10 +255,9 @@ def arrive(
     if _sockets.domain_of(descriptor.fileno()) != socket.AF_UNIX:  # more is not asked of a stranger's
         raise NotADoorError("what was passed as a door is no local socket")
     try:
-        line = _ArrivedLine(descriptor.fileno(), passer, codecs)
+        line = _ArrivedLine(descriptor, passer, codecs)
     except (CallTimeoutError, BrokenDoorError) as error:
         raise NotADoorError(f"what was passed as a door is none: {error}") from None
-    descriptor.take()
     return proxy_of(line)
 
 

@@ -46,6 +46,7 @@ import socket
 import sys
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any, NoReturn
@@ -67,7 +68,7 @@ from doorpool._credentials import (
     tells_processes,
     unpack_ids,
 )
-from doorpool._descriptor import NOBODY
+from doorpool._descriptor import NOBODY, Descriptor
 from doorpool._errors import (
     SHORTAGE,
     AccessError,
@@ -190,6 +191,27 @@ def _is_untaken(channel: Channel) -> bool:
     return page.withdraw() if page is not None else _sockets.unsent(channel.socket) > 0
 
 
+def _leave(door: object, number: int) -> None:
+    """Leave a number with whom it came from."""
+    if isinstance(door, Descriptor):
+        door._put_back(number)
+
+
+class _Turn(weakref.ref["queue.SimpleQueue[_Turn]"]):
+    """
+    The right to knock, which knows where the turns lie that nobody has.
+
+    One that is lost between two byte codes (Ctrl-C) is replaced.
+    """
+
+    __slots__ = ()
+
+    def __del__(self) -> None:
+        knocks = self()
+        if knocks is not None:
+            knocks.put(_Turn(knocks))
+
+
 @attrs.define
 class Reply:
     """
@@ -226,7 +248,8 @@ class Handle:
     of its own, through the inherited descriptor.
 
     Args:
-        door: a path, or the number of a descriptor, which is taken over if this succeeds.
+        door: a path; or the number of a descriptor, or a ``Descriptor``, which is taken over if this
+            succeeds.
         open_timeout: seconds for opening.
         server: whose server is believed, as a rule of ``doorpool._callers``; by default our own
             user's, and root's for a door that does not speak pickle.  On a path it is asked
@@ -248,7 +271,7 @@ class Handle:
     """
 
     def __init__(
-        self, door: _names.Path | int, *, open_timeout: float | None = 5.0,
+        self, door: _names.Path | int | Descriptor, *, open_timeout: float | None = 5.0,
         server: Rule | None = None, trust: str = "namespace",
         codec: Codec | Collection[Codec] | None = None, words: Knock | None = None, lazy: bool = False,
         spin: float | None = None,
@@ -281,7 +304,7 @@ class Handle:
                 self._give_back(self._dial(deadline))
         except BaseException:
             if self.path is None:
-                self._socket.detach()
+                _leave(door, self._socket.detach())
             self._socket.close()
             raise
 
@@ -334,9 +357,9 @@ class Handle:
         self._idle: deque[Channel] = deque()
         # One item for each knock that may be made.  No semaphore: that holds a lock of its own for
         # some lines of Python, in which a signal handler that knocks too would wait for its thread.
-        self._knocks: queue.SimpleQueue[None] = queue.SimpleQueue()
+        self._knocks: queue.SimpleQueue[_Turn] = queue.SimpleQueue()
         for _ in range(MAX_KNOCKS):
-            self._knocks.put(None)
+            self._knocks.put(_Turn(self._knocks))
         self._generation = _sockets.generation  # last: who sees this sees the rest
 
     def _cross_fork(self) -> None:
@@ -345,7 +368,14 @@ class Handle:
             if self._generation != _sockets.generation:
                 self._reset()
 
-    def _reach(self, door: _names.Path | int, deadline: float | None) -> socket.socket:
+    def _reach(self, door: _names.Path | int | Descriptor, deadline: float | None) -> socket.socket:
+        if isinstance(door, Descriptor):
+            number = door.take()  # at no moment two owners: Ctrl-C may come at any
+            try:
+                return self._take_number(number)
+            except NotADoorError:
+                _leave(door, number)
+                raise
         if isinstance(door, bool) or not isinstance(door, str | bytes | os.PathLike | int):
             raise TypeError(f"a door is a path or the number of a descriptor, not {door!r}")
         if isinstance(door, int):
@@ -473,15 +503,17 @@ class Handle:
         """Lend the door descriptor: while somebody uses it, ``close`` leaves it open."""
         if self._generation != _sockets.here():
             self._cross_fork()
-        with self._lock:
-            self._users += 1  # before the look: a signal handler may close it in between
+        counted = False
         try:
+            with self._lock:
+                self._users += 1  # before the look: a signal handler may close it in between
+                counted = True  # with no call in between, in which Ctrl-C might come
             if self._closed:
                 raise ClosedError(f"{self.name}: this handle is closed")
             yield self._socket
         finally:
             with self._lock:
-                self._users -= 1
+                self._users -= counted
                 if self._closed and not self._users:
                     self._close_descriptor()
 
@@ -500,9 +532,9 @@ class Handle:
 
     def _knock_and_hear(self, door: socket.socket, deadline: float | None) -> _opening.Opened | Refusal:
         """Knock and hear the answer, as soon as fewer than ``MAX_KNOCKS`` of ours are unanswered."""
-        knocks = self._knocks
-        self._await_turn(knocks, door, deadline)
+        knocks, turn = self._knocks, None
         try:
+            turn = self._await_turn(knocks, door, deadline)
             ours = self._knock(door, deadline)
             try:
                 if not self._met:
@@ -514,11 +546,12 @@ class Handle:
             finally:
                 close_socket(ours)  # there may be an answer in it that we could not take
         finally:
-            knocks.put(None)
+            if turn is not None:
+                knocks.put(turn)
 
     def _await_turn(
-        self, knocks: queue.SimpleQueue[None], door: socket.socket, deadline: float | None
-    ) -> None:
+        self, knocks: queue.SimpleQueue[_Turn], door: socket.socket, deadline: float | None
+    ) -> _Turn:
         while True:
             try:
                 return knocks.get(timeout=self._look_up_time(deadline, "does not answer"))
@@ -613,7 +646,7 @@ class Handle:
             channel.close()
             raise
         finally:
-            opened.close_page()
+            opened.close_letter()
         # step: channel-opened
         self.server = channel.peer
         channel.doze(DOZE)

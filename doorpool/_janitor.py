@@ -205,14 +205,14 @@ def close_later(descriptors: MutableSequence[int] | list[Open], uid: int | None 
 def close_all(descriptors: MutableSequence[int] | list[Open], uid: int | None = NOBODY) -> None:
     """Close and forget descriptors that somebody has sent: here if that is sure not to block."""
     later: list[Open] = []
-    while descriptors:
-        it = descriptors.pop()
+    while descriptors:  # each is theirs until it is known what to do with it: Ctrl-C may come at any moment
+        it = descriptors[-1]
         if may_block(it if isinstance(it, int) else it.fileno(), uid):
-            later.append(it)
+            later.append(descriptors.pop())
         elif isinstance(it, int):
-            os.close(it)
+            os.close(descriptors.pop())  # type: ignore[arg-type]
         else:
-            _close(it)
+            _close(descriptors.pop())
     close_later(later, uid)
 
 

@@ -61,7 +61,7 @@ from doorpool._credentials import (
 )
 from doorpool._errors import SHORTAGE, AccessError, ProtocolError
 from doorpool._impl import shuttle
-from doorpool._janitor import close_later, close_socket
+from doorpool._janitor import close_all, close_later, close_socket
 from doorpool._sockets import MSG_DONTWAIT, MSG_PEEK, Letter
 from doorpool._wire import Answer, Codec, Knock, Refusal
 
@@ -75,15 +75,18 @@ def _describe(ids: Ids) -> str:
     return f"pid {ids[0]}, uid {ids[1]}, gid {ids[2]}"
 
 
-def take_socket(letter: Letter, what: str, kind: int) -> socket.socket:
+def take_socket(letter: Letter, what: str, kind: int, besides: int = 0) -> socket.socket:
     """
-    Take the one socket out of a letter, if the letter's sender made it.
+    Take the one socket out of a letter, where it is the first, if the letter's sender made it.
+
+    Args:
+        besides: how many descriptors come with it, and stay.
 
     Raises:
         ProtocolError: the letter does not carry just one socket of that kind and credentials.
         AccessError: somebody else made the socket: this was relayed, or forged.
     """
-    if letter.truncated or len(letter.descriptors) != 1:
+    if letter.truncated or len(letter.descriptors) != 1 + besides:
         raise ProtocolError(f"{what} must bring one socket, not {len(letter.descriptors)} descriptors")
     if letter.ids is None or (letter.ids[0] <= 0 and letter.pidfd < 0):
         raise ProtocolError(f"{what} came without the sender's credentials")
@@ -92,7 +95,7 @@ def take_socket(letter: Letter, what: str, kind: int) -> socket.socket:
     try:
         _check_maker(sock, letter, what, kind)
     except BaseException:
-        letter.descriptors.append(sock.detach())
+        letter.descriptors.insert(0, sock.detach())
         raise
     letter.forged = False
     return _sockets.own(sock)
@@ -100,14 +103,14 @@ def take_socket(letter: Letter, what: str, kind: int) -> socket.socket:
 
 def _adopt(letter: Letter, what: str, kind: int) -> socket.socket:
     assert letter.ids is not None
-    number = letter.descriptors.pop()  # at no moment two owners: Ctrl-C may come at any
-    why = "local socket"
-    try:
-        if not is_strange(letter.ids[1]) or _sockets.domain_of(number) == socket.AF_UNIX:
+    number, why = letter.descriptors[0], "local socket"
+    if not is_strange(letter.ids[1]) or _sockets.domain_of(number) == socket.AF_UNIX:
+        del letter.descriptors[0]  # at no moment two owners: Ctrl-C may come at any
+        try:
             return _sockets.adopt(number, kind)
-    except OSError as error:
-        why = f"socket ({error.strerror})"
-    letter.descriptors.append(number)
+        except OSError as error:
+            why = f"socket ({error.strerror})"
+        letter.descriptors.insert(0, number)
     raise ProtocolError(f"{what} brought a descriptor that is no {why}")
 
 
@@ -172,21 +175,26 @@ class Opened:
     An opened channel, before anything of it is believed: ``codec`` and ``channel.peer`` decide.
 
     Attributes:
-        page: the memory of its shared page, -1 for none; owned by whoever has this.
-        page_size: what it is said to have, in bytes.
+        letter: it came with; the owner, for whoever has this, of the memory of the shared page.
+        page_size: what that is said to have, in bytes; 0: there is none.
         segments: segments may be used.
     """
 
     channel: Channel
     codec: Codec
-    page: int = -1
+    letter: Letter
     page_size: int = 0
     segments: bool = False
 
-    def close_page(self) -> None:
-        """Close the descriptor of the page, mapped or not."""
-        if self.page >= 0:
-            os.close(self.page)
+    @property
+    def page(self) -> int:
+        """The descriptor of the memory of the shared page, -1 for none; it stays the letter's."""
+        return self.letter.descriptors[0] if self.page_size else -1
+
+    def close_letter(self) -> None:
+        """Close what has come along, which is mapped by now or never will be."""
+        close_all(self.letter.descriptors, self.channel.peer.uid)
+        self.letter.close()
 
 
 def hear_answer(ours: socket.socket) -> Opened | Refusal:
@@ -210,32 +218,27 @@ def hear_answer(ours: socket.socket) -> Opened | Refusal:
             raise EOFError("the knock was dropped")
         # step: answer-heard
         answer = _wire.decode_answer(letter.data)
-        if answer.refusal is not None:
-            return answer.refusal
-        return _opened_by(letter, answer)
-    finally:
+        if answer.refusal is None:
+            return _opened_by(letter, answer)
+    except BaseException:
         discard(letter)
+        raise
+    discard(letter)
+    return answer.refusal
 
 
 def _opened_by(letter: Letter, answer: Answer) -> Opened:
     """Take what an answer brings: the channel, and the page behind it if there is one."""
-    page = -1
     if (answer.page or answer.segments) and answer.codec is not Codec.PICKLE:
         raise ProtocolError("the answer to a knock shares memory where no pickle is spoken")
-    if answer.page:
-        if len(letter.descriptors) != 2:
-            raise ProtocolError("the answer to a knock promised a page, and brought none")
-        page = letter.descriptors.pop()
-    try:
-        return Opened(_channel_of(letter), answer.codec, page, answer.page, answer.segments)
-    except BaseException:
-        if page >= 0:
-            letter.descriptors.append(page)
-        raise
+    if answer.page and len(letter.descriptors) != 2:
+        raise ProtocolError("the answer to a knock promised a page, and brought none")
+    channel = _channel_of(letter, pages=1 if answer.page else 0)
+    return Opened(channel, answer.codec, letter, answer.page, answer.segments)
 
 
-def _channel_of(letter: Letter) -> Channel:
-    sock = take_socket(letter, "the answer to a knock", socket.SOCK_SEQPACKET)
+def _channel_of(letter: Letter, pages: int) -> Channel:
+    sock = take_socket(letter, "the answer to a knock", socket.SOCK_SEQPACKET, pages)
     try:
         if _sockets.unread(sock) and sock.recv(4, MSG_PEEK | MSG_DONTWAIT) == _wire.GREETING_MAGIC:
             raise ProtocolError("the answer to a knock brought a door in place of a channel")
@@ -260,8 +263,11 @@ def _uid(letter: Letter) -> int | None:
 
 def _make_channel(letter: Letter, sock: socket.socket, peer: Credentials) -> Channel:
     """Make a channel whose peer is the sender of a letter."""
-    pidfd, letter.pidfd = letter.pidfd, -1
-    return Channel(sock, peer, letter.ucred, pidfd)
+    channel = Channel(sock, peer, letter.ucred)
+    channel.pidfd, letter.pidfd = letter.pidfd, -1  # with no call in between, in which Ctrl-C might come
+    if channel.pidfd >= 0:
+        _sockets.own_number(channel.pidfd)
+    return channel
 
 
 # -- the server's side ---------------------------------------------------------------

@@ -99,7 +99,7 @@ class Line:
     """What the views of one open door share."""
 
     def __init__(
-        self, door: Path | int, *, open_timeout: float | None, reopens: bool, trust: str,
+        self, door: Path | int | Descriptor, *, open_timeout: float | None, reopens: bool, trust: str,
         server: Rule | None, spin: float | None, codecs: tuple[Codec, ...] = SPOKEN,
     ) -> None:  # fmt: skip
         self.spin = spin
@@ -145,7 +145,7 @@ class Line:
 
     def __del__(self, _ending: Callable[[], bool] = sys.is_finalizing) -> None:
         # Not before the last view is gone; not when the interpreter ends (as in Channel).
-        if not _ending() and not self.closed and hasattr(self, "info"):
+        if not _ending() and hasattr(self, "_generation") and not self.closed:  # it is whole
             if self.warns:
                 warnings.warn(f"unclosed {self!r}", ResourceWarning, source=self, stacklevel=2)
             self.close()
@@ -153,10 +153,10 @@ class Line:
     def __repr__(self) -> str:
         return f"<Proxy of {self.info.name!r} at {self.handle.name}{' closed' if self.closed else ''}>"
 
-    def _open(self, door: Path | int, open_timeout: float | None) -> Handle:
+    def _open(self, door: Path | int | Descriptor, open_timeout: float | None) -> Handle:
         """Open the door; see "Opening" above."""
         deadline = deadline_after(check_seconds(open_timeout, "open_timeout"))
-        last = isinstance(door, int)
+        last = isinstance(door, int | Descriptor)
         while True:
             try:
                 return self._make_handle(door, _left(deadline))
@@ -165,7 +165,9 @@ class Line:
                     raise
             last = True
 
-    def _make_handle(self, door: Path | int, open_timeout: float | None, **options: Any) -> Handle:
+    def _make_handle(
+        self, door: Path | int | Descriptor, open_timeout: float | None, **options: Any
+    ) -> Handle:  # fmt: skip
         own = own_dialect()
         return Handle(
             door, open_timeout=open_timeout, trust=self.trust, server=self.server, codec=self._codecs,
@@ -529,7 +531,7 @@ class Proxy:
         if trust not in ("namespace", "uid"):
             raise ValueError(f"trust is 'namespace' or 'uid', not {trust!r}")
 
-        def connect(opened: Path | int) -> Line:
+        def connect(opened: Path | int | Descriptor) -> Line:
             return Line(
                 opened, open_timeout=open_timeout, reopens=reopen, trust=trust, server=server, spin=spin
             )
@@ -888,20 +890,19 @@ def _connect_path(path: Path, connect: Callable[[Path], Line], wait: float) -> L
         time.sleep(_RETRY)
 
 
-def _connect_descriptor(door: int | Descriptor | Endpoint | Proxy, connect: Callable[[int], Line]) -> Line:
+def _connect_descriptor(
+    door: int | Descriptor | Endpoint | Proxy, connect: Callable[[int | Descriptor], Line]
+) -> Line:
     """Open a descriptor; one that was given is taken over only if this succeeds."""
     if isinstance(door, int):
         return connect(door)
     if isinstance(door, Descriptor):
         with door.dup() as copy:
-            line = connect(copy.fileno())
-            copy.take()
+            line = connect(copy)
         door.close()
         return line
     with door.open() if isinstance(door, Endpoint) else Descriptor(os.dup(_checked_number(door))) as copy:
-        line = connect(copy.fileno())
-        copy.take()
-        return line
+        return connect(copy)
 
 
 # -- multiprocessing: as an argument of a process or a pool's task -------------------------------

@@ -414,7 +414,7 @@ class Letter:
     forged: bool = False
 
     def __del__(self, _ending: Callable[[], bool] = sys.is_finalizing) -> None:
-        if not _ending():  # as in Channel
+        if not _ending() and hasattr(self, "forged"):  # as in Channel; it is whole
             self.close()
 
     def close(self) -> None:
@@ -439,14 +439,34 @@ def receive_letter(sock: socket.socket, size: int, flags: int = 0, room: int = A
         BlockingIOError: there is none.
         OSError: the other side is gone.
     """
-    data, ancillary, flags, _ = sock.recvmsg(size, room, flags | MSG_DONTWAIT | MSG_CMSG_CLOEXEC)
-    letter = Letter(data, truncated=bool(flags & MSG_TRUNCATED))
+    came: list[tuple[bytes, list[tuple[int, int, bytes]], int, object]] = []
+    letter = None
+    try:
+        # The call itself puts it into the list: what Ctrl-C, right behind it, would lose is bare numbers.
+        came.extend(map(sock.recvmsg, (size,), (room,), (flags | MSG_DONTWAIT | MSG_CMSG_CLOEXEC,)))
+        data, ancillary, flags, _ = came[0]
+        letter = Letter(data, truncated=bool(flags & MSG_TRUNCATED))
+        for level, kind, value in ancillary:
+            if level == socket.SOL_SOCKET:
+                _put_into(letter, kind, value)
+        if not data:
+            letter.ids = None  # an end of file on a stream says "pid 0, uid 0": nobody said that
+        return letter
+    except BaseException:
+        if came:
+            _drop(letter, came[0][1])
+        raise
+
+
+def _drop(letter: Letter | None, ancillary: list[tuple[int, int, bytes]]) -> None:
+    """Close all that came, of which a letter may own something already."""
+    whole = Letter(b"")
     for level, kind, value in ancillary:
         if level == socket.SOL_SOCKET:
-            _put_into(letter, kind, value)
-    if not data:
-        letter.ids = None  # an end of file on a stream says "pid 0, uid 0": nobody said that
-    return letter
+            _put_into(whole, kind, value)
+    if letter is not None:
+        letter.descriptors, letter.pidfd = [], -1
+    whole.close()
 
 
 def _put_into(letter: Letter, kind: int, value: bytes) -> None:

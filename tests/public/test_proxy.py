@@ -105,6 +105,50 @@ def test_a_number_is_taken_over(server, connect):
     assert proxy.fileno() == -1
 
 
+CUT = """
+    import gc, os, sys
+    from support.cuts import each_step
+    from doorpool import Descriptor, Proxy
+
+    with Proxy("a.door") as proxy:
+        def give():
+            return Descriptor(os.dup(proxy.fileno())) if sys.argv[1] == "descriptor" else proxy
+
+        given, steps, lost = give(), 0, 0
+        for step in each_step():
+            opened = None
+            with step:
+                opened = Proxy(given)
+            ours = [os.open(os.devnull, os.O_RDONLY) for _ in range(12)]
+            if opened is not None:
+                opened.close()
+            step.error = None  # only now is let go of what was being made
+            gc.collect(0)
+            for number in ours:
+                try:
+                    lost += os.readlink(f"/proc/self/fd/{number}") != os.devnull
+                    os.close(number)
+                except OSError:
+                    lost += 1
+            if given.closed:
+                given = give()
+            steps += 1
+        if given is not proxy:
+            given.close()
+        result((steps, lost, proxy(1)))
+"""
+
+
+@pytest.mark.ids("X19", "G05")
+@pytest.mark.parametrize("given", ["descriptor", "proxy"])
+def test_an_opening_that_is_cut_at_any_step_closes_nothing_of_others(server, door_dir, run_python, given):
+    """No number has two owners at any moment: the second would close what has got the number since."""
+    steps, lost, answer = run_python(CUT, given, cwd=door_dir).value
+    assert steps > 100
+    assert lost == 0
+    assert answer == 1
+
+
 def test_a_descriptor_is_taken_over(server, connect):
     descriptor = server.endpoints[0].open()
     proxy = connect(descriptor)

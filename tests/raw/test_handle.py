@@ -7,11 +7,13 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+import queue
 import select
 import socket
 import sys
 import threading
 import warnings
+import weakref
 
 import pytest
 from support import rawpeer, run_as_uid, wait_until
@@ -348,6 +350,78 @@ def test_what_comes_just_as_a_call_is_given_up_says_whether_it_ran(monkeypatch, 
         assert error.may_have_run is may_have_run
         assert given_up
         assert not handle._idle
+
+
+ANSWERS = """
+    from doorpool.door import Door, Gate
+
+    gate = Gate()
+    door = Door(gate)
+    door.listen("a.door")
+    ready()
+    while True:
+        gate.wait().reply(b"x")
+"""
+
+
+CUT = """
+    import gc, os
+    from support.cuts import each_step
+    from doorpool.door import Handle
+
+    def held():
+        gc.collect()
+        return len(os.listdir("/proc/self/fd"))
+
+    with Handle("a.door") as handle:
+        handle._dial(None).close()
+        before, steps, states = held(), 0, set()
+        for step in each_step():
+            with step:
+                handle._dial(None).close()
+            step.error = None
+            states.add((handle._users, handle._knocks.qsize()))
+            steps += 1
+        left = held() - before
+        handle._idle.clear()
+        result((steps, states, left, handle.call().data))
+"""
+
+
+@pytest.mark.ids("X19", "G05")
+def test_an_opening_that_is_cut_at_any_step_leaves_the_handle_as_it_was(spawn_server, run_python, door_dir):
+    """
+    No turn to knock is lost, no user of the descriptor is counted for good, and next to nothing stays open.
+
+    (What is a bare number for one step is lost by a cut at that step, as in ``socket.socketpair``.)
+    """
+    spawn_server(ANSWERS, cwd=door_dir)
+    steps, states, left, answer = run_python(CUT, cwd=door_dir).value
+    assert steps > 50
+    assert states == {(0, _handle.MAX_KNOCKS)}
+    assert left < 20
+    assert answer == b"x"
+
+
+@pytest.mark.ids("X19", "G05")
+def test_a_turn_to_knock_that_is_lost_comes_back(serve):
+    handle = serve().handle()
+    for _ in range(2 * _handle.MAX_KNOCKS):
+        handle._knocks.get(timeout=PATIENCE)
+    assert handle._knocks.qsize() == _handle.MAX_KNOCKS
+
+
+@pytest.mark.parametrize("taken", [0, 1])
+def test_turns_to_knock_keep_nothing_alive(taken):
+    knocks = queue.SimpleQueue()
+    for _ in range(3):
+        knocks.put(_handle._Turn(knocks))
+    turns = [knocks.get() for _ in range(taken)]
+    there = weakref.ref(knocks)
+    del knocks
+    assert there() is None
+    turns.clear()
+    assert there() is None
 
 
 def test_a_request_that_nobody_reads_for_a_while_goes_whole(monkeypatch):
