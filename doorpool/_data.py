@@ -61,7 +61,7 @@ from doorpool._errors import (
     RemoteError,
     RemoteTraceback,
 )
-from doorpool._exceptions import MAX_TRACEBACK, clip, name_of, text_of, traceback_of
+from doorpool._exceptions import MAX_SHOWN, MAX_TRACEBACK, clip, name_of, printable, text_of, traceback_of
 from doorpool._janitor import Open, close_all
 from doorpool._keys import Reader, Steps
 from doorpool._passing import Departure, Taken
@@ -75,7 +75,7 @@ Parcel = tuple[bytes, tuple[()], "Luggage | tuple[()]"]
 _RESULT, _EXCEPTION, _MISFIT, _BAD_RESULT, _NO_ROOM = b"V", b"E", b"A", b"R", b"B"
 
 #: Characters of an exception's text, and of a word about a misfit: a stranger chooses the values in them.
-_MAX_TEXT = 4096
+_MAX_TEXT = MAX_SHOWN
 
 #: The extension of MessagePack that stands for a descriptor.  Each extension begins with its own number in
 #: the message, by which whoever wrote it finds the object again; here the place in the list of
@@ -124,7 +124,11 @@ def release(parcel: tuple[Any, Any, Sequence[int]]) -> None:
         parcel[2].close()
 
 
-Rebuild = Callable[[Descriptor, int | None], Any]
+Rebuild = Callable[[Descriptor, int | None, int], Any]
+
+#: Bytes that may come with one answer of a stranger's door that was passed to us, where nobody says less:
+#: as many as may come with his request.
+MOST_ANSWERED = 2**24
 
 
 @attrs.frozen
@@ -146,8 +150,9 @@ def register(kind: type, code: int, reduce: Callable[[Any, Luggage], None], rebu
         kind: its class, subclasses excluded.
         code: of the extension, from 0 to 127.
         reduce: given the object and the ``Luggage``, adds the descriptor to that.
-        rebuild: given the ``Descriptor`` and the uid of who has sent it, returns an object with a
-            ``close()`` that has taken it over.  It believes nothing of it, and raises ``ValueError``.
+        rebuild: given the ``Descriptor``, the uid of who has sent it, and how many bytes he may answer
+            with if it is a door and he a stranger, returns an object with a ``close()`` that has taken
+            it over.  It believes nothing of it, and raises ``ValueError``.
     """
     if code in _codes or not 0 <= code <= 127:
         raise ValueError(f"extension {code} is taken, or none")
@@ -206,14 +211,18 @@ class Arrivals:
     Attributes:
         left: the numbers that nobody has taken, for their owner to close; -1 for one that was.
         passer: the uid of who has sent them.
+        most: bytes that may come at most of a door among them with one answer, if he is a stranger.
         steps: what the keys of the message may take.
     """
 
-    __slots__ = ("_made", "left", "passer", "steps")
+    __slots__ = ("_made", "left", "most", "passer", "steps")
 
-    def __init__(self, numbers: Sequence[int], passer: int | None = None) -> None:
+    def __init__(
+        self, numbers: Sequence[int], passer: int | None = None, most: int = MOST_ANSWERED
+    ) -> None:  # fmt: skip
         self.left = list(numbers)
         self.passer = passer
+        self.most = most
         self.steps = Steps()
         self._made: list[tuple[Any, Callable[[Any], list[Open]]]] = []
 
@@ -231,7 +240,7 @@ class Arrivals:
             # Whoever drops it, or closes it, is a server thread, mostly, and may be the main one.
             descriptor._passed_by(self.passer, _close_for)
         try:
-            made = kind.rebuild(descriptor, self.passer)
+            made = kind.rebuild(descriptor, self.passer, self.most)
         except BaseException:
             if not descriptor.closed:
                 self.left[place] = descriptor.take()
@@ -279,7 +288,7 @@ def _reduce_plainly(value: Any, luggage: Luggage) -> None:
 _PLAIN = _codes[_DESCRIPTOR] = _Kind(
     _DESCRIPTOR,
     _reduce_plainly,
-    lambda descriptor, _: descriptor,
+    lambda descriptor, *_: descriptor,
 )
 
 
@@ -660,12 +669,6 @@ def _misfit(text: str) -> MarshalError:
     return MarshalError(printable(text), may_have_run=False)
 
 
-def printable(text: str) -> str:
-    """Cut a text, and show what does not print: a stranger may have chosen it."""
-    text = clip(text, _MAX_TEXT)
-    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
-
-
 def _where(name: str, error: Exception, decoder: Reader | None = None, piece: Any = b"") -> str:
     """Say what is wrong, and where in something of a name; msgspec calls that ``$``."""
     text = text_of(error)
@@ -919,21 +922,32 @@ def unpack_outcome(data: Data, arrivals: Arrivals) -> Any:
         Exception: of the fixed table; a ``RemoteError`` for all else.
     """
     kind, body = bytes(data[:1]), memoryview(data)[1:]
+    shown = _lines if is_strange(arrivals.passer) else _as_it_is
     try:
         if kind == _RESULT:
             return reading(arrivals, functools.partial(_read_plain.decode, body))
         if kind == _EXCEPTION:
-            error: Exception = _rebuild(*_read_error.decode(body))
+            name, said, trace = _read_error.decode(body)
+            error: Exception = _rebuild(name, said and shown(said), trace and shown(trace))
         elif kind in (_MISFIT, _BAD_RESULT):
-            error = MarshalError(_read_text.decode(body), may_have_run=kind == _BAD_RESULT)
+            error = MarshalError(shown(_read_text.decode(body)), may_have_run=kind == _BAD_RESULT)
         elif kind == _NO_ROOM:
-            error = BusyError(_read_text.decode(body), may_have_run=True)
+            error = BusyError(shown(_read_text.decode(body)), may_have_run=True)
         else:
             raise ValueError("it is none of the five kinds")
     except Exception as failure:
         text = printable(f"what arrived is no outcome of a call: {text_of(failure)}")
         raise ProtocolError(text, may_have_run=True) from failure
     _raise(error)
+
+
+def _as_it_is(text: str) -> str:
+    return text
+
+
+def _lines(text: str) -> str:
+    """Show what does not print in what a stranger says, line by line."""
+    return "\n".join(map(printable, clip(text, MAX_TRACEBACK).split("\n")))
 
 
 def read_text(piece: Any) -> str:

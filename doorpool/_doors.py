@@ -78,10 +78,12 @@ class _ArrivedLine(Line):
         descriptor: taken over if this succeeds.
         passer: the uid of who passed it, the only one that is believed; None: nobody is.
         codecs: that the door may speak.
+        most: bytes that one answer of it may have, if that is a stranger.
     """
 
     def __init__(
-        self, descriptor: Descriptor, passer: int | None, codecs: tuple[Codec, ...] = SPOKEN
+        self, descriptor: Descriptor, passer: int | None, codecs: tuple[Codec, ...] = SPOKEN,
+        most: int = _data.MOST_ANSWERED,
     ) -> None:  # fmt: skip
         believed = frozenset[int]() if passer is None else frozenset({passer})
         self._proven = False
@@ -91,7 +93,7 @@ class _ArrivedLine(Line):
         )  # fmt: skip
         self.warns = False  # nobody has opened it by himself
         if is_strange(passer):
-            self.handle.stranger = passer
+            self.handle.stranger, self.handle.max_reply = passer, most
         self._believed = passer, self.handle.greeting.codec
         self.enters = bool(self.handle.greeting.attributes & Attribute.CONTEXT_MANAGER)
 
@@ -240,7 +242,8 @@ def _reduce(door: Any, departure: Departure) -> Recipe:
 
 
 def arrive(
-    descriptor: Descriptor, passer: int | None, *, codecs: tuple[Codec, ...] = SPOKEN
+    descriptor: Descriptor, passer: int | None, *, codecs: tuple[Codec, ...] = SPOKEN,
+    most: int = _data.MOST_ANSWERED,
 ) -> Proxy:  # fmt: skip
     """
     Make a proxy of a door that has arrived, opening nothing; the descriptor is taken over.
@@ -248,6 +251,7 @@ def arrive(
     Args:
         passer: the uid of who passed it, the only one that is believed.
         codecs: that it may speak.
+        most: bytes that one answer of it may have, if that is a stranger.
 
     Raises:
         NotADoorError: it is none, or of another codec.
@@ -255,7 +259,7 @@ def arrive(
     if _sockets.domain_of(descriptor.fileno()) != socket.AF_UNIX:  # more is not asked of a stranger's
         raise NotADoorError("what was passed as a door is no local socket")
     try:
-        line = _ArrivedLine(descriptor, passer, codecs)
+        line = _ArrivedLine(descriptor, passer, codecs, most)
     except (CallTimeoutError, BrokenDoorError) as error:
         raise NotADoorError(f"what was passed as a door is none: {error}") from None
     return proxy_of(line)
@@ -277,8 +281,10 @@ def _reduce_data(door: Any, luggage: _data.Luggage) -> None:
     depart(door, luggage.to.uid, luggage)
 
 
-def _rebuild_data(descriptor: Descriptor, passer: int | None) -> Proxy:
-    return arrive(descriptor, passer, codecs=(Codec.DATA,))  # whatever its sender should have refused (S17)
+def _rebuild_data(descriptor: Descriptor, passer: int | None, most: int) -> Proxy:
+    return arrive(
+        descriptor, passer, codecs=(Codec.DATA,), most=most
+    )  # whatever its sender should have refused (S17)
 
 
 _data.register(Endpoint, 2, _reduce_data, _rebuild_data)

@@ -88,6 +88,10 @@ _DataOutcome = tuple[_data.Parcel | None, bool, BaseException | None]
 #: 75 ns: 16 MiB are 2 GiB and 1 s, and 1 GiB would be the end of most machines.
 _MOST_BYTES, _MOST_DATA = 2**30, 2**24
 
+#: Bytes with which a stranger may answer at doors of his that come with a call: as many as with his requests,
+#: but a batch of a stream has always room; and next to none where he is told how far a procedure is.
+_LEAST_ANSWERED, _MOST_HEARD = 2**20, 2**12
+
 
 class _Usual(int):
     """Says that no number was given: unlike None it is of the type that is wanted, and no user's."""
@@ -811,7 +815,8 @@ class Endpoint:
     ) -> tuple[Callable[..., Any], _data.Plan, tuple[Any, ...], dict[str, Any]]:  # fmt: skip
         """Find out what is called, and make its arguments of what has come, by its annotations."""
         uid = invocation.credentials.uid
-        arrivals = _data.Arrivals(invocation.descriptors, uid)
+        most = max(_LEAST_ANSWERED, invocation.door.max_request)
+        arrivals = _data.Arrivals(invocation.descriptors, uid, most)
         invocation.descriptors.clear()
         try:
             if invocation.buffers:
@@ -819,7 +824,9 @@ class Endpoint:
             pieces, named = _data.unpack_arguments(invocation.data)
             if LISTENER in named:
                 read = functools.partial(_data.read_value, named.pop(LISTENER))
+                arrivals.most = _MOST_HEARD
                 invocation.listener = _data.reading(arrivals, read)
+                arrivals.most = most
             procedure, plan, pieces = self._find_procedure(plan, pieces)
             args, kwargs = _data.reading(arrivals, functools.partial(plan.convert, pieces, named))
         except BaseException:

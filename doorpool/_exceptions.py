@@ -69,6 +69,9 @@ MAX_NESTING = 32
 #: of the raised exception, and of that of the others, which only matters if they cannot be rebuilt.
 MAX_TRACEBACK, MAX_TEXT, MAX_OTHER_TEXT = 65536, 8192, 1024
 
+#: Characters of a text that a stranger has chosen.
+MAX_SHOWN = 4096
+
 #: Bytes of the pickles of one envelope together; beyond it the text must do.
 MAX_PICKLES = 16 * 2**20
 
@@ -494,6 +497,12 @@ def name_of(error: BaseException) -> str:
 
 def _reason(failure: BaseException) -> str:
     return clip(f"{name_of(failure)}: {text_of(failure)}", MAX_OTHER_TEXT)
+
+
+def printable(text: str) -> str:
+    """Cut a text, and show what does not print: a stranger may have chosen it."""
+    text = clip(text, MAX_SHOWN)
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def clip(text: str, limit: int) -> str:

@@ -82,6 +82,7 @@ from doorpool._errors import (
     ProtocolError,
     RevokedError,
 )
+from doorpool._exceptions import printable
 from doorpool._gate import check_descriptors, flatten
 from doorpool._impl import shuttle
 from doorpool._janitor import close_all, close_socket
@@ -284,6 +285,8 @@ class Handle:
         self._spin = check_spin(spin)
         #: Who has passed us the descriptor, if a stranger has: to close it may take what he likes.
         self.stranger: int | None = NOBODY
+        #: Bytes of an answer at most.
+        self.max_reply = MAX_REPLY
         self._owner: int | None = None
         self.path: str | None = None
         self._closed = False
@@ -920,7 +923,7 @@ class Handle:
                 answer = page.wait(left)  # type: ignore[union-attr]
                 frame = answer if type(answer) is bytes else self._await_shared(channel, answer, deadline)
             elif page is None:
-                frame = channel.read(MAX_REPLY, RECEIVE if deadline is None else POLL, None, deadline)
+                frame = channel.read(self.max_reply, RECEIVE if deadline is None else POLL, None, deadline)
                 if frame is None or frame.refusal is not None:
                     frame = self._await_reply(channel, frame, deadline)
             else:
@@ -1065,7 +1068,7 @@ class Handle:
         """The request could not be sent whole, so it does not run; find out why."""
         frame = None
         with contextlib.suppress(Hangup):  # there are none
-            frame = channel.read(MAX_REPLY, NOT)
+            frame = channel.read(self.max_reply, NOT)
         if frame is not None:
             close_all(frame.descriptors, channel.peer.uid)
         if frame is not None and frame.kind == Kind.GOODBYE:
@@ -1083,7 +1086,7 @@ class Handle:
         page, frame = channel.page, None
         assert page is not None
         with contextlib.suppress(Hangup):  # it is heard again below, after the answer
-            frame = channel.read(MAX_REPLY, NOT)
+            frame = channel.read(self.max_reply, NOT)
         if frame is None:
             return self._await_shared(channel, page.wait(_nanoseconds_left(deadline)), deadline)
         answer = page.wait(0) if frame.kind == Kind.GOODBYE else 0
@@ -1100,15 +1103,15 @@ class Handle:
             return answer  # type: ignore[no-any-return]
         channel.patience = _nanoseconds_left(deadline) / 1e9
         if answer == shuttle.BY_SOCKET:
-            frame = channel.read(MAX_REPLY, POLL, None, deadline)
+            frame = channel.read(self.max_reply, POLL, None, deadline)
             # Or it could not be read just then what is there, and was a bell.
             while frame is None:
                 self._look_up(channel, deadline)
                 if not isinstance(answer := page.wait(0), int):
                     return answer
-                frame = channel.read(MAX_REPLY, POLL, None, deadline)
+                frame = channel.read(self.max_reply, POLL, None, deadline)
             return self._await_reply(channel, frame, deadline)
-        frame = channel.read(MAX_REPLY, NOT)  # the server has shut the channel, having said why
+        frame = channel.read(self.max_reply, NOT)  # the server has shut the channel, having said why
         if frame is None:
             raise Hangup
         return frame
@@ -1117,10 +1120,18 @@ class Handle:
         """Wait on, a first look having brought nothing yet, or what is not quite an everyday reply."""
         while frame is None:
             self._look_up(channel, deadline)
-            frame = channel.read(MAX_REPLY, POLL, None, deadline)
+            frame = channel.read(self.max_reply, POLL, None, deadline)
         if frame.refusal is not None and frame.refusal.reason is Reason.TOO_LARGE:
-            raise ProtocolError(f"{self.name}: a reply that claims {frame.refusal.value} bytes")
+            self._refuse_reply(frame.refusal.value)
         return frame
+
+    def _refuse_reply(self, size: int) -> NoReturn:
+        """Raise that a reply is too large, of which nothing but that has been kept."""
+        if self.max_reply == MAX_REPLY:
+            raise ProtocolError(f"{self.name}: a reply that claims {size} bytes")
+        text = f"{self.name}: a reply of {size} bytes, and of a stranger's door that was passed to us "
+        text += f"{self.max_reply} are taken"
+        raise LimitError(text, limit=self.max_reply, value=size, may_have_run=True)
 
     def _look_up(self, channel: Channel, deadline: float | None) -> None:
         """Having waited in vain for a reply: raise if the time is over or the server dead."""
@@ -1163,7 +1174,7 @@ class Handle:
         if _is_untaken(channel):
             return False
         try:
-            frame = channel.read(MAX_REPLY, NOT)
+            frame = channel.read(self.max_reply, NOT)
             if frame is not None:
                 close_all(frame.descriptors, channel.peer.uid)
             if frame is None or frame.kind not in (Kind.GOODBYE, Kind.FAILURE):
@@ -1176,7 +1187,8 @@ class Handle:
 
     def _error(self, refusal: Refusal) -> DoorError:
         """Return the error that a refusal means."""
-        text = f"{self.name}: {refusal.text}"
+        said = refusal.text if self.stranger == NOBODY else printable(refusal.text)
+        text = f"{self.name}: {said}"
         may = refusal.may_have_run
         match refusal.reason:
             case Reason.REVOKED | Reason.CLOSED:

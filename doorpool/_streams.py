@@ -881,8 +881,8 @@ def _reduce_data(iterator: Iterator[Any], luggage: _data.Luggage) -> None:
     luggage.give_later(partial(_hand_out, pump, iterator, "data", answering.endpoint, luggage.to.uid))
 
 
-def _rebuild_data(descriptor: Descriptor, passer: int | None) -> Stream:
-    return Stream(arrive(descriptor, passer, codecs=(Codec.DATA,)))
+def _rebuild_data(descriptor: Descriptor, passer: int | None, most: int) -> Stream:
+    return Stream(arrive(descriptor, passer, codecs=(Codec.DATA,), most=most))
 
 
 _data.register(Stream, 4, _reduce_data, _rebuild_data)

@@ -424,6 +424,22 @@ def test_turns_to_knock_keep_nothing_alive(taken):
     assert there() is None
 
 
+@pytest.mark.parametrize("stranger", [None, 4242])
+def test_what_a_stranger_says_of_a_refusal_is_made_printable(stranger):
+    said = "why\n\x1b[2J" + "x" * 10_000
+    with rawpeer.RawServer() as server, Handle(server.descriptor, lazy=True) as handle:
+        if stranger is not None:
+            handle.stranger = stranger
+        call = Background(handle.call, timeout=PATIENCE)
+        server.accept()
+        request = server.receive()
+        server.send(rawpeer.frame(rawpeer.FAILURE, request.number, rawpeer.refusal(rawpeer.BUSY, said)))
+        error = call.error()
+    assert isinstance(error, BusyError)
+    assert ("why\\n\\x1b[2Jx" if stranger else said) in str(error)
+    assert (len(str(error)) < 5000) == (stranger is not None)
+
+
 def test_a_request_that_nobody_reads_for_a_while_goes_whole(monkeypatch):
     looked = threading.Event()
     look_up = Handle._look_up_sending

@@ -5,6 +5,7 @@ Doors that one user passes to another: who is believed, and what a passer gains 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -14,12 +15,15 @@ from doorpool import (
     AccessError,
     BrokenDoorError,
     Endpoint,
+    LimitError,
     MarshalError,
     Proxy,
     RemoteError,
     Server,
     current_call,
+    track,
 )
+from doorpool._call import LISTENER
 
 #: Three users: a service, somebody in the middle, and a client.
 S, M, C = 4201, 6602, 4203
@@ -119,6 +123,97 @@ def test_a_pickle_callback_is_refused_where_it_is_made_to_cross(actor, place, ki
     assert text.startswith("args[0] cannot cross a data door: the door 'mine' speaks pickle")
     assert f"ours is {M}, and it would go to uid {S}" in text
     assert 'make it with codec="data"' in text
+
+
+# -- what a stranger's door may answer
+
+MOST = 2**20 + 2**18
+
+
+def count_items(items: Iterator[str]) -> int:
+    return sum(1 for _ in items)
+
+
+def say_why(door: Proxy) -> list[Any]:
+    """Call a door that was given, and say what has come of it."""
+    try:
+        return ["answered", len(door())]
+    except Exception as error:
+        return [type(error).__name__, str(error), getattr(error, "limit", None)]
+
+
+def go_through(count: int) -> int:
+    return sum(1 for _ in track(range(count)))
+
+
+def serve_those_who_pass_doors(place: str) -> None:
+    here.server = Server()
+    for procedure in (count_items, say_why, go_through):
+        path = f"{place}/{procedure.__name__}.door"
+        here.server.attach(procedure, path, codec="data", mode=0o666, max_request=MOST, errors=(LimitError,))
+    here.server.start()
+
+
+def answer_with(place: str, size: int) -> Any:
+    with Proxy(f"{place}/say_why.door", server={0}) as service:
+        return service(Endpoint(lambda: "x" * size, codec="data"))
+
+
+def send_items_of(place: str, size: int) -> Any:
+    with Proxy(f"{place}/count_items.door", server={0}) as service:
+        try:
+            return service("x" * size for _ in range(3))
+        except Exception as error:
+            return str(error)
+
+
+def say_that_it_goes_on(place: str, size: int) -> Any:
+    """Give a door for reports of progress that answers at length; return how often it was called."""
+    reports = []
+
+    def hear(*report: Any) -> str:
+        reports.append(report)
+        return "x" * size
+
+    with Proxy(f"{place}/go_through.door", server={0}) as service:
+        return service(3, **{LISTENER: Endpoint(hear, codec="data")}), len(reports)
+
+
+@pytest.mark.ids("S7", "H03")
+def test_a_strangers_door_answers_no_more_than_he_may_ask(actor, place):
+    service, stranger = actor(None), actor(M)
+    service(serve_those_who_pass_doors, str(place))
+    assert stranger(answer_with, str(place), MOST - 100) == ["answered", MOST - 100]
+    kind, text, limit = stranger(answer_with, str(place), MOST)
+    assert (kind, limit) == ("LimitError", MOST)
+    assert f"of a stranger's door that was passed to us {MOST} are taken" in text
+    assert stranger(send_items_of, str(place), 1000) == 3
+    assert f"{MOST} are taken" in stranger(send_items_of, str(place), MOST)
+
+
+@pytest.mark.ids("H03")
+def test_who_is_told_how_far_it_is_answers_next_to_nothing(actor, place):
+    service, stranger = actor(None), actor(M)
+    service(serve_those_who_pass_doors, str(place))
+    assert stranger(say_that_it_goes_on, str(place), 1000) == (3, 2), "at the beginning and at the end"
+    assert stranger(say_that_it_goes_on, str(place), 5000) == (3, 1), "he is not told any more"
+
+
+def fail_with(place: str, text: str) -> Any:
+    def fail() -> None:
+        raise ValueError(text + "." * 100_000)
+
+    with Proxy(f"{place}/say_why.door", server={0}) as service:
+        return service(Endpoint(fail, codec="data"))
+
+
+def test_what_a_strangers_door_says_is_cut_and_made_printable(actor, place):
+    service, stranger = actor(None), actor(M)
+    service(serve_those_who_pass_doors, str(place))
+    kind, text, _ = stranger(fail_with, str(place), "two\nlines, \x1b[2J and so on")
+    assert kind == "ValueError"
+    assert text.startswith("two\nlines, \\x1b[2J and so on...")
+    assert len(text) < 10_000
 
 
 # -- a door through a door, and three users

@@ -659,7 +659,7 @@ def test_an_extension_is_registered_once_and_fits_into_seven_bits(code):
 
 
 def test_a_descriptor_that_its_extension_has_closed_is_not_given_back(monkeypatch):
-    def rebuild(descriptor: Descriptor, passer: int | None) -> Any:
+    def rebuild(descriptor: Descriptor, passer: int | None, most: int) -> Any:
         descriptor.close()
         raise ValueError("of no use")
 
