@@ -596,8 +596,9 @@ class Handle:
                 raise self._named(error) from None
 
     def _named(self, error: DoorError) -> DoorError:
-        """Say at which door something was wrong."""
-        return type(error)(f"{self.name}: {error}", may_have_run=error.may_have_run, filename=self.path)
+        """Say at which door something was wrong, if that is not said yet."""
+        text = str(error) if str(error).startswith(self.name) else f"{self.name}: {error}"
+        return type(error)(text, may_have_run=error.may_have_run, filename=self.path)
 
     def _check_there(self, door: socket.socket) -> None:
         """Raise if the server is gone, or has taken the door away."""
@@ -937,8 +938,9 @@ class Handle:
             raise ProtocolError(f"{self.name}: {error}", may_have_run=may_have_run) from None
         except BaseException as error:
             may_have_run = self._drop(channel) and sent
-            if sent and isinstance(error, ProtocolError):
-                error.may_have_run = True
+            if isinstance(error, ProtocolError):
+                error.may_have_run = sent or error.may_have_run
+                raise self._named(error) from None
             if may_have_run and type(error) is OSError and error.errno in SHORTAGE:
                 text = f"{self.name}: the reply cannot be waited for: {error.strerror}"
                 raise BrokenDoorError(text, may_have_run=True, filename=self.path) from error
@@ -969,7 +971,7 @@ class Handle:
         except ProtocolError as error:
             channel.close()
             error.may_have_run = True
-            raise
+            raise self._named(error) from None
         self._give_back(channel)
         return whole[manifest:], buffers, []
 
@@ -992,12 +994,12 @@ class Handle:
         refusal = None
         if frame.kind == Kind.GOODBYE:
             channel.close()
-            refusal = _wire.decode_refusal(frame.data)
+            refusal = self._refusal_in(frame)
             if refusal.reason is Reason.IDLE and not fresh and not refusal.may_have_run:
                 raise _StaleChannel
         elif frame.kind == Kind.FAILURE and frame.number == channel.number:
             try:
-                refusal = _wire.decode_refusal(frame.data)
+                refusal = self._refusal_in(frame)
             except ProtocolError:
                 channel.close()
                 raise
@@ -1014,6 +1016,12 @@ class Handle:
                 may_have_run=True,
             )
         raise self._error(refusal)
+
+    def _refusal_in(self, frame: Frame) -> Refusal:
+        try:
+            return _wire.decode_refusal(frame.data)
+        except ProtocolError as error:
+            raise self._named(error) from None
 
     def _send(
         self,
@@ -1072,7 +1080,7 @@ class Handle:
         if frame is not None:
             close_all(frame.descriptors, channel.peer.uid)
         if frame is not None and frame.kind == Kind.GOODBYE:
-            refusal = _wire.decode_refusal(frame.data)
+            refusal = self._refusal_in(frame)
             if refusal.reason is not Reason.IDLE:
                 raise self._error(refusal)
         raise Hangup(unread=True)

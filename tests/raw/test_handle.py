@@ -21,7 +21,14 @@ from support.rawdoor import PATIENCE, Background, Canary
 
 from doorpool import _handle
 from doorpool._channel import Channel
-from doorpool._errors import BrokenDoorError, BusyError, CallTimeoutError, ClosedError, RevokedError
+from doorpool._errors import (
+    BrokenDoorError,
+    BusyError,
+    CallTimeoutError,
+    ClosedError,
+    ProtocolError,
+    RevokedError,
+)
 from doorpool._keeper import keeper
 from doorpool.door import Handle, Reason
 
@@ -422,6 +429,28 @@ def test_turns_to_knock_keep_nothing_alive(taken):
     assert there() is None
     turns.clear()
     assert there() is None
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        pytest.param(b"x" * 60, id="no frame"),
+        pytest.param(rawpeer.frame(rawpeer.FAILURE, 1, b"??"), id="no refusal"),
+        pytest.param(rawpeer.frame(rawpeer.GOODBYE, 0, b"??"), id="no farewell"),
+        pytest.param(rawpeer.frame(rawpeer.FAILURE, 1, rawpeer.refusal(99)), id="no reason"),
+        pytest.param(rawpeer.frame(rawpeer.REPLY, 7, b"late"), id="the answer to another call"),
+    ],
+)
+def test_what_is_wrong_with_an_answer_is_told_with_the_doors_name(words):
+    with rawpeer.RawServer() as server, Handle(server.descriptor, lazy=True) as handle:
+        call = Background(handle.call, timeout=PATIENCE)
+        server.accept()
+        server.receive()
+        server.send(words)
+        error = call.error()
+        assert isinstance(error, ProtocolError)
+        assert str(error).startswith(handle.name)
+        assert str(error).count(handle.name) == 1
 
 
 @pytest.mark.parametrize("stranger", [None, 4242])

@@ -179,7 +179,7 @@ def say_that_it_goes_on(place: str, size: int) -> Any:
         return service(3, **{LISTENER: Endpoint(hear, codec="data")}), len(reports)
 
 
-@pytest.mark.ids("S7", "H03")
+@pytest.mark.ids("H03", "C11")
 def test_a_strangers_door_answers_no_more_than_he_may_ask(actor, place):
     service, stranger = actor(None), actor(M)
     service(serve_those_who_pass_doors, str(place))
