@@ -245,6 +245,15 @@ class Pool:
         if done:
             self.gate.dispose()
 
+    def _go(self, thread: threading.Thread) -> None:
+        """Leave for good, as that thread, whatever has ended its serving."""
+        try:
+            if self._generation == _sockets.here():  # a child has none of its parent's channels
+                # It may keep the channel that it answered last, and would not come back for its next call.
+                self.gate.part()
+        finally:
+            self._leave(thread)
+
     def see_to_a_waiter(self) -> None:
         """Have somebody wait for the next call while this thread is busy, if that is possible."""
         if self.gate.waiting or len(self._threads) >= self.max_threads:
@@ -271,7 +280,7 @@ class Pool:
         except Exception:
             log.exception("%s: a server thread failed", self.name)
         finally:
-            self._leave(thread)
+            self._go(thread)
 
     def _run_setup(self, setup: Callable[[], object]) -> bool:
         failed: BaseException | None = None
@@ -397,7 +406,7 @@ class Pool:
         except Interrupt as interrupt:
             raise interrupt.error from None
         finally:
-            self._leave(thread)
+            self._go(thread)
             _local.pool = None  # until now nobody who closes waits for this thread
             if not self._closed and not self._threads:
                 self.see_to_a_waiter()  # an exception ended the loan, and the server goes on
