@@ -459,21 +459,24 @@ class Server:
             closing: those that shall close the server, where these handlers are in place.
         """
         ours = {n: old for n, old in closing.items() if signal.getsignal(n) is old}
+        watcher = keeper()  # which may not be had: before anything is changed
         reader, writer = _sockets.signal_pair()
         with reader, writer:
-            before = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
-            heard = _Heard(ours, before, reader, writer)
-            keeper().watch(reader.fileno(), lambda: self._hear_signals(heard))
-            _heard.append(heard)
-            for number in ours:
-                signal.signal(number, _do_nothing)
+            heard = _Heard(ours, reader, writer)
+            # Whatever cuts this short, what was changed is put back: else Python would go on writing signals
+            # to the number of a closed socket, which the next file of the program gets.
             try:
+                _heard.append(heard)
+                watcher.watch(reader.fileno(), functools.partial(self._hear_signals, heard))
+                heard.begin()
                 yield
             finally:
                 if heard in _heard:  # not in a child
-                    heard.put_back()
-                    _heard.remove(heard)
-                    keeper().unwatch(reader.fileno())
+                    try:
+                        heard.put_back()
+                    finally:
+                        _heard.remove(heard)
+                        watcher.unwatch(reader.fileno())
 
     def _hear_signals(self, heard: _Heard) -> None:
         """Close the server, in a thread of its own, or have its main thread look; in the keeper's thread."""
@@ -648,24 +651,46 @@ def _do_nothing(*_: object) -> None:
 
 @attrs.define(eq=False)
 class _Heard:
-    """The signals that a ``run`` hears: what was there before, and where they come in."""
+    """
+    The signals that a ``run`` hears, and where they come in.
+
+    Attributes:
+        handlers: of those that close the server, what was there before.
+        reader, writer: the pair of sockets.
+        before: the wake-up descriptor that was there, once ours is in its place.
+    """
 
     handlers: dict[signal.Signals, Any]
-    wakeup: int
     reader: socket.socket
     writer: socket.socket
+    before: list[int] = attrs.field(factory=list)
+
+    def begin(self) -> None:
+        """Have the signals come in here."""
+        put = functools.partial(signal.set_wakeup_fd, warn_on_full_buffer=False)
+        # In one step of the interpreter: before an assignment a handler could raise, and the number be lost.
+        self.before.extend(map(put, [self.writer.fileno()]))
+        for number in self.handlers:
+            signal.signal(number, _do_nothing)
 
     def pass_on(self, numbers: bytes | bytearray | memoryview) -> None:
         """Tell whoever heard the signals before, too."""
-        if self.wakeup >= 0:
-            with contextlib.suppress(OSError):  # it is full, or closed: what Python does not mind either
-                os.write(self.wakeup, numbers)
+        for descriptor in self.before:
+            if descriptor >= 0:
+                with contextlib.suppress(OSError):  # it is full, or closed: what Python does not mind either
+                    os.write(descriptor, numbers)
 
     def put_back(self) -> None:
         """Have the signals go where they went before."""
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
-        signal.set_wakeup_fd(self.wakeup)
+        try:
+            for number, handler in self.handlers.items():
+                signal.signal(number, handler)
+        finally:  # the first signal that is Python's again may raise
+            for descriptor in self.before:
+                try:
+                    signal.set_wakeup_fd(descriptor)
+                except (OSError, ValueError):  # the program has closed it meanwhile
+                    signal.set_wakeup_fd(-1)
 
     def leave_to_parent(self) -> None:
         """Let go of the signals in a forked child."""
