@@ -382,31 +382,37 @@ class Server:
             RuntimeError: no thread can be had, or ``thread_setup`` failed, by which the server
                 is closed.
             OSError: a name cannot be made; those made before are gone again.
+            BaseException: what a signal handler has raised; if that was while it waited for
+                ``thread_setup``, the server is closed, too.
         """
         self._check_here()  # before the lock, which in a child a lost thread may hold
-        with self._lock:
-            self._check_open()
-            if not self._started:
-                self._make_names()
-                self._started = True
-                _started.add(self)
+        first = False
         try:
+            with self._lock:
+                self._check_open()
+                first = not self._started
+                if first:
+                    self._make_names()
+                    self._started = True
+                    _started.add(self)
             self._pools.wait_set_up()
-        except RuntimeError:
-            self.close(0)
+        except BaseException as error:
+            # Before there are threads all has been taken back, and it can be started again.  Afterwards there
+            # is no way back, for callers may be served; but Ctrl-C in a second start means that one alone.
+            if self._pools.started and (first or isinstance(error, RuntimeError)):
+                self.close(0)
             raise
         return self
 
     def _make_names(self) -> None:
-        made: list[_Name] = []
         try:
             for name in self._to_make:
                 name.endpoint._listen(name.path, name.mode, name.group, name.replace)
-                made.append(name)
             self._pools.start()
         except BaseException:
-            for name in made:
-                name.endpoint._unlisten(name.path)
+            for name in self._to_make:
+                if name.path in name.endpoint.paths:  # which Ctrl-C may have cut short
+                    name.endpoint._unlisten(name.path)
             raise
         self._to_make.clear()
 

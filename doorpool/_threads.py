@@ -396,20 +396,22 @@ class Pool:
         """
         self.check_lendable()
         thread = threading.current_thread()
-        while not self._join_in(thread, lent=True):
-            if self._closed:
-                return
-            self._make_room()
-        _local.pool = self
         try:
+            while not self._join_in(thread, lent=True):
+                if self._closed:
+                    return
+                self._make_room()
+            _local.pool = self
             self._serve_calls(thread, None)
         except Interrupt as interrupt:
             raise interrupt.error from None
         finally:
             self._go(thread)
             _local.pool = None  # until now nobody who closes waits for this thread
-            if not self._closed and not self._threads:
-                self.see_to_a_waiter()  # an exception ended the loan, and the server goes on
+            if not self._closed and self._generation == _sockets.here():
+                # An exception has ended the loan, perhaps before it began, and the server goes on: a thread
+                # may have made room, and the others may all be busy.
+                self.see_to_a_waiter()
 
     def check_lendable(self) -> None:
         """Raise ``RuntimeError`` if the calling thread serves a pool already."""
@@ -428,8 +430,11 @@ class Pool:
             if self._closed:
                 return  # and the gate may be gone
             self._unwanted = 1
-            self.gate.wake()
-            self._changed.wait_for(lambda: self._closed or len(self._threads) < self.max_threads, 1.0)
+            try:
+                self.gate.wake()
+                self._changed.wait_for(lambda: self._closed or len(self._threads) < self.max_threads, 1.0)
+            finally:  # by Ctrl-C nobody comes for whom one would go; without room it is asked again
+                self._unwanted = 0
 
     # -- closing -----------------------------------------------------------------------------
 
@@ -536,6 +541,11 @@ class Pools:
         self._past = Load()  # of the pools that are gone
 
     @property
+    def started(self) -> bool:
+        """Whether the first threads were started."""
+        return self._started
+
+    @property
     def load(self) -> Load:
         """What all of them do now, and have done."""
         with self._lock:
@@ -602,10 +612,11 @@ class Pools:
         with self._lock:
             try:
                 for pool in self._all:
+                    started.append(pool)  # first, for Ctrl-C may come when it has been started
                     pool.start()
-                    started.append(pool)
                 self._started = True
             except BaseException:
+                self._started = False
                 for pool in started:
                     pool.send_away()
                 raise
