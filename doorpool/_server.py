@@ -38,7 +38,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, TypeVar, overload
+from typing import Any, Generic, TypeVar, overload
 
 import attrs
 
@@ -60,6 +60,7 @@ __all__ = ["Server", "Statistics"]
 log = logging.getLogger("doorpool")
 
 Procedure = TypeVar("Procedure", bound=Callable[..., Any])
+Member = TypeVar("Member")
 
 _RETRY = 0.2  # seconds until a thread is asked for again that could not be had
 _ROUSE = 0.05  # seconds until the main thread is woken again, if another has taken what should wake it
@@ -177,7 +178,7 @@ class Server:
         )  # fmt: skip
         self._lock = threading.RLock()
         self._endpoints: dict[Endpoint, None] = {}
-        self._adopted: weakref.WeakSet[Endpoint] = weakref.WeakSet()
+        self._adopted: _Loose[Endpoint] = _Loose()
         self._to_make: list[_Name] = []
         self._closing = False
         self._overdue = False
@@ -205,7 +206,7 @@ class Server:
 
     def statistics(self) -> Statistics:
         """Return how the server is doing."""
-        doors = sum(not it.closed for it in (*self._endpoints, *self._adopted))
+        doors = sum(not it.closed for it in self._present())
         users = self._pools.usage()
         with keeper().lock:
             users = sum_up([users, guests().usage()])
@@ -359,6 +360,10 @@ class Server:
         """Run an endpoint that was made without a server, without keeping it alive."""
         endpoint._adopt(self)
         self._adopted.add(endpoint)
+
+    def _present(self) -> list[Endpoint]:
+        """Return all endpoints that there are now, kept alive or not."""
+        return [*self._endpoints, *self._adopted.members()]  # each in one step: others come and go meanwhile
 
     # -- starting ----------------------------------------------------------------------------
 
@@ -568,13 +573,14 @@ class Server:
 
     def _close(self, timeout: float | None) -> None:
         refusal = Refusal(Reason.CLOSED, "the server is closing")
-        endpoints = [*self._endpoints, *self._adopted]
         try:
+            endpoints = self._present()
             for endpoint in endpoints:
                 endpoint._retire(refusal)
             self._cut(self._pools.close(timeout), f"after {timeout} s")
             self._clear_up(endpoints, _JOIN)
         except BaseException:  # Ctrl-C: whoever closes has no patience any more
+            endpoints = self._present()
             for endpoint in endpoints:
                 endpoint._retire(refusal)
             self._cut(self._pools.close(0), "by an exception")
@@ -608,6 +614,32 @@ class Server:
         elif not self._closing and self._generation == _sockets.here():
             warnings.warn(f"unclosed {self!r}", ResourceWarning, source=self, stacklevel=2)
             self.close(0)
+
+
+class _Loose(Generic[Member]):
+    """
+    Members that it does not keep alive.
+
+    Unlike ``weakref.WeakSet`` it can be listed while other threads add and discard.  No method takes a lock,
+    for finalizers come here, too.
+    """
+
+    def __init__(self) -> None:
+        self._references: dict[int, weakref.ref[Member]] = {}
+
+    def add(self, member: Member) -> None:
+        """Take one in."""
+        key, references = id(member), self._references
+        references[key] = weakref.ref(member, lambda _: references.pop(key, None))
+
+    def discard(self, member: Member) -> None:
+        """Let go of one, if it is there; also in its finalizer, when weak references are gone already."""
+        self._references.pop(id(member), None)
+
+    def members(self) -> list[Member]:
+        """Return those that are there now."""
+        references = list(self._references.values())  # in one step of the interpreter
+        return [it for it in (reference() for reference in references) if it is not None]
 
 
 def _checked_limits(limits: Limits | None) -> Limits | None:
@@ -734,13 +766,13 @@ os.register_at_fork(
 )  # fmt: skip
 
 
-_started: weakref.WeakSet[Server] = weakref.WeakSet()
+_started: _Loose[Server] = _Loose()
 
 
 @atexit.register
 def _close_all() -> None:
     """Take the names of servers away that are still there at exit."""
-    for server in list(_started):
+    for server in _started.members():
         server.close(0)
 
 
