@@ -49,7 +49,7 @@ import attrs
 
 from doorpool import _sockets
 from doorpool._errors import BusyError, ClosedError
-from doorpool._keeper import report
+from doorpool._keeper import keeper, report
 from doorpool._shares import Crowd, Limits, Usage, sum_up
 from doorpool.door import Gate, Invocation
 
@@ -143,6 +143,8 @@ class Pool:
         self._setup_error: BaseException | None = None
         self._closed = False
         self._disposable = False  # the last thread to leave gives the gate's descriptors back
+        self._begun = False  # there were threads, or are
+        self._end: Callable[[], None] | None = None  # for the last thread to leave, if nobody has done it
         self._short = False
         self._lent: set[threading.Thread] = set()
         self._roused: set[threading.Thread] = set()  # lent ones that shall come back from the kernel
@@ -185,6 +187,7 @@ class Pool:
             RuntimeError: no thread can be had.
         """
         try:
+            self._begun = True
             for _ in range(min(KEPT, self.max_threads)):
                 self._start_one()
         except BaseException:
@@ -194,6 +197,7 @@ class Pool:
     def send_away(self) -> None:
         """Have all threads leave that there are; the pool can be started again."""
         with self._lock:
+            self._begun = False
             self._unwanted = len(self._threads)
         self.gate.wake(self._unwanted)
 
@@ -242,8 +246,11 @@ class Pool:
             self._lent.discard(thread)
             self._changed.notify_all()
             done = self._disposable and not self._threads
+            end = None if self._closed or self._threads else self._end
         if done:
             self.gate.dispose()
+        if end is not None:
+            end()
 
     def _go(self, thread: threading.Thread) -> None:
         """Leave for good, as that thread, whatever has ended its serving."""
@@ -343,6 +350,17 @@ class Pool:
         """
         self._jobs.append(job)
         self.gate.wake()
+
+    def end_soon(self, end: Callable[[], None]) -> None:
+        """
+        Have something done that closes the pool, as by ``run_soon``, also if no thread is left.
+
+        Takes no lock either.  It may be done more than once.
+        """
+        self._end = end  # first: a thread that leaves from now on sees to it
+        self.run_soon(end)
+        if self._begun and not self._threads:  # their setup has failed
+            keeper().afterwards(end)
 
     def rouse(self, thread: threading.Thread, *, again: bool = False) -> bool:
         """
@@ -585,7 +603,7 @@ class Pools:
 
         Takes no lock, for a finalizer may call it: the pool sees to it itself.
         """
-        pool.run_soon(functools.partial(self._end, pool))
+        pool.end_soon(functools.partial(self._end, pool))
 
     def _end(self, pool: Pool) -> None:
         pool.close_from_inside()
