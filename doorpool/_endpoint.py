@@ -359,7 +359,8 @@ class Endpoint:
         if self._server is None:
             assert _find_default_server is not None
             _find_default_server()._adopt(self)
-        if self._door is None:
+        door = self._door
+        if door is None:
             assert self._server is not None
             # May run foreign code: no lock is held.
             words = _describe(self.target)
@@ -369,9 +370,24 @@ class Endpoint:
                 self._check_open()
                 if self._door is None:
                     self._make_door(self._server, words)
+                door = self._door
+        assert door is not None
+        if self._threads is not None:
+            self._await_set_up(door)
+        return door
+
+    def _await_set_up(self, door: Door) -> None:
+        """Wait for the threads that it has for itself, if they run; without them there is no door."""
+        try:
+            assert self._server is not None
             self._server._await_set_up(self)
-        assert self._door is not None
-        return self._door
+        except BaseException:
+            with self._making:
+                if self._door is door and self._server is not None:
+                    self._server._release_pool(self)
+                    self._door = self._pool = None  # the next who needs it tries again
+            door.revoke()
+            raise
 
     def _make_door(self, server: Server, words: dict[str, Any]) -> None:
         private = self._threads is not None

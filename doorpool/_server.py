@@ -38,7 +38,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, TypeVar, overload
+from typing import Any, Generic, TypeVar, overload
 
 import attrs
 
@@ -60,6 +60,7 @@ __all__ = ["Server", "Statistics"]
 log = logging.getLogger("doorpool")
 
 Procedure = TypeVar("Procedure", bound=Callable[..., Any])
+Member = TypeVar("Member")
 
 _RETRY = 0.2  # seconds until a thread is asked for again that could not be had
 _ROUSE = 0.05  # seconds until the main thread is woken again, if another has taken what should wake it
@@ -177,7 +178,7 @@ class Server:
         )  # fmt: skip
         self._lock = threading.RLock()
         self._endpoints: dict[Endpoint, None] = {}
-        self._adopted: weakref.WeakSet[Endpoint] = weakref.WeakSet()
+        self._adopted: _Loose[Endpoint] = _Loose()
         self._to_make: list[_Name] = []
         self._closing = False
         self._overdue = False
@@ -205,7 +206,7 @@ class Server:
 
     def statistics(self) -> Statistics:
         """Return how the server is doing."""
-        doors = sum(not it.closed for it in (*self._endpoints, *self._adopted))
+        doors = sum(not it.closed for it in self._present())
         users = self._pools.usage()
         with keeper().lock:
             users = sum_up([users, guests().usage()])
@@ -360,6 +361,10 @@ class Server:
         endpoint._adopt(self)
         self._adopted.add(endpoint)
 
+    def _present(self) -> list[Endpoint]:
+        """Return all endpoints that there are now, kept alive or not."""
+        return [*self._endpoints, *self._adopted.members()]  # each in one step: others come and go meanwhile
+
     # -- starting ----------------------------------------------------------------------------
 
     def _check_here(self) -> None:
@@ -382,31 +387,37 @@ class Server:
             RuntimeError: no thread can be had, or ``thread_setup`` failed, by which the server
                 is closed.
             OSError: a name cannot be made; those made before are gone again.
+            BaseException: what a signal handler has raised; if that was while it waited for
+                ``thread_setup``, the server is closed, too.
         """
         self._check_here()  # before the lock, which in a child a lost thread may hold
-        with self._lock:
-            self._check_open()
-            if not self._started:
-                self._make_names()
-                self._started = True
-                _started.add(self)
+        first = False
         try:
+            with self._lock:
+                self._check_open()
+                first = not self._started
+                if first:
+                    self._make_names()
+                    self._started = True
+                    _started.add(self)
             self._pools.wait_set_up()
-        except RuntimeError:
-            self.close(0)
+        except BaseException as error:
+            # Before there are threads all has been taken back, and it can be started again.  Afterwards there
+            # is no way back, for callers may be served; but Ctrl-C in a second start means that one alone.
+            if self._pools.started and (first or isinstance(error, RuntimeError)):
+                self.close(0)
             raise
         return self
 
     def _make_names(self) -> None:
-        made: list[_Name] = []
         try:
             for name in self._to_make:
                 name.endpoint._listen(name.path, name.mode, name.group, name.replace)
-                made.append(name)
             self._pools.start()
         except BaseException:
-            for name in made:
-                name.endpoint._unlisten(name.path)
+            for name in self._to_make:
+                if name.path in name.endpoint.paths:  # which Ctrl-C may have cut short
+                    name.endpoint._unlisten(name.path)
             raise
         self._to_make.clear()
 
@@ -459,21 +470,24 @@ class Server:
             closing: those that shall close the server, where these handlers are in place.
         """
         ours = {n: old for n, old in closing.items() if signal.getsignal(n) is old}
+        watcher = keeper()  # which may not be had: before anything is changed
         reader, writer = _sockets.signal_pair()
         with reader, writer:
-            before = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
-            heard = _Heard(ours, before, reader, writer)
-            keeper().watch(reader.fileno(), lambda: self._hear_signals(heard))
-            _heard.append(heard)
-            for number in ours:
-                signal.signal(number, _do_nothing)
+            heard = _Heard(ours, reader, writer)
+            # Whatever cuts this short, what was changed is put back: else Python would go on writing signals
+            # to the number of a closed socket, which the next file of the program gets.
             try:
+                _heard.append(heard)
+                watcher.watch(reader.fileno(), functools.partial(self._hear_signals, heard))
+                heard.begin()
                 yield
             finally:
                 if heard in _heard:  # not in a child
-                    heard.put_back()
-                    _heard.remove(heard)
-                    keeper().unwatch(reader.fileno())
+                    try:
+                        heard.put_back()
+                    finally:
+                        _heard.remove(heard)
+                        watcher.unwatch(reader.fileno())
 
     def _hear_signals(self, heard: _Heard) -> None:
         """Close the server, in a thread of its own, or have its main thread look; in the keeper's thread."""
@@ -559,13 +573,14 @@ class Server:
 
     def _close(self, timeout: float | None) -> None:
         refusal = Refusal(Reason.CLOSED, "the server is closing")
-        endpoints = [*self._endpoints, *self._adopted]
         try:
+            endpoints = self._present()
             for endpoint in endpoints:
                 endpoint._retire(refusal)
             self._cut(self._pools.close(timeout), f"after {timeout} s")
             self._clear_up(endpoints, _JOIN)
         except BaseException:  # Ctrl-C: whoever closes has no patience any more
+            endpoints = self._present()
             for endpoint in endpoints:
                 endpoint._retire(refusal)
             self._cut(self._pools.close(0), "by an exception")
@@ -599,6 +614,32 @@ class Server:
         elif not self._closing and self._generation == _sockets.here():
             warnings.warn(f"unclosed {self!r}", ResourceWarning, source=self, stacklevel=2)
             self.close(0)
+
+
+class _Loose(Generic[Member]):
+    """
+    Members that it does not keep alive.
+
+    Unlike ``weakref.WeakSet`` it can be listed while other threads add and discard.  No method takes a lock,
+    for finalizers come here, too.
+    """
+
+    def __init__(self) -> None:
+        self._references: dict[int, weakref.ref[Member]] = {}
+
+    def add(self, member: Member) -> None:
+        """Take one in."""
+        key, references = id(member), self._references
+        references[key] = weakref.ref(member, lambda _: references.pop(key, None))
+
+    def discard(self, member: Member) -> None:
+        """Let go of one, if it is there; also in its finalizer, when weak references are gone already."""
+        self._references.pop(id(member), None)
+
+    def members(self) -> list[Member]:
+        """Return those that are there now."""
+        references = list(self._references.values())  # in one step of the interpreter
+        return [it for it in (reference() for reference in references) if it is not None]
 
 
 def _checked_limits(limits: Limits | None) -> Limits | None:
@@ -648,24 +689,46 @@ def _do_nothing(*_: object) -> None:
 
 @attrs.define(eq=False)
 class _Heard:
-    """The signals that a ``run`` hears: what was there before, and where they come in."""
+    """
+    The signals that a ``run`` hears, and where they come in.
+
+    Attributes:
+        handlers: of those that close the server, what was there before.
+        reader, writer: the pair of sockets.
+        before: the wake-up descriptor that was there, once ours is in its place.
+    """
 
     handlers: dict[signal.Signals, Any]
-    wakeup: int
     reader: socket.socket
     writer: socket.socket
+    before: list[int] = attrs.field(factory=list)
+
+    def begin(self) -> None:
+        """Have the signals come in here."""
+        put = functools.partial(signal.set_wakeup_fd, warn_on_full_buffer=False)
+        # In one step of the interpreter: before an assignment a handler could raise, and the number be lost.
+        self.before.extend(map(put, [self.writer.fileno()]))
+        for number in self.handlers:
+            signal.signal(number, _do_nothing)
 
     def pass_on(self, numbers: bytes | bytearray | memoryview) -> None:
         """Tell whoever heard the signals before, too."""
-        if self.wakeup >= 0:
-            with contextlib.suppress(OSError):  # it is full, or closed: what Python does not mind either
-                os.write(self.wakeup, numbers)
+        for descriptor in self.before:
+            if descriptor >= 0:
+                with contextlib.suppress(OSError):  # it is full, or closed: what Python does not mind either
+                    os.write(descriptor, numbers)
 
     def put_back(self) -> None:
         """Have the signals go where they went before."""
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
-        signal.set_wakeup_fd(self.wakeup)
+        try:
+            for number, handler in self.handlers.items():
+                signal.signal(number, handler)
+        finally:  # the first signal that is Python's again may raise
+            for descriptor in self.before:
+                try:
+                    signal.set_wakeup_fd(descriptor)
+                except (OSError, ValueError):  # the program has closed it meanwhile
+                    signal.set_wakeup_fd(-1)
 
     def leave_to_parent(self) -> None:
         """Let go of the signals in a forked child."""
@@ -703,13 +766,13 @@ os.register_at_fork(
 )  # fmt: skip
 
 
-_started: weakref.WeakSet[Server] = weakref.WeakSet()
+_started: _Loose[Server] = _Loose()
 
 
 @atexit.register
 def _close_all() -> None:
     """Take the names of servers away that are still there at exit."""
-    for server in list(_started):
+    for server in _started.members():
         server.close(0)
 
 

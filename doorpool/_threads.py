@@ -49,7 +49,7 @@ import attrs
 
 from doorpool import _sockets
 from doorpool._errors import BusyError, ClosedError
-from doorpool._keeper import report
+from doorpool._keeper import keeper, report
 from doorpool._shares import Crowd, Limits, Usage, sum_up
 from doorpool.door import Gate, Invocation
 
@@ -143,6 +143,8 @@ class Pool:
         self._setup_error: BaseException | None = None
         self._closed = False
         self._disposable = False  # the last thread to leave gives the gate's descriptors back
+        self._begun = False  # there were threads, or are
+        self._end: Callable[[], None] | None = None  # for the last thread to leave, if nobody has done it
         self._short = False
         self._lent: set[threading.Thread] = set()
         self._roused: set[threading.Thread] = set()  # lent ones that shall come back from the kernel
@@ -185,6 +187,7 @@ class Pool:
             RuntimeError: no thread can be had.
         """
         try:
+            self._begun = True
             for _ in range(min(KEPT, self.max_threads)):
                 self._start_one()
         except BaseException:
@@ -194,6 +197,7 @@ class Pool:
     def send_away(self) -> None:
         """Have all threads leave that there are; the pool can be started again."""
         with self._lock:
+            self._begun = False
             self._unwanted = len(self._threads)
         self.gate.wake(self._unwanted)
 
@@ -242,8 +246,20 @@ class Pool:
             self._lent.discard(thread)
             self._changed.notify_all()
             done = self._disposable and not self._threads
+            end = None if self._closed or self._threads else self._end
         if done:
             self.gate.dispose()
+        if end is not None:
+            end()
+
+    def _go(self, thread: threading.Thread) -> None:
+        """Leave for good, as that thread, whatever has ended its serving."""
+        try:
+            if self._generation == _sockets.here():  # a child has none of its parent's channels
+                # It may keep the channel that it answered last, and would not come back for its next call.
+                self.gate.part()
+        finally:
+            self._leave(thread)
 
     def see_to_a_waiter(self) -> None:
         """Have somebody wait for the next call while this thread is busy, if that is possible."""
@@ -271,7 +287,7 @@ class Pool:
         except Exception:
             log.exception("%s: a server thread failed", self.name)
         finally:
-            self._leave(thread)
+            self._go(thread)
 
     def _run_setup(self, setup: Callable[[], object]) -> bool:
         failed: BaseException | None = None
@@ -335,6 +351,17 @@ class Pool:
         self._jobs.append(job)
         self.gate.wake()
 
+    def end_soon(self, end: Callable[[], None]) -> None:
+        """
+        Have something done that closes the pool, as by ``run_soon``, also if no thread is left.
+
+        Takes no lock either.  It may be done more than once.
+        """
+        self._end = end  # first: a thread that leaves from now on sees to it
+        self.run_soon(end)
+        if self._begun and not self._threads:  # their setup has failed
+            keeper().afterwards(end)
+
     def rouse(self, thread: threading.Thread, *, again: bool = False) -> bool:
         """
         Have a lent thread that waits for a call come back from the kernel once.
@@ -387,20 +414,22 @@ class Pool:
         """
         self.check_lendable()
         thread = threading.current_thread()
-        while not self._join_in(thread, lent=True):
-            if self._closed:
-                return
-            self._make_room()
-        _local.pool = self
         try:
+            while not self._join_in(thread, lent=True):
+                if self._closed:
+                    return
+                self._make_room()
+            _local.pool = self
             self._serve_calls(thread, None)
         except Interrupt as interrupt:
             raise interrupt.error from None
         finally:
-            self._leave(thread)
+            self._go(thread)
             _local.pool = None  # until now nobody who closes waits for this thread
-            if not self._closed and not self._threads:
-                self.see_to_a_waiter()  # an exception ended the loan, and the server goes on
+            if not self._closed and self._generation == _sockets.here():
+                # An exception has ended the loan, perhaps before it began, and the server goes on: a thread
+                # may have made room, and the others may all be busy.
+                self.see_to_a_waiter()
 
     def check_lendable(self) -> None:
         """Raise ``RuntimeError`` if the calling thread serves a pool already."""
@@ -419,8 +448,11 @@ class Pool:
             if self._closed:
                 return  # and the gate may be gone
             self._unwanted = 1
-            self.gate.wake()
-            self._changed.wait_for(lambda: self._closed or len(self._threads) < self.max_threads, 1.0)
+            try:
+                self.gate.wake()
+                self._changed.wait_for(lambda: self._closed or len(self._threads) < self.max_threads, 1.0)
+            finally:  # by Ctrl-C nobody comes for whom one would go; without room it is asked again
+                self._unwanted = 0
 
     # -- closing -----------------------------------------------------------------------------
 
@@ -527,6 +559,11 @@ class Pools:
         self._past = Load()  # of the pools that are gone
 
     @property
+    def started(self) -> bool:
+        """Whether the first threads were started."""
+        return self._started
+
+    @property
     def load(self) -> Load:
         """What all of them do now, and have done."""
         with self._lock:
@@ -566,7 +603,7 @@ class Pools:
 
         Takes no lock, for a finalizer may call it: the pool sees to it itself.
         """
-        pool.run_soon(functools.partial(self._end, pool))
+        pool.end_soon(functools.partial(self._end, pool))
 
     def _end(self, pool: Pool) -> None:
         pool.close_from_inside()
@@ -593,10 +630,11 @@ class Pools:
         with self._lock:
             try:
                 for pool in self._all:
+                    started.append(pool)  # first, for Ctrl-C may come when it has been started
                     pool.start()
-                    started.append(pool)
                 self._started = True
             except BaseException:
+                self._started = False
                 for pool in started:
                     pool.send_away()
                 raise

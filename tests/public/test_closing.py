@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import linecache
 import os
 import random
@@ -288,7 +289,11 @@ def test_an_exception_while_closing_cuts_what_is_left_and_keeps_nothing(serve, c
     wait_until(lambda: server.statistics().threads == 0)
 
 
-@pytest.mark.parametrize("where", [(Name, "remove"), (Pool, "join")], ids=["at a name", "at the threads"])
+@pytest.mark.parametrize(
+    "where",
+    [(Server, "_present"), (Name, "remove"), (Pool, "join")],
+    ids=["at first", "at a name", "at the threads"],
+)
 def test_ctrl_c_at_any_step_of_closing_keeps_nothing(door_dir, where):
     path, interrupted = door_dir / "a.door", []
     keeper()
@@ -311,6 +316,50 @@ def test_ctrl_c_at_any_step_of_closing_keeps_nothing(door_dir, where):
     assert server.closed
     assert not path.exists()
     wait_until(lambda: len(os.listdir("/proc/self/fd")) == before)
+
+
+@pytest.mark.parametrize("what", ["close", "statistics"])
+@pytest.mark.ids("G09")
+def test_endpoints_come_and_go_meanwhile(what):
+    """
+    At each line that the server runs, which other threads may do as well: it looks at them at once.
+    """
+    server = Server().start()
+    there, steps = [Endpoint(len) for _ in range(3)], []
+    for endpoint in there:
+        server._adopt(endpoint)
+
+    def come_and_go(frame: Any, *_: Any) -> Any:
+        if not any(name in frame.f_code.co_filename for name in ("_server", "_weakrefset")):
+            return None
+        steps.append(frame.f_lineno)
+        there.append(Endpoint(len))
+        server._adopt(there[-1])
+        if len(steps) % 2:
+            there.pop(0).close()
+        return come_and_go
+
+    before = sys.gettrace()
+    sys.settrace(come_and_go)
+    try:
+        getattr(server, what)()
+    finally:
+        sys.settrace(before)
+    assert len(steps) > 5
+    assert server.statistics().doors == sum(not it.closed for it in there)
+    server.close()
+    assert server.statistics().threads == 0
+
+
+def test_an_endpoint_that_is_dropped_is_forgotten():
+    with Server() as server:
+        held = [Endpoint(len), Endpoint(len)]
+        for endpoint in held:
+            server._adopt(endpoint)
+        held.append(held)  # a cycle, which the collector finds
+        del held, endpoint
+        wait_until(lambda: gc.collect() >= 0 and not server._adopted.members())
+        assert not server._adopted._references
 
 
 def test_a_signal_for_which_there_is_no_memory_is_not_lost(door_dir, monkeypatch, caplog):

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from support import wait_until
+from support import Holdings, wait_until
 
 from doorpool import BrokenDoorError, BusyError, ClosedError, Endpoint, Proxy, Server
 
@@ -217,6 +217,39 @@ def test_thread_setup_runs_in_private_threads_too(door_dir, closing, started, ca
     assert isinstance(caught.value.__cause__, ValueError)
     assert not (door_dir / "own.door").exists()
     assert any(name.startswith("doorpool-own") for name in names)
+
+
+@pytest.mark.ids("R10", "T11")
+@pytest.mark.parametrize("how", ["attach", "open"])
+@pytest.mark.parametrize("last", [False, True], ids=["", "and one thread goes last"])
+def test_threads_whose_setup_fails_leave_nothing(door_dir, closing, connect, caplog, how, last):
+    """Of an endpoint that has them for itself: none is there any more who could give back what they had."""
+    fails, go_on, going = [False], threading.Event(), []
+
+    def setup() -> None:
+        if fails[0]:
+            going.append(thread_name())
+            if last and len(going) == 2:
+                assert go_on.wait(PATIENCE)
+            raise ValueError("on purpose")
+
+    server = Server(thread_setup=setup).start()
+    closing.callback(server.close)
+    endpoint = server.attach(thread_name, name="own", threads=2)
+    before = Holdings()
+    fails[0] = True
+    with pytest.raises(RuntimeError, match="thread_setup failed"):
+        if how == "open":
+            endpoint.open()
+        else:
+            server.attach(thread_name, door_dir / "own.door", name="own", threads=2)
+    go_on.set()
+    wait_until(lambda: not threads_called("doorpool-own"))
+    wait_until(lambda: not Holdings() - before)
+    assert server.statistics().threads == 2
+    fails[0] = False
+    endpoint.attach(door_dir / "own.door")
+    assert connect(door_dir / "own.door", timeout=PATIENCE)().startswith("doorpool-own-")
 
 
 @pytest.mark.parametrize(

@@ -227,6 +227,45 @@ def test_start_fails_where_thread_setup_does(door_dir, caplog):
     assert list(door_dir.iterdir()) == []
 
 
+def _interrupt(*_: Any) -> None:
+    signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.parametrize("where", ["at the threads", "behind the threads", "at the setup"])
+@pytest.mark.ids("T11", "G05")
+def test_ctrl_c_in_start_leaves_no_name(door_dir, connect, monkeypatch, where):
+    """Until there are threads all is taken back; a server that may serve already is closed."""
+    server = Server()
+    server.attach(echo, door_dir / "a.door")
+    start = server._pools.start
+    with monkeypatch.context() as patch:
+        if where == "at the setup":
+            patch.setattr(server._pools, "wait_set_up", _interrupt)
+        elif where == "at the threads":
+            patch.setattr(server._pools, "start", _interrupt)
+        else:
+            patch.setattr(server._pools, "start", lambda: _interrupt(start()))
+        with pytest.raises(KeyboardInterrupt):
+            server.start()
+    assert list(door_dir.iterdir()) == []
+    assert server.closed is (where != "at the threads")
+    if not server.closed:
+        with server:
+            assert connect()(1) == 1
+    wait_until(lambda: server.statistics().threads == 0)
+
+
+@pytest.mark.ids("G05")
+def test_ctrl_c_in_a_second_start_leaves_the_server_alone(serve, connect, monkeypatch):
+    server = serve(echo)
+    with monkeypatch.context() as patch:
+        patch.setattr(server._pools, "wait_set_up", _interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            server.start()
+    assert not server.closed
+    assert connect()(1) == 1
+
+
 # -- what can be offered
 
 

@@ -626,3 +626,83 @@ def test_a_signal_just_before_the_main_thread_sleeps_is_heard(
     """
     done = run_python(LATE, int(number), signals, wakeup, cwd=door_dir, env=signals_come_late)
     assert done.value == (how, wakeup, wakeup)
+
+
+# -- a run that cannot begin
+
+
+WHOSE = """
+    import os, signal, sys, threading
+    from doorpool import Server
+    from doorpool._keeper import Keeper
+
+    how, wakeup = sys.argv[1], sys.argv[2] == "True"
+    heard, told = os.pipe()
+    os.set_blocking(told, False)
+    if wakeup:
+        signal.set_wakeup_fd(told)
+
+    def refuse(*_):
+        raise RuntimeError("can't start new thread")
+
+    def interrupt(*_):
+        signal.raise_signal(signal.SIGINT)
+
+    server = Server()
+    server.attach(print, "a.door")
+    if how == "no keeper":
+        Keeper._run = threading.Thread.start = refuse
+    elif how == "no watch":
+        Keeper.watch = refuse
+    elif how == "Ctrl-C":
+        Keeper.watch = interrupt
+    elif how == "no start":
+        server.start = refuse
+    try:
+        server.run()
+    except (RuntimeError, KeyboardInterrupt) as error:
+        said = type(error).__name__
+    back = (
+        signal.getsignal(signal.SIGINT) is signal.default_int_handler,
+        signal.getsignal(signal.SIGTERM) is signal.SIG_DFL,
+        signal.set_wakeup_fd(-1) == (told if wakeup else -1),
+    )
+    result((said, back))
+"""
+
+
+@pytest.mark.parametrize("wakeup", [False, True], ids=["", "and one to be told"])
+@pytest.mark.parametrize("how", ["no keeper", "no watch", "Ctrl-C", "no start"])
+@pytest.mark.ids("G05")
+def test_a_run_that_fails_leaves_signals_where_they_went(run_python, door_dir, how, wakeup):
+    """Python wrote them to the number of a closed socket, by then that of another file of the program."""
+    done = run_python(WHOSE, how, wakeup, cwd=door_dir)
+    assert done.value == ("KeyboardInterrupt" if how == "Ctrl-C" else "RuntimeError", (True, True, True))
+
+
+def test_a_run_whose_program_has_closed_its_wakeup_leaves_none(run_python, door_dir):
+    done = run_python(
+        """
+        import os, signal, threading, time
+        from doorpool import Server
+
+        heard, told = os.pipe()
+        os.set_blocking(told, False)
+        signal.set_wakeup_fd(told)
+        server = Server()
+
+        def stop():
+            while signal.getsignal(signal.SIGTERM) is signal.SIG_DFL or not server.statistics().threads:
+                time.sleep(0.001)
+            os.close(told)
+            server.close()
+
+        stopper = threading.Thread(target=stop)
+        stopper.start()
+        server.run()
+        stopper.join()
+        result(signal.set_wakeup_fd(-1))
+        """,
+        cwd=door_dir,
+    )
+    assert done.value == -1

@@ -604,6 +604,72 @@ def test_a_loan_that_an_exception_ends_leaves_somebody_to_serve(run_python, door
     assert finished.value == (False, 1)
 
 
+@pytest.mark.ids("T13", "X12")
+def test_a_loan_that_an_exception_ends_lets_go_of_its_last_channel(run_python, door_dir):
+    """
+    The main thread keeps the channel that it has answered, for the caller's next call, and then goes.
+    """
+    finished = run_python(
+        """
+        import signal, threading
+        from doorpool import Proxy, RemoteError, Server
+
+        server = Server(max_threads=1)
+        outcome = []
+
+        @server.endpoint("a.door")
+        def interrupt():
+            if threading.current_thread() is threading.main_thread():
+                signal.raise_signal(signal.SIGINT)
+            return threading.current_thread().name
+
+        def call_twice():
+            with Proxy("a.door", wait=10, timeout=10, reopen=False) as proxy:
+                try:
+                    while True:
+                        proxy()
+                except RemoteError as error:
+                    outcome.append("KeyboardInterrupt" in str(error))
+                left.wait(10)
+                outcome.append(proxy().startswith("doorpool-"))
+
+        left = threading.Event()
+        client = threading.Thread(target=call_twice)
+        with server:
+            client.start()
+            try:
+                server.run(signals=False)
+            except KeyboardInterrupt:
+                left.set()
+                client.join()
+            result(outcome)
+        """,
+        cwd=door_dir,
+    )
+    assert finished.value == [True, True]
+
+
+def test_a_thread_that_fails_lets_go_of_its_last_channel(serve, connect, monkeypatch, caplog):
+    """
+    It has answered, and would have taken the caller's next call; another thread does.
+    """
+    serve(os.getpid)
+    proxy = connect(timeout=PATIENCE, reopen=False)
+    run, gone = Pool._run, threading.Event()
+
+    def run_and_fail(pool: Pool, thread: threading.Thread, invocation: Any) -> None:
+        run(pool, thread, invocation)
+        if not gone.is_set():
+            gone.set()
+            raise LookupError("a fault in the library")
+
+    monkeypatch.setattr(Pool, "_run", run_and_fail)
+    assert proxy() == os.getpid()
+    assert gone.wait(PATIENCE)
+    assert proxy() == os.getpid()
+    assert "a server thread failed" in caplog.text
+
+
 @pytest.mark.ids("T14")
 def test_a_thread_that_a_signal_has_woken_waits_on(spawn_server, door_dir, connect, many):
     """

@@ -10,7 +10,7 @@ import pytest
 from support import wait_until
 
 from doorpool import BusyError, ClosedError, _threads
-from doorpool._threads import Pool, Pools, waiting_for
+from doorpool._threads import Interrupt, Pool, Pools, waiting_for
 
 
 @pytest.fixture
@@ -150,6 +150,81 @@ def test_a_thread_that_fails_is_counted_out(pool, monkeypatch, caplog):
     assert done.wait(20), "and the next ones serve"
     pool.close(20)
     pool.join(20)
+
+
+@pytest.fixture
+def hold(pool):
+    """Keep the thread of a pool that has only one busy until it is told to go on."""
+    busy, go_on = threading.Event(), threading.Event()
+
+    def job() -> None:
+        busy.set()
+        go_on.wait(20)
+
+    pool.see_to_a_waiter()
+    assert pool.threads == 1
+    pool.run_soon(job)
+    assert busy.wait(20)
+    yield go_on
+    go_on.set()
+    pool.close(20)
+    pool.join(20)
+
+
+@pytest.mark.ids("T13", "G05")
+def test_ctrl_c_while_a_loan_waits_for_room_sends_nobody_away(pool, hold, monkeypatch):
+    """The only thread would have retired as soon as it was free, for one that did not come."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    pool.max_threads = 1
+    with monkeypatch.context() as patch:
+        patch.setattr(pool._changed, "wait_for", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            pool.lend()
+    hold.set()
+    for _ in range(3):
+        done = threading.Event()
+        pool.run_soon(done.set)
+        assert done.wait(20)
+    assert pool.threads == 1
+
+
+@pytest.mark.ids("T13", "G05")
+def test_ctrl_c_when_room_was_made_for_a_loan_leaves_somebody_to_serve(pool, hold, monkeypatch):
+    """The only thread has gone already, and the lent one does not take its place."""
+    make_room = pool._make_room
+
+    def interrupt() -> None:
+        while pool.threads:
+            make_room()
+        raise KeyboardInterrupt
+
+    pool.max_threads = 1
+    hold.set()
+    monkeypatch.setattr(pool, "_make_room", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        pool.lend()
+    done = threading.Event()
+    pool.run_soon(done.set)
+    assert done.wait(20)
+
+
+@pytest.mark.ids("T13", "T5")
+def test_a_loan_that_an_exception_ends_leaves_somebody_who_waits(pool, hold):
+    """All other threads are busy just then, and there may be more."""
+
+    def interrupt() -> None:
+        raise Interrupt(KeyboardInterrupt())
+
+    pool.run_soon(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        pool.lend()
+    done = threading.Event()
+    pool.run_soon(done.set)
+    assert done.wait(20)
+    assert pool.threads == 2
 
 
 def test_pools_that_are_closed_make_no_further_one():
