@@ -194,7 +194,9 @@ class Endpoint:
         self._server: Server | None = None
         self._door: Door | None = None
         self._pool: Pool | None = None  # the threads that run its calls, once there is a door
-        self._closed = False
+        self._closed = False  # or being closed: it is asked for
+        self._done = False
+        self._closer: int | None = None  # the thread that closes it just now
         self._expired = False
         self._making = threading.RLock()
         self._generation = _sockets.generation
@@ -231,8 +233,9 @@ class Endpoint:
         if _ending():  # as in Channel
             return
         door = getattr(self, "_door", None)
-        if door is not None and not self._closed and self._generation == _sockets.here():
-            warnings.warn(f"unclosed {self!r}", ResourceWarning, source=self, stacklevel=2)
+        if door is not None and not self._done and self._generation == _sockets.here():
+            if not self._closed:  # else Ctrl-C has cut that short, or its server has closed it
+                warnings.warn(f"unclosed {self!r}", ResourceWarning, source=self, stacklevel=2)
             self.close()
 
     def __reduce__(self) -> Any:
@@ -511,19 +514,29 @@ class Endpoint:
             door.revoke()
 
     def close(self) -> None:
-        """Detach all names, revoke the door, and let the server forget it; idempotent."""
-        if self._closed:
+        """
+        Detach all names, revoke the door, and let the server forget it; idempotent, any thread.
+
+        What an exception has cut short, such as Ctrl-C, the next call completes.
+        """
+        own = threading.get_ident()
+        if self._done or self._closer == own:  # leaving an object, which closes it in turn
             return
         self._closed = True
         if self._generation != _sockets.here():
             return  # the parent's door, and none of ours
-        with self._making:
-            door = self._door
-        if door is not None:
-            door.revoke()
-        if self._server is not None:
-            self._server._forget(self)
-        interrupt = self._abandon()
+        self._closer = own
+        try:
+            with self._making:
+                door = self._door
+            if door is not None:
+                door.revoke()
+            interrupt = self._abandon()
+            if self._server is not None:  # last: until then it is closed with its server, at the latest
+                self._server._forget(self)
+            self._done = True
+        finally:
+            self._closer = None
         if interrupt is not None:
             raise interrupt
 

@@ -248,16 +248,20 @@ class Facade:
             if number not in self._entered:
                 raise RuntimeError(f"{self!r} was left and had not been entered")
             lease = self._entered.pop(number)
-        if lease is not None:
-            lease.close()
         if error is not None and not isinstance(error, BaseException):
             error = RemoteError(str(error))
-        return self._leave(error)
+        return self._leave(error, lease)
 
-    def _leave(self, error: BaseException | None) -> bool:
-        if error is None:
-            return bool(self.object.__exit__(None, None, None))
-        return bool(self.object.__exit__(type(error), error, error.__traceback__))
+    def _leave(self, error: BaseException | None, lease: Any) -> bool:
+        try:
+            if lease is not None:
+                lease.close()
+        finally:  # also if Ctrl-C comes out of that: nobody comes again to leave it
+            if error is None:
+                swallowed = self.object.__exit__(None, None, None)
+            else:
+                swallowed = self.object.__exit__(type(error), error, error.__traceback__)
+        return bool(swallowed)
 
     def abandon(self, why: str, *, final: bool = False) -> Iterator[BaseException | None]:
         """
@@ -287,11 +291,9 @@ class Facade:
             if number not in self._entered:
                 return
             lease = self._entered.pop(number)
-        if lease is not None:
-            lease.close()
         error = BrokenDoorError(why, may_have_run=True)
         try:
-            self._leave(error)
+            self._leave(error, lease)
         except BrokenDoorError as raised:
             if raised is not error:  # it only lets it pass
                 raise
