@@ -559,12 +559,29 @@ class Endpoint:
             return None
         interrupt = None
         for error in self.target.abandon(f"{self.name}: whoever had entered it is gone", final=self._closed):
-            if self._generation != _sockets.here():
-                leave_forked_child(error)
-            if error is not None:
-                log.error("%s: leaving it for a caller who is gone has failed", self.name, exc_info=error)
-                interrupt = interrupt or _interrupt(error)
+            interrupt = self._have_left(error) or interrupt
         return interrupt
+
+    def _undo(self, invocation: Invocation) -> BaseException | None:
+        """Leave, for a caller who is told something else, what his call has entered; as ``_abandon``."""
+        undo: Callable[[], None] | None = getattr(invocation, "undo", None)
+        if undo is None:
+            return None
+        failure = None
+        try:
+            undo()
+        except BaseException as error:
+            failure = error
+        return self._have_left(failure)
+
+    def _have_left(self, failure: BaseException | None) -> BaseException | None:
+        """Say what the object has raised when it was left; return what of it means whoever runs this."""
+        if self._generation != _sockets.here():
+            leave_forked_child(failure)
+        if failure is None:
+            return None
+        log.error("%s: leaving it for a caller who is gone has failed", self.name, exc_info=failure)
+        return _interrupt(failure)
 
     # -- unreferenced ------------------------------------------------------------------------
 
@@ -681,10 +698,13 @@ class Endpoint:
         """Answer with what has been marshalled; return whether the procedure returned."""
         (data, buffers, descriptors), returned, interrupt = outcome
         try:
+            if not returned:
+                interrupt = self._undo(invocation) or interrupt
             if not invocation.answered:  # what was raised behind an answer, by a signal, is for ``run``
                 invocation.reply(data, buffers, descriptors)
         except LimitError as error:
             # A frame of the raw layer's, which no limit holds up.
+            interrupt = self._undo(invocation) or interrupt
             self._report(invocation, logging.ERROR, error, error)
             invocation.fail(Reason.REPLY_TOO_LARGE, str(error), limit=error.limit, value=error.value)
             returned = False
@@ -738,11 +758,16 @@ class Endpoint:
     def _finish_data(self, invocation: Invocation, outcome: _DataOutcome) -> bool:
         parcel, returned, interrupt = outcome
         if parcel is None:  # it has been answered
+            if interrupt is not None:
+                raise Interrupt(interrupt)
             return returned
         try:
+            if not returned:
+                interrupt = self._undo(invocation) or interrupt
             if not invocation.answered:
                 invocation.reply(*parcel)
         except LimitError as error:
+            interrupt = self._undo(invocation) or interrupt
             self._report(invocation, logging.ERROR, error, error)
             invocation.fail(Reason.REPLY_TOO_LARGE, str(error), limit=error.limit, value=error.value)
             returned = False
@@ -789,8 +814,9 @@ class Endpoint:
         try:
             return plan.pack_result(value, invocation.credentials), True, None
         except ShareError as error:
+            interrupt = self._undo(invocation)
             invocation.fail(Reason.BUSY, f"the result cannot be sent: {error}")
-            return None, False, None
+            return None, False, interrupt
         except BaseException as error:
             refusal = marshal_error("the result", error, may_have_run=True)
             self._report(invocation, logging.ERROR, refusal, error)
@@ -871,13 +897,18 @@ def _raise(error: Exception, *_: Any, **__: Any) -> NoReturn:
 _ANY = _data.Plan(lambda *_, **__: None)
 
 
-def _make_lease(end: Callable[[], None]) -> tuple[Endpoint | None, Descriptor | None, Any]:
+def _make_lease(end: Callable[[str], None]) -> tuple[Endpoint | None, Descriptor | None, Any]:
     """Make a lease of the door that is being called; see ``_objects``."""
     invocation = current.get(None)
     if invocation is None:
         return None, None, None
     entered: Endpoint = invocation.door.cookie
-    lease = Endpoint(_is_no_procedure, name=f"{entered.name}, entered", on_unref=end, refuse_descriptors=True)
+    lease = Endpoint(
+        _is_no_procedure,
+        name=f"{entered.name}, entered",
+        on_unref=functools.partial(end, "whoever had entered it is gone"),
+        refuse_descriptors=True,
+    )
     if entered.server is not None:
         entered.server._adopt(lease)
     try:
@@ -885,6 +916,12 @@ def _make_lease(end: Callable[[], None]) -> tuple[Endpoint | None, Descriptor | 
     except BaseException:
         lease.close()
         raise
+
+    def undo() -> None:
+        with descriptor:
+            end("who entered it could not be told so")
+
+    invocation.undo = undo
     return lease, descriptor, take(descriptor)
 
 
