@@ -29,6 +29,7 @@ import logging
 import os
 import socket
 import sys
+import threading
 import weakref
 from collections import Counter
 from collections.abc import Callable
@@ -204,6 +205,8 @@ class Door:
             self._guests = guests()
         self._channels: set[Served] = set()
         self._revoked: Refusal | None = None
+        self._taking = threading.RLock()  # a name's place is closed by the first who has taken it away
+        self._gone = False
         self._greeted: tuple[_wire.Limits, bytes] | None = None
         self._handed_out = False
         self._told = False  # that there is no reference any more, since it was last handed out
@@ -735,7 +738,7 @@ class Door:
         """Revoke the door if it is unreferenced, at one blow; return whether it was."""
         with self._keeper.lock:
             if self._generation == _sockets.here() and self._revoked is None and self.unreferenced:
-                self._revoked = _REVOKED
+                self._revoked, self._gone = _REVOKED, True  # there is nothing left
                 return True
             return False
 
@@ -806,7 +809,8 @@ class Door:
         Take the door away: names, descriptors and channels.
 
         Running calls finish and are answered; whoever calls or opens afterwards is told
-        that the door was revoked.  Idempotent; any thread; waits for no peer.
+        that the door was revoked.  Idempotent; any thread; waits for no peer.  What an
+        exception has cut short, such as Ctrl-C, the next call completes.
 
         Raises:
             PermissionError: this process did not create the door.
@@ -815,23 +819,29 @@ class Door:
         """
         if self._generation != _sockets.here():
             raise PermissionError(errno.EPERM, f"{self.name}: only the process that made it may revoke it")
-        if self._revoked is not None and not self._names:
-            return
         self._revoked = self._revoked or refusal or _REVOKED
         # step: revoked
-        names = list(self._names.items())  # which stay there until all is done: Ctrl-C may come before
+        if not self._gone:
+            with self._taking:
+                self._take_away(self._revoked)
+
+    def _take_away(self, refusal: Refusal) -> None:
+        """Take away what leads to the door; bears to be cut short at any step, and done again."""
+        with self._keeper.lock:  # whoever was making one has made it, or sees that it is revoked
+            names = list(self._names.items())  # which stay there until all is done
         for _, name in names:
             self._remove(name)
         with self._keeper.lock:
             for path, name in names:
-                if self._names.get(path) is name:  # no other thread was quicker
+                if self._names.get(path) is name:  # ``unlisten`` was not quicker
                     self._stop_listening(name)
                     del self._names[path]
             for port in list(self._ports):
                 self._say_farewell(port)
             self._guests.dismiss_all(self)
         for served in list(self._channels):
-            self.gate.end(served, self._revoked)
+            self.gate.end(served, refusal)
+        self._gone = True
 
     def _remove(self, name: Name) -> None:
         """Take a name away if that is possible; whoever holds its directory up does not hold us up."""

@@ -198,7 +198,9 @@ class Endpoint:
         self._server: Server | None = None
         self._door: Door | None = None
         self._pool: Pool | None = None  # the threads that run its calls, once there is a door
-        self._closed = False
+        self._closed = False  # or being closed: it is asked for
+        self._done = False
+        self._closer: int | None = None  # the thread that closes it just now
         self._expired = False
         self._making = threading.RLock()
         self._generation = _sockets.generation
@@ -235,8 +237,9 @@ class Endpoint:
         if _ending():  # as in Channel
             return
         door = getattr(self, "_door", None)
-        if door is not None and not self._closed and self._generation == _sockets.here():
-            warnings.warn(f"unclosed {self!r}", ResourceWarning, source=self, stacklevel=2)
+        if door is not None and not self._done and self._generation == _sockets.here():
+            if not self._closed:  # else Ctrl-C has cut that short, or its server has closed it
+                warnings.warn(f"unclosed {self!r}", ResourceWarning, source=self, stacklevel=2)
             self.close()
 
     def __reduce__(self) -> Any:
@@ -531,19 +534,29 @@ class Endpoint:
             door.revoke()
 
     def close(self) -> None:
-        """Detach all names, revoke the door, and let the server forget it; idempotent."""
-        if self._closed:
+        """
+        Detach all names, revoke the door, and let the server forget it; idempotent, any thread.
+
+        What an exception has cut short, such as Ctrl-C, the next call completes.
+        """
+        own = threading.get_ident()
+        if self._done or self._closer == own:  # leaving an object, which closes it in turn
             return
         self._closed = True
         if self._generation != _sockets.here():
             return  # the parent's door, and none of ours
-        with self._making:
-            door = self._door
-        if door is not None:
-            door.revoke()
-        if self._server is not None:
-            self._server._forget(self)
-        interrupt = self._abandon()
+        self._closer = own
+        try:
+            with self._making:
+                door = self._door
+            if door is not None:
+                door.revoke()
+            interrupt = self._abandon()
+            if self._server is not None:  # last: until then it is closed with its server, at the latest
+                self._server._forget(self)
+            self._done = True
+        finally:
+            self._closer = None
         if interrupt is not None:
             raise interrupt
 
@@ -566,12 +579,29 @@ class Endpoint:
             return None
         interrupt = None
         for error in self.target.abandon(f"{self.name}: whoever had entered it is gone", final=self._closed):
-            if self._generation != _sockets.here():
-                leave_forked_child(error)
-            if error is not None:
-                log.error("%s: leaving it for a caller who is gone has failed", self.name, exc_info=error)
-                interrupt = interrupt or _interrupt(error)
+            interrupt = self._have_left(error) or interrupt
         return interrupt
+
+    def _undo(self, invocation: Invocation) -> BaseException | None:
+        """Leave, for a caller who is told something else, what his call has entered; as ``_abandon``."""
+        undo: Callable[[], None] | None = getattr(invocation, "undo", None)
+        if undo is None:
+            return None
+        failure = None
+        try:
+            undo()
+        except BaseException as error:
+            failure = error
+        return self._have_left(failure)
+
+    def _have_left(self, failure: BaseException | None) -> BaseException | None:
+        """Say what the object has raised when it was left; return what of it means whoever runs this."""
+        if self._generation != _sockets.here():
+            leave_forked_child(failure)
+        if failure is None:
+            return None
+        log.error("%s: leaving it for a caller who is gone has failed", self.name, exc_info=failure)
+        return _interrupt(failure)
 
     # -- unreferenced ------------------------------------------------------------------------
 
@@ -688,10 +718,13 @@ class Endpoint:
         """Answer with what has been marshalled; return whether the procedure returned."""
         (data, buffers, descriptors), returned, interrupt = outcome
         try:
+            if not returned:
+                interrupt = self._undo(invocation) or interrupt
             if not invocation.answered:  # what was raised behind an answer, by a signal, is for ``run``
                 invocation.reply(data, buffers, descriptors)
         except LimitError as error:
             # A frame of the raw layer's, which no limit holds up.
+            interrupt = self._undo(invocation) or interrupt
             self._report(invocation, logging.ERROR, error, error)
             invocation.fail(Reason.REPLY_TOO_LARGE, str(error), limit=error.limit, value=error.value)
             returned = False
@@ -745,11 +778,16 @@ class Endpoint:
     def _finish_data(self, invocation: Invocation, outcome: _DataOutcome) -> bool:
         parcel, returned, interrupt = outcome
         if parcel is None:  # it has been answered
+            if interrupt is not None:
+                raise Interrupt(interrupt)
             return returned
         try:
+            if not returned:
+                interrupt = self._undo(invocation) or interrupt
             if not invocation.answered:
                 invocation.reply(*parcel)
         except LimitError as error:
+            interrupt = self._undo(invocation) or interrupt
             self._report(invocation, logging.ERROR, error, error)
             invocation.fail(Reason.REPLY_TOO_LARGE, str(error), limit=error.limit, value=error.value)
             returned = False
@@ -796,8 +834,9 @@ class Endpoint:
         try:
             return plan.pack_result(value, invocation.credentials), True, None
         except ShareError as error:
+            interrupt = self._undo(invocation)
             invocation.fail(Reason.BUSY, f"the result cannot be sent: {error}")
-            return None, False, None
+            return None, False, interrupt
         except BaseException as error:
             refusal = marshal_error("the result", error, may_have_run=True)
             self._report(invocation, logging.ERROR, refusal, error)
@@ -881,13 +920,18 @@ def _raise(error: Exception, *_: Any, **__: Any) -> NoReturn:
 _ANY = _data.Plan(lambda *_, **__: None)
 
 
-def _make_lease(end: Callable[[], None]) -> tuple[Endpoint | None, Descriptor | None, Any]:
+def _make_lease(end: Callable[[str], None]) -> tuple[Endpoint | None, Descriptor | None, Any]:
     """Make a lease of the door that is being called; see ``_objects``."""
     invocation = current.get(None)
     if invocation is None:
         return None, None, None
     entered: Endpoint = invocation.door.cookie
-    lease = Endpoint(_is_no_procedure, name=f"{entered.name}, entered", on_unref=end, refuse_descriptors=True)
+    lease = Endpoint(
+        _is_no_procedure,
+        name=f"{entered.name}, entered",
+        on_unref=functools.partial(end, "whoever had entered it is gone"),
+        refuse_descriptors=True,
+    )
     if entered.server is not None:
         entered.server._adopt(lease)
     try:
@@ -895,6 +939,12 @@ def _make_lease(end: Callable[[], None]) -> tuple[Endpoint | None, Descriptor | 
     except BaseException:
         lease.close()
         raise
+
+    def undo() -> None:
+        with descriptor:
+            end("who entered it could not be told so")
+
+    invocation.undo = undo
     return lease, descriptor, take(descriptor)
 
 

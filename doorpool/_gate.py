@@ -823,7 +823,7 @@ class Invocation:
         goes_on: set, and true, if its procedure goes on with its work after the answer.
         credentials: who is calling, as of the opening of its channel.
         words: what the caller says of itself (a claim).
-        call, listener: the layer above may keep something here, too.
+        call, listener, undo: the layer above may keep something here, too.
 
     Modelled on: the arguments of a server procedure, door_create(3C)
     """
@@ -833,10 +833,11 @@ class Invocation:
     _taken: int
     listener: Any  # not set for an everyday call
     goes_on: bool  # likewise
+    undo: Callable[[], None]  # likewise
 
     __slots__ = (
         "_gate", "_nanoseconds", "_open", "_sent", "_taken", "buffers", "call", "data", "descriptors",
-        "door", "goes_on", "line", "listener",
+        "door", "goes_on", "line", "listener", "undo",
     )  # fmt: skip
 
     def __init__(self, gate: Gate, served: Served) -> None:

@@ -27,6 +27,8 @@ Each entering gives a *lease*: a descriptor of a door that leads nowhere, which 
 he leaves.  When nobody has that any more, because he died or has let go of the door, the object is left
 for him, with an exception, so that what was begun is undone and not finished.  The object's own door would
 not tell that, for others may hold it, too.  (When that one ends, all who are in it are left for.)
+Its number, by which he leaves, cannot be guessed: who else holds the door is not to leave for him.  A caller
+who is not told that he has entered, because what he was to get cannot cross, is left for at once.
 """
 
 from __future__ import annotations
@@ -35,6 +37,7 @@ import ast
 import functools
 import inspect
 import json
+import secrets
 import threading
 import types
 import weakref
@@ -64,10 +67,10 @@ _tables: weakref.WeakKeyDictionary[type, Table] = weakref.WeakKeyDictionary()
 
 _JSON = json.JSONDecoder()
 
-#: Makes a lease of the door that is being called, given what to do when nobody has it any more; returns it,
-#: the descriptor for the caller, and that as it is to be sent.  Outside a call there is none.  It is set by
-#: ``_endpoint``, which has doors.
-make_lease: Callable[[Callable[[], None]], tuple[Any, Any, Any]] | None = None
+#: Makes a lease of the door that is being called, given what to do when nobody has it any more, called with
+#: the reason; returns it, the descriptor for the caller, and that as it is to be sent.  Outside a call there
+#: is none.  It is set by ``_endpoint``, which has doors.
+make_lease: Callable[[Callable[[str], None]], tuple[Any, Any, Any]] | None = None
 
 _T = TypeVar("_T")
 
@@ -165,7 +168,7 @@ class Facade:
             same for each instance then.
     """
 
-    __slots__ = ("_entered", "_kind", "_last", "_lock", "_over", "_plain", "names", "object")
+    __slots__ = ("_entered", "_kind", "_lock", "_over", "_plain", "names", "object")
 
     def __init__(self, target: Any, names: frozenset[str], kind: type | None = None) -> None:
         self.object = target
@@ -173,7 +176,6 @@ class Facade:
         self._plain = names - {ENTER, EXIT}  # which are called and no more
         self._kind = kind
         self._entered: dict[int, Any] = {}  # who is in it, by numbers: their leases
-        self._last = 0
         self._over = False
         self._lock = threading.Lock()
 
@@ -216,15 +218,12 @@ class Facade:
         """
         Enter the object; return whether it gave itself, otherwise what it gave, and a number and a lease.
         """
-        with self._lock:
-            self._last += 1
-            number = self._last
+        number = 1 + secrets.randbits(62)  # which any codec can carry
         lease: Any = None
         theirs: Any = None
         parcel: Any = None
         if make_lease is not None:  # before anything is entered: there may be no descriptor to be had
-            why = "whoever had entered it is gone"
-            lease, theirs, parcel = make_lease(functools.partial(self._abandon_one, number, why))
+            lease, theirs, parcel = make_lease(functools.partial(self._abandon_one, number))
         try:
             value = self.object.__enter__()
         except BaseException:
@@ -244,20 +243,23 @@ class Facade:
     def _exit(self, error: Any = None, number: int = 0) -> bool:
         """Leave the object, with what ended the caller's block: an exception, or its text."""
         with self._lock:
-            number = number or next(reversed(self._entered), 0)
             if number not in self._entered:
                 raise RuntimeError(f"{self!r} was left and had not been entered")
             lease = self._entered.pop(number)
-        if lease is not None:
-            lease.close()
         if error is not None and not isinstance(error, BaseException):
             error = RemoteError(str(error))
-        return self._leave(error)
+        return self._leave(error, lease)
 
-    def _leave(self, error: BaseException | None) -> bool:
-        if error is None:
-            return bool(self.object.__exit__(None, None, None))
-        return bool(self.object.__exit__(type(error), error, error.__traceback__))
+    def _leave(self, error: BaseException | None, lease: Any) -> bool:
+        try:
+            if lease is not None:
+                lease.close()
+        finally:  # also if Ctrl-C comes out of that: nobody comes again to leave it
+            if error is None:
+                swallowed = self.object.__exit__(None, None, None)
+            else:
+                swallowed = self.object.__exit__(type(error), error, error.__traceback__)
+        return bool(swallowed)
 
     def abandon(self, why: str, *, final: bool = False) -> Iterator[BaseException | None]:
         """
@@ -287,11 +289,9 @@ class Facade:
             if number not in self._entered:
                 return
             lease = self._entered.pop(number)
-        if lease is not None:
-            lease.close()
         error = BrokenDoorError(why, may_have_run=True)
         try:
-            self._leave(error)
+            self._leave(error, lease)
         except BrokenDoorError as raised:
             if raised is not error:  # it only lets it pass
                 raise

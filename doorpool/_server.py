@@ -334,7 +334,6 @@ class Server:
         self._unrecord(endpoint)
         self._endpoints.pop(endpoint, None)
         self._adopted.discard(endpoint)
-
         self._release_pool(endpoint)
 
     def _make_private_pool(self, name: str, threads: int) -> Pool:
@@ -343,8 +342,9 @@ class Server:
 
     def _release_pool(self, endpoint: Endpoint) -> None:
         """Let the threads go that an endpoint has for itself, if it has; for ``Endpoint``."""
-        if endpoint._private_pool is not None:
-            self._pools.release(endpoint._private_pool)
+        pool = endpoint._private_pool
+        if pool is not None and not pool.gate.closed:
+            self._pools.release(pool)
 
     def _await_set_up(self, endpoint: Endpoint) -> None:
         """

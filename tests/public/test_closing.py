@@ -27,7 +27,9 @@ from support.rawdoor import Background
 from doorpool import BrokenDoorError, ClosedError, Endpoint, Proxy, RevokedError, Server
 from doorpool._keeper import keeper
 from doorpool._names import Name
-from doorpool._threads import Pool
+from doorpool._objects import Facade
+from doorpool._threads import Pool, Pools
+from doorpool.door import Door, Gate
 
 PATIENCE = 30.0  # seconds until what certainly happens is taken for a hang
 PROMPTLY = 1.0  # seconds (threats.md, G09)
@@ -360,6 +362,123 @@ def test_an_endpoint_that_is_dropped_is_forgotten():
         del held, endpoint
         wait_until(lambda: gc.collect() >= 0 and not server._adopted.members())
         assert not server._adopted._references
+
+
+@pytest.mark.ids("R1", "R6")
+@pytest.mark.parametrize(
+    "where",
+    [(Name, "remove"), (Gate, "end"), (Facade, "abandon"), (Server, "_forget"), (Pools, "release")],
+    ids=["at a name", "at a channel", "at the object", "at the server", "at the threads"],
+)
+def test_ctrl_c_at_any_step_of_closing_an_endpoint_leaves_the_rest_for_the_next_time(
+    serve, connect, door_dir, where
+):
+    left: list[Any] = []
+
+    class Manager:
+        def __enter__(self) -> Manager:
+            return self
+
+        def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+            left.append(kind)
+
+    path, interrupted = door_dir / "a.door", []
+    server = serve(Manager(), threads=1)
+    (endpoint,) = server.endpoints
+    held = connect(reopen=False)
+    held._line.enter(None)
+    step = getattr(*where)
+
+    def interrupt(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not interrupted:
+            interrupted.append(where)
+            raise KeyboardInterrupt
+        return step(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(*where, interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            endpoint.close()
+        assert endpoint.closed
+        for _ in range(2):
+            endpoint.close()
+    assert not path.exists()
+    assert left == [BrokenDoorError]
+    assert server.endpoints == ()
+    with pytest.raises(RevokedError):
+        held.ping()
+    wait_until(lambda: server.statistics().threads == 2, "its own thread has gone", timeout=PATIENCE)
+
+
+def test_an_endpoint_that_ctrl_c_left_half_closed_is_closed_when_it_is_dropped(serve, recwarn):
+    server = serve(len)
+    endpoint = Endpoint(len, threads=1)
+    server._adopt(endpoint)
+    with endpoint.open():
+        assert server.statistics().threads == 3
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Door, "revoke", _interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                endpoint.close()
+        del endpoint
+
+    def threads() -> int:
+        gc.collect()
+        return server.statistics().threads
+
+    wait_until(lambda: threads() == 2, "its own thread has gone", timeout=PATIENCE)
+    assert not recwarn.list  # nobody has forgotten to close it
+
+
+def _interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.ids("R6")
+def test_two_threads_take_a_name_away_one_after_the_other(serve, caplog, monkeypatch):
+    """The first closes the directory of the name, whose number may be another file's then."""
+    (endpoint,) = serve(len).endpoints
+    remove, lock, inside, together = Name.remove, threading.Lock(), threading.Event(), threading.Event()
+
+    def slowly(self: Name) -> bool:
+        if not lock.acquire(blocking=False):
+            together.set()
+            return False
+        try:
+            inside.set()
+            together.wait(0.2)  # as long as it takes if nobody comes
+            return remove(self)
+        finally:
+            lock.release()
+
+    monkeypatch.setattr(Name, "remove", slowly)
+    revoking = threading.Thread(target=endpoint.revoke)
+    revoking.start()
+    assert inside.wait(PATIENCE)
+    endpoint.close()
+    revoking.join(PATIENCE)
+    assert not together.is_set()
+    assert not caplog.text
+
+
+def test_an_endpoint_that_closes_itself_for_each_who_is_left_for(serve, connect):
+    """However many there are: more than there may be calls within one another."""
+    left: list[Any] = []
+
+    class Manager:
+        def __enter__(self) -> int:
+            return 1
+
+        def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+            endpoint.close()
+            left.append(kind)
+
+    (endpoint,) = serve(Manager()).endpoints
+    line = connect()._line
+    for _ in range(sys.getrecursionlimit() // 2):
+        line.enter(None)
+    endpoint.close()
+    assert left == [BrokenDoorError] * (sys.getrecursionlimit() // 2)
 
 
 def test_a_signal_for_which_there_is_no_memory_is_not_lost(door_dir, monkeypatch, caplog):

@@ -432,6 +432,16 @@ def test_revoked_before_it_was_ever_a_door():
         endpoint.open()
 
 
+def test_what_was_revoked_before_it_was_ever_a_door_is_forgotten_when_it_is_closed(serve):
+    server = serve(echo)
+    (first,) = server.endpoints
+    endpoint = server.attach(echo)
+    endpoint.revoke()
+    assert server.endpoints == (first, endpoint)
+    endpoint.close()
+    assert server.endpoints == (first,)
+
+
 def test_an_endpoint_closes_at_the_end_of_with(door_dir):
     with Endpoint(echo) as endpoint:
         endpoint.attach(door_dir / "a.door")

@@ -7,6 +7,7 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import copy
+import gc
 import inspect
 import os
 import pickle
@@ -25,6 +26,8 @@ from doorpool import (
     CallTimeoutError,
     DoorError,
     Endpoint,
+    LimitError,
+    MarshalError,
     NotADoorError,
     ProtocolError,
     Proxy,
@@ -747,6 +750,49 @@ def test_who_lets_go_of_a_shared_one_is_left_for(serve, connect):
             assert manager.log.empty()
         assert manager.log.get(timeout=PATIENCE)[0] is BrokenDoorError
         assert other.hello() == "hello"
+
+
+@pytest.mark.ids("U12")
+@pytest.mark.parametrize("codec", ["pickle", "data"])
+def test_nobody_can_leave_it_for_another_who_holds_the_same_door(serve, connect, codec):
+    manager = Manager()
+    server = serve(lambda: shared, codec=codec)
+    shared = server.attach(manager, linger=True, codec=codec)
+    one, other = connect()(), connect()()
+    with contextlib.closing(other), one:
+        for number in (0, 1, 2):
+            with pytest.raises(RuntimeError, match="had not been entered"):
+                other._line.call_method("__exit__", (None, number), {}, None)
+        assert manager.log.empty()
+    assert manager.log.get(timeout=PATIENCE) == (None, "None")
+
+
+@pytest.mark.ids("U12")
+@pytest.mark.parametrize("codec", ["pickle", "data"])
+@pytest.mark.parametrize("what", ["no value", "too much"])
+def test_who_cannot_be_told_that_he_has_entered_is_left_for_at_once(
+    serve, connect, caplog, recwarn, codec, what
+):
+    """Though he holds the door, and the log the traceback with all that was to be sent."""
+
+    class Giving(Manager):
+        def __enter__(self) -> Any:
+            return threading.Lock() if what == "no value" else bytes(100_000)
+
+    manager = Giving()
+    server = serve(lambda: shared, codec=codec)
+    shared = server.attach(manager, linger=True, codec=codec, max_reply=50_000)
+    with contextlib.closing(connect()()) as other:
+        late = connect()()
+        with pytest.raises(MarshalError if what == "no value" else LimitError), late:
+            pytest.fail("entered")
+        assert manager.log.get_nowait()[0] is BrokenDoorError
+        assert manager.log.empty()
+        assert other.hello() == "hello"
+    assert caplog.records
+    del late
+    gc.collect()
+    assert [str(each.message) for each in recwarn] == []
 
 
 def test_of_two_who_are_in_it_each_is_left_for_alone(serve, connect):

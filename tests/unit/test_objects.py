@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 import json
 import operator
 import threading
@@ -267,16 +268,19 @@ class Manager:
 
 
 def test_a_context_manager_gives_itself_or_something_else():
-    assert facade(Manager())("__enter__") == (True, None, 1, None)
-    assert facade(Manager(itself=False))("__enter__") == (False, "value", 1, None)
+    itself, value, number, lease = facade(Manager())("__enter__")
+    assert (itself, value, lease) == (True, None, None)
+    assert 0 < number < 2**63
+    itself, value, _, lease = facade(Manager(itself=False))("__enter__")
+    assert (itself, value, lease) == (False, "value", None)
 
 
 def test_a_context_manager_is_told_what_ended_the_block():
     manager = Manager(swallow=KeyError)
     it = facade(manager)
     for args, swallowed in (((), False), ((KeyError("k"),), True), (("Odd: text",), False)):
-        it("__enter__")
-        assert it("__exit__", *args) is swallowed
+        number = it("__enter__")[2]
+        assert it("__exit__", *(args or (None,)), number) is swallowed
     _, nothing, _, error, _, text = manager.log
     assert nothing is None
     assert repr(error) == "KeyError('k')"
@@ -288,16 +292,33 @@ def test_who_was_not_entered_cannot_be_left():
     it = facade(Manager())
     with pytest.raises(RuntimeError, match="had not been entered"):
         it("__exit__")
+    number = it("__enter__")[2]
+    it("__exit__", None, number)
+    with pytest.raises(RuntimeError, match="had not been entered"):
+        it("__exit__", None, number)
+
+
+def test_who_has_entered_is_left_by_his_number_alone():
+    """Which nobody can guess who has entered it himself."""
+    manager = Manager()
+    it = facade(manager)
+    numbers = [it("__enter__")[2] for _ in range(100)]
+    between = {abs(one - other) for one, other in itertools.pairwise(numbers)}
+    assert min(between) > 2**16
+    for guess in (0, 1, 100, -1, None, "last"):
+        with pytest.raises(RuntimeError, match="had not been entered"):
+            it("__exit__", None, guess)
+    assert manager.log == ["enter"] * 100
 
 
 def test_whoever_is_gone_is_left_for_as_often_as_he_had_entered():
     manager = Manager()
     it = facade(manager)
     for _ in range(3):
-        it("__enter__")
-    it("__exit__")
-    it.abandon("he is gone")
-    it.abandon("he is gone")
+        number = it("__enter__")[2]
+    it("__exit__", None, number)
+    assert list(it.abandon("he is gone")) == [None, None]
+    assert list(it.abandon("he is gone")) == []
     assert len(manager.log) == 6
     assert all(isinstance(error, BrokenDoorError) for error in manager.log[-2:])
 
@@ -305,11 +326,11 @@ def test_whoever_is_gone_is_left_for_as_often_as_he_had_entered():
 def test_who_enters_when_it_is_over_is_left_for_at_once():
     manager = Manager()
     it = facade(manager)
-    it.abandon("closed", final=True)
+    assert list(it.abandon("closed", final=True)) == []
     assert manager.log == []
     it("__enter__")
     assert [type(each) for each in manager.log] == [str, BrokenDoorError]
-    it.abandon("again")
+    assert list(it.abandon("again")) == []
     assert len(manager.log) == 2
 
 
@@ -324,10 +345,9 @@ def test_what_leaves_it_otherwise_is_told():
 
     failing, passing = facade(Failing()), facade(Passing())
     failing("__enter__")
-    with pytest.raises(OSError, match="cannot"):
-        failing.abandon("he is gone")
+    assert [repr(error) for error in failing.abandon("he is gone")] == ["OSError('cannot')"]
     passing("__enter__")
-    passing.abandon("he is gone")
+    assert list(passing.abandon("he is gone")) == [None]
 
 
 def test_a_broken_door_of_its_own_is_told_like_any_other_error():
@@ -337,8 +357,9 @@ def test_a_broken_door_of_its_own_is_told_like_any_other_error():
 
     calling = facade(Calling())
     calling("__enter__")
-    with pytest.raises(BrokenDoorError, match="the backend is gone"):
-        calling.abandon("he is gone")
+    (error,) = calling.abandon("he is gone")
+    assert isinstance(error, BrokenDoorError)
+    assert "the backend is gone" in str(error)
 
 
 def test_without_exposure_nobody_enters():
