@@ -66,7 +66,7 @@ import time
 import types
 import weakref
 from collections import deque
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from functools import lru_cache, partial
 from typing import Any, NoReturn
 
@@ -153,9 +153,11 @@ class _StreamEndpoint(Endpoint):
         super().close()
         self._let_iterator_go()
 
-    def _retire(self, refusal: Any) -> None:
+    def _retire(self, refusal: Any) -> Callable[[], None]:
         super()._retire(refusal)
-        self._let_iterator_go()
+        pump: Pump = self.target.__self__
+        pump._gone = pump._closing = True  # one that is at work comes to its end
+        return self._let_iterator_go
 
     def _let_iterator_go(self) -> None:
         pump: Pump = self.target.__self__
