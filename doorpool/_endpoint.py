@@ -560,13 +560,19 @@ class Endpoint:
         if interrupt is not None:
             raise interrupt
 
-    def _retire(self, refusal: Refusal) -> None:
-        """Close because the server closes; callers are told this reason."""
+    def _retire(self, refusal: Refusal) -> Callable[[], None] | None:
+        """
+        Close because the server closes; callers are told this reason.  Once more does no harm.
+
+        Returns:
+            What is left to be done by code of the user's, which nobody knows how long that takes.
+        """
         self._closed = True
         with self._making:
             door = self._door
         if door is not None:
             door.revoke(refusal)
+        return None
 
     def _abandon(self) -> BaseException | None:
         """

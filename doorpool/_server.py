@@ -30,20 +30,23 @@ import contextlib
 import functools
 import logging
 import os
+import queue
 import resource
 import signal
 import socket
 import sys
 import threading
+import time
 import warnings
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Generic, TypeVar, overload
 
 import attrs
 
 from doorpool import _endpoint, _shelf, _sockets
-from doorpool._endpoint import Endpoint, check_mode, checked_threads
+from doorpool._endpoint import Endpoint, check_mode, checked_threads, leave_forked_child
 from doorpool._errors import ClosedError, Path
 from doorpool._guests import descriptors_of_a_user, guests
 from doorpool._handle import check_seconds, check_spin
@@ -65,6 +68,8 @@ Member = TypeVar("Member")
 _RETRY = 0.2  # seconds until a thread is asked for again that could not be had
 _ROUSE = 0.05  # seconds until the main thread is woken again, if another has taken what should wake it
 _JOIN = 1.0  # seconds for threads that have nothing left to do to be gone
+_QUICK = 0.25  # seconds that clean-up of the user's has, however little time there is for closing
+_STALL = 0.05  # seconds after which the rest of it does not wait for that which is being done
 
 #: What ``run`` answers, if nobody else has said what is to happen.
 _SIGNALS = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
@@ -183,6 +188,7 @@ class Server:
         self._closing = False
         self._overdue = False
         self._closer: int | None = None  # the thread that closes it
+        self._cleaners: set[int] = set()  # those that do what is the user's meanwhile
         self._closed = _Latch()
 
     def __repr__(self) -> str:
@@ -550,6 +556,9 @@ class Server:
         do not in time are cut, and their callers get ``BrokenDoorError(may_have_run=True)``.
         A call that closes its own server is not waited for.
 
+        Generators whose items are pulled through a door are let go of, in threads of their own: their
+        ``finally`` is waited for as long as running calls are.
+
         Args:
             timeout: seconds for running calls; 0: none; None: for ever.
 
@@ -561,8 +570,8 @@ class Server:
         own = threading.get_ident()
         with self._lock:  # and in one go, for a signal handler passes the lock
             first, self._closer, self._closing = self._closer is None, self._closer or own, True
-        if not first:
-            if not self._pools.are_ours() and self._closer != own:  # a handler would wait for its own thread
+        if not first:  # a handler would wait for its own thread, and who is waited for, for himself
+            if not self._pools.are_ours() and own not in (self._closer, *self._cleaners):
                 self._closed.wait(timeout)
             return
         try:
@@ -573,19 +582,26 @@ class Server:
 
     def _close(self, timeout: float | None) -> None:
         refusal = Refusal(Reason.CLOSED, "the server is closing")
+        until = None if timeout is None else time.monotonic() + max(timeout, _QUICK)
         try:
             endpoints = self._present()
-            for endpoint in endpoints:
-                endpoint._retire(refusal)
+            cleaned_up = self._retire(endpoints, refusal)
             self._cut(self._pools.close(timeout), f"after {timeout} s")
+            cleaned_up.wait(None if until is None else max(0.0, until - time.monotonic()))
             self._clear_up(endpoints, _JOIN)
         except BaseException:  # Ctrl-C: whoever closes has no patience any more
             endpoints = self._present()
-            for endpoint in endpoints:
-                endpoint._retire(refusal)
+            self._retire(endpoints, refusal)
             self._cut(self._pools.close(0), "by an exception")
             self._clear_up(endpoints, 0)
             raise
+
+    def _retire(self, endpoints: list[Endpoint], refusal: Refusal) -> _Latch:
+        """Have all doors refuse; only then the code of the user's begins that one may have to wait for."""
+        left = [endpoint._retire(refusal) for endpoint in endpoints]
+        clean_up = _CleanUp(self.name, self._cleaners, [it for it in left if it is not None])
+        clean_up.begin()
+        return clean_up.done
 
     def _clear_up(self, endpoints: list[Endpoint], timeout: float) -> None:
         """Leave what callers have entered, and have the last threads give back what the pools have."""
@@ -595,7 +611,8 @@ class Server:
             raise interrupt
 
     def _cut(self, late: list[Invocation], when: str) -> None:
-        self._overdue = bool(late)
+        # A procedure may hold the main thread, and what is done between two calls may be the user's, too.
+        self._overdue = bool(late) or self._shared_pool.holds(threading.main_thread())
         if late:
             names = ", ".join(sorted({invocation.door.name for invocation in late}))
             log.warning("%s: %d calls cut %s: %s", self.name, len(late), when, names)
@@ -681,6 +698,73 @@ class _Latch:
         if not self._is_set and self._lock.acquire(timeout=-1 if timeout is None else timeout):
             self._lock.release()
         return self._is_set
+
+
+class _CleanUp:
+    """
+    What code of the user's has to do as a server closes, in daemon threads, for it may take for ever.
+
+    One thread does one thing after the other.  Where one stalls, another thread goes on with the rest.
+
+    Args:
+        name: begins the names of the threads.
+        cleaners: they are in it while they are at work, for that code may close the server, too.
+        jobs: what is to be done, in any order; raises nothing.
+
+    Attributes:
+        done: set when all is.
+    """
+
+    def __init__(self, name: str, cleaners: set[int], jobs: list[Callable[[], None]]) -> None:
+        self.done = _Latch()
+        self._name = name
+        self._cleaners = cleaners
+        self._jobs = deque(jobs)
+        self._count = len(jobs)
+        self._ends: queue.SimpleQueue[None] = queue.SimpleQueue()
+
+    def begin(self) -> None:
+        """Begin, and wait for nothing, unless there are no threads to be had."""
+        if not self._jobs:
+            self.done.set()
+        elif not self._start(self._oversee):
+            self._oversee()
+
+    def _start(self, function: Callable[[], None]) -> bool:
+        try:
+            threading.Thread(target=function, name=f"{self._name}-clean-up", daemon=True).start()
+        except (RuntimeError, MemoryError):  # as when the interpreter ends, from 3.12 on
+            return False
+        return True
+
+    def _oversee(self) -> None:
+        ended, stalls = 0, True
+        while ended < self._count:
+            if stalls and self._jobs and not self._start(self._work):
+                self._work()
+            try:
+                self._ends.get(timeout=_STALL if self._jobs else None)
+                ended, stalls = ended + 1, False
+            except queue.Empty:
+                stalls = True
+        self.done.set()
+
+    def _work(self) -> None:
+        own, generation = threading.get_ident(), _sockets.here()
+        self._cleaners.add(own)
+        try:
+            while True:
+                try:
+                    job = self._jobs.popleft()
+                except IndexError:
+                    return
+                job()
+                del job
+                if generation != _sockets.here():
+                    leave_forked_child(None)
+                self._ends.put(None)
+        finally:
+            self._cleaners.discard(own)
 
 
 def _do_nothing(*_: object) -> None:

@@ -59,6 +59,7 @@ from __future__ import annotations
 import io
 import itertools
 import logging
+import operator
 import os
 import sys
 import threading
@@ -66,7 +67,7 @@ import time
 import types
 import weakref
 from collections import deque
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from functools import lru_cache, partial
 from typing import Any, NoReturn
 
@@ -153,9 +154,11 @@ class _StreamEndpoint(Endpoint):
         super().close()
         self._let_iterator_go()
 
-    def _retire(self, refusal: Any) -> None:
+    def _retire(self, refusal: Any) -> Callable[[], None]:
         super()._retire(refusal)
-        self._let_iterator_go()
+        pump: Pump = self.target.__self__
+        pump._gone = pump._closing = True  # one that is at work comes to its end
+        return self._let_iterator_go
 
     def _let_iterator_go(self) -> None:
         pump: Pump = self.target.__self__
@@ -690,14 +693,15 @@ class Stream:
         DoorError: of ``next``: the other side could not be asked.
     """
 
-    __slots__ = ("__weakref__", "_batch", "_count", "_ended", "_generation", "_item", "_lock", "_proxy",
-                 "_pulled", "_value", "_wrong", "timeout")  # fmt: skip
+    __slots__ = ("__weakref__", "_batch", "_closed", "_count", "_ended", "_generation", "_item", "_lock",
+                 "_proxy", "_pulled", "_value", "_wrong", "timeout")  # fmt: skip
 
     def __init__(self, proxy: Proxy) -> None:
         self.timeout: float | None = None
         self._proxy = proxy
         self._batch: Iterator[Any] = iter([])  # what was read ahead; of a list, which knows its length
-        self._ended = False
+        self._ended = False  # nothing more will come
+        self._closed = False  # nor is anything given out of what has
         self._pulled = False
         self._item: Any = Any  # what each must be; for who is given the stream to say
         self._count = 0  # of those that were
@@ -743,7 +747,7 @@ class Stream:
         try:
             self._pulled = True
             came = self._call()
-            if self._ended:  # another thread has closed it meanwhile
+            if self._closed:  # by another thread, meanwhile
                 return
             if type(came) is dict and came.keys() == {_LAST, _VALUE}:
                 self._value, came = came[_VALUE], came[_LAST]
@@ -752,10 +756,29 @@ class Stream:
                 raise ProtocolError(f"{self!r}: what arrived is no batch of items", may_have_run=True)
             if not came and not self._ended:  # or who sends nothing for ever would keep us asking for ever
                 raise ProtocolError(f"{self!r}: a batch of nothing arrived", may_have_run=True)
-        except BaseException:  # whatever was on its way is lost
-            self._end()
+            self._put(came if self._item is Any else self._convert(came))
+        except BaseException as error:
+            if self._ended and isinstance(error, ClosedError):
+                return  # a signal handler's pull has come to the end, and this one has asked for nothing
+            self._value = None
+            self._end()  # whatever was on its way is lost
             raise
-        self._batch = iter(came if self._item is Any else self._convert(came))
+
+    def _put(self, came: list[Any]) -> None:
+        """
+        Have a batch given out, and then what a signal handler has left of one that it has pulled meanwhile.
+
+        A handler, or another thread, comes in where something is called only, and so not between the last
+        look at what there is and the new one's taking its place.
+        """
+        while True:
+            rest = self._batch
+            batch = itertools.chain(came, rest) if operator.length_hint(rest, 1) else iter(came)
+            if self._closed:
+                return
+            if self._batch is rest:
+                self._batch = batch
+                return
 
     def _convert(self, items: list[Any]) -> list[Any]:
         """Make of items what they must be; up to the first that is something else, with which all ends."""
@@ -806,7 +829,7 @@ class Stream:
         lock = self._lock_here()
         idle = lock.acquire(blocking=False)
         try:
-            ended, self._ended = self._ended, True
+            ended, self._ended, self._closed = self._ended, True, True
             self._batch = iter([])
             if idle and self._pulled and not ended:
                 self._close_there()

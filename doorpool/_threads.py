@@ -148,6 +148,7 @@ class Pool:
         self._short = False
         self._lent: set[threading.Thread] = set()
         self._roused: set[threading.Thread] = set()  # lent ones that shall come back from the kernel
+        self._at_jobs: set[threading.Thread] = set()
         self._unwanted = 0  # threads that shall make room for a lent one
 
     @property
@@ -386,10 +387,18 @@ class Pool:
             job = self._jobs.popleft()
         except IndexError:  # another thread was quicker
             return
+        thread = threading.current_thread()
+        self._at_jobs.add(thread)
         try:
             job()
         except Exception:
             log.exception("%s: a server thread failed at something between calls", self.name)
+        finally:
+            self._at_jobs.discard(thread)
+
+    def holds(self, thread: threading.Thread) -> bool:
+        """Tell whether a thread, another than this one, does something between two calls."""
+        return thread in self._at_jobs and thread is not threading.current_thread()
 
     def _retire(self, thread: threading.Thread, idle_timeout: float | None) -> bool:
         """Count a thread that nobody needs out; the last two stay, and so does a lent one."""

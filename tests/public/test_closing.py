@@ -481,6 +481,253 @@ def test_an_endpoint_that_closes_itself_for_each_who_is_left_for(serve, connect)
     assert left == [BrokenDoorError] * (sys.getrecursionlimit() // 2)
 
 
+# -- generators that clean up as their server closes
+
+
+class CleanUp:
+    """Generators whose ``finally`` is done as it is told to, and a journal of those that are."""
+
+    def __init__(self) -> None:
+        self.ended: list[str] = []
+        self.begun = threading.Semaphore(0)
+        self.go = threading.Event()
+        self.also: Callable[[], Any] = bool
+
+    def __call__(self, how: str) -> Iterator[str]:
+        try:
+            while True:
+                yield how
+        finally:
+            self.begun.release()
+            if how == "hangs":
+                self.go.wait(10)
+            self.also()
+            self.ended.append(how)
+
+
+@pytest.fixture
+def clean_up() -> Iterator[CleanUp]:
+    it = CleanUp()
+    yield it
+    it.go.set()
+
+
+def test_clean_up_that_hangs_holds_up_neither_the_closing_nor_other_clean_up(
+    serve, connect, clean_up, work, door_dir
+):
+    server = serve(clean_up)
+    server.attach(work, door_dir / "b.door")
+    streams = [connect()(how) for how in ("hangs", "quick", "hangs", "quick", "hangs")]
+    for stream in streams:
+        next(stream)
+    call = Background(connect(door_dir / "b.door"), "too late:1")
+    work.wait_begun(1)
+    server.close(1)
+    assert clean_up.ended == ["quick", "quick"]
+    assert isinstance(call.error(), BrokenDoorError)
+    for stream in streams:
+        with pytest.raises(RevokedError):
+            next(stream)
+    clean_up.go.set()
+    wait_until(lambda: clean_up.ended == ["quick", "quick", "hangs", "hangs", "hangs"])
+
+
+def test_clean_up_is_waited_for_as_long_as_calls_are(serve, connect, clean_up):
+    server = serve(clean_up)
+    stream = connect()("hangs")
+    next(stream)
+    close = Background(server.close, None)
+    assert clean_up.begun.acquire(timeout=PATIENCE)
+    with pytest.raises(RevokedError):
+        next(stream)
+    assert close.running
+    clean_up.go.set()
+    close.result()
+    assert clean_up.ended == ["hangs"]
+
+
+def test_clean_up_that_is_quick_is_done_however_little_time_there_is(serve, connect, clean_up):
+    server = serve(clean_up)
+    streams = [connect()("quick") for _ in range(20)]
+    for stream in streams:
+        next(stream)
+    server.close(0)
+    assert clean_up.ended == ["quick"] * 20
+
+
+def test_clean_up_may_close_the_server_that_waits_for_it(serve, connect, clean_up):
+    server = serve(clean_up)
+    clean_up.also = lambda: server.close(None)
+    stream = connect()("quick")
+    next(stream)
+    Background(server.close, None).result()
+    assert clean_up.ended == ["quick"]
+
+
+def test_a_generator_may_close_the_server_that_it_is_pulled_from(serve, connect, clean_up):
+    """It is not waited for, and cleans up when it has done so."""
+
+    def closes() -> Iterator[int]:
+        with contextlib.closing(clean_up("quick")) as inner:
+            next(inner)
+            server.close(None)
+            yield 1
+
+    server = serve(closes)
+    stream = connect(timeout=PATIENCE)()
+    assert next(stream) == 1
+    wait_until(lambda: clean_up.ended == ["quick"])
+
+
+def test_clean_up_where_there_are_no_threads_is_done_by_who_closes(serve, connect, clean_up, monkeypatch):
+    server = serve(clean_up)
+    streams = [connect()("quick") for _ in range(3)]
+    for stream in streams:
+        next(stream)
+
+    def none_left(thread: threading.Thread) -> None:
+        raise RuntimeError("can't create new thread at interpreter shutdown")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", none_left)
+        server.close()
+    assert clean_up.ended == ["quick"] * 3
+
+
+def test_ctrl_c_while_clean_up_is_waited_for_ends_the_closing(spawn_server, door_dir, connect):
+    child = spawn_server(
+        """
+        import threading
+        from doorpool import Server
+
+        server = Server()
+        pulled = threading.Event()
+
+        @server.endpoint("a.door")
+        def numbers():
+            try:
+                yield 1
+                yield 2
+            finally:
+                open("begun", "w").close()
+                threading.Event().wait()
+
+        server.attach(pulled.set, "pulled.door")
+        server.start()
+        ready()
+        pulled.wait()
+        try:
+            server.close(None)
+        except KeyboardInterrupt:
+            result("Ctrl-C")
+        """,
+        cwd=door_dir,
+    )
+    stream = connect()()
+    assert next(stream) == 1
+    connect(door_dir / "pulled.door")()
+    wait_until(lambda: (door_dir / "begun").exists(), timeout=PATIENCE)
+    child.signal(signal.SIGINT)
+    assert child.finish().value == "Ctrl-C"
+
+
+def test_a_child_that_is_forked_in_clean_up_does_nothing_else(spawn_server, door_dir, connect):
+    child = spawn_server(
+        """
+        import os
+        from doorpool import Server
+
+        server = Server()
+        forked = []
+
+        @server.endpoint("a.door")
+        def numbers():
+            try:
+                yield 1
+                yield 2
+            finally:
+                if not forked:
+                    forked.append(os.fork())
+                    if forked[0]:
+                        forked.append(os.waitpid(forked[0], 0)[1])
+                with open("journal", "a") as journal:
+                    print("child" if forked[0] == 0 else "parent", file=journal)
+
+        ready()
+        server.run()
+        result(forked[1])
+        """,
+        cwd=door_dir,
+    )
+    streams = [connect(wait=10)() for _ in range(2)]
+    assert [next(stream) for stream in streams] == [1, 1]
+    child.signal(signal.SIGTERM)
+    assert child.finish().value == 0
+    assert (door_dir / "journal").read_text().split() == ["child", "parent", "parent"]
+
+
+HELD_UP = """
+    import threading
+    from doorpool import Server
+
+    # One thread, which makes room for the main thread.
+    server = Server(max_threads=1, close_timeout=0.05)
+
+    @server.endpoint("a.door")
+    def numbers():
+        main = threading.current_thread() is threading.main_thread()
+        try:
+            yield main
+            yield main
+        finally:
+            if main:
+                open("cleaning-up", "w").close()
+                threading.Event().wait()
+
+    @server.endpoint("b.door")
+    def hold():
+        open("holding", "w").close()
+        threading.Event().wait()
+
+    ready()
+    server.run()
+"""
+
+
+@pytest.mark.parametrize("by", ["a procedure, and a clean-up waits", "the clean-up of what was dropped"])
+def test_a_second_signal_ends_a_server_whose_main_thread_is_held(spawn_server, door_dir, connect, by):
+    """Whoever has it, and whatever clean-up there is."""
+    child = spawn_server(HELD_UP, cwd=door_dir)
+    path, streams = door_dir / "a.door", []
+
+    def pulled_from_main_thread() -> bool:
+        streams.append(connect(wait=10, reopen=False)())
+        return next(streams[-1])
+
+    wait_until(pulled_from_main_thread, timeout=PATIENCE)
+    if "procedure" in by:
+        call = connect(door_dir / "b.door").submit()
+        wait_until(lambda: (door_dir / "holding").exists(), timeout=PATIENCE)
+    else:
+        streams.clear()
+        wait_until(lambda: (door_dir / "cleaning-up").exists(), timeout=PATIENCE)
+    child.signal(signal.SIGTERM)
+    wait_until(lambda: not path.exists(), "names go first")
+    if "procedure" in by:
+        assert isinstance(call.exception(PATIENCE), BrokenDoorError)
+
+    def told_again() -> bool:
+        if not child.ended:
+            child.signal(signal.SIGTERM)
+        return child.ended
+
+    wait_until(told_again, timeout=10)
+    assert child.wait() == 128 + signal.SIGTERM
+
+
+# -- signals
+
+
 def test_a_signal_for_which_there_is_no_memory_is_not_lost(door_dir, monkeypatch, caplog):
     """The thread that closes the server is started as soon as there is."""
     starts, start = [], threading.Thread.start

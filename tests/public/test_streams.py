@@ -1196,6 +1196,90 @@ def test_threads_that_share_a_stream_get_each_item_once(far):
     assert sorted(itertools.chain(*got)) == list(range(50_000))
 
 
+@pytest.mark.parametrize("when", ["before it is sent", "when its answer is there"])
+@pytest.mark.parametrize("n", [0, 1, 2, 3, 20, 1000])
+def test_items_that_a_signal_handler_takes_in_the_middle_of_a_pull(serve, connect, monkeypatch, when, n):
+    """Each goes to one of the two, and so does the end."""
+    call, by_handler, inside = streams.Stream._call, [], []
+
+    def handle(stream: streams.Stream) -> None:
+        if not inside:
+            inside.append(stream)
+            by_handler.extend(item for item in [next(stream, None)] if item is not None)
+            inside.clear()
+
+    def interrupted(stream: streams.Stream, *args: Any) -> Any:
+        if when == "before it is sent":
+            handle(stream)
+        came = call(stream, *args)
+        if when == "when its answer is there":
+            handle(stream)
+        return came
+
+    monkeypatch.setattr(streams.Stream, "_call", interrupted)
+    serve(lambda: map(int, range(n)))
+    stream = connect()()
+    got = list(stream)
+    assert sorted(got + by_handler) == list(range(n))
+    assert got == sorted(got) or when == "before it is sent", "what was asked for later comes later"
+    assert n < 3 or by_handler
+    assert list(stream) == []
+
+
+@pytest.mark.ids("L8")
+def test_a_signal_handler_takes_an_item_of_the_stream_that_its_thread_waits_for(serve, connect, stuck):
+    main, by_handler = threading.get_ident(), []
+
+    def numbers() -> Iterator[int]:
+        for number in range(20):
+            if number == 4:  # after 0, 1 and 2, and one of four
+                signal.pthread_kill(main, signal.SIGUSR1)
+                wait_until(lambda: pump._waiting == 1, "the pull of the handler", timeout=PATIENCE)
+            yield number
+
+    iterator = numbers()
+    serve(lambda: iterator)
+    stream = connect(timeout=PATIENCE)()
+    pump = pump_of(iterator)
+    before = signal.signal(signal.SIGUSR1, lambda *_: by_handler.append(next(stream)))
+    try:
+        got = list(stream)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert by_handler == [7], "those before it were pulled for who waits"
+    assert got == [number for number in range(20) if number != 7]
+
+
+def test_a_pull_that_is_cut_while_items_are_converted_ends_the_stream(serve, connect):
+    """There is no gap, behind which it goes on."""
+    cut = []
+
+    @attrs.define
+    class Order:
+        number: int
+
+        def __attrs_post_init__(self) -> None:
+            if self.number == 5 and not cut:
+                cut.append(self.number)
+                raise KeyboardInterrupt
+
+    def take_all(orders: Iterator[Order]) -> list[Any]:
+        taken: list[Any] = []
+        while True:
+            try:
+                taken.append(next(orders).number)
+            except StopIteration:
+                return taken
+            except KeyboardInterrupt:
+                taken.append("cut")
+
+    take_all.__annotations__ = {"orders": Iterator[Order], "return": list}
+    serve(take_all, codec="data")
+    *taken, last = connect()({"number": number} for number in range(100))
+    assert last == "cut"
+    assert taken == list(range(len(taken)))
+
+
 def test_a_forked_child_pulls_from_the_same_stream(far):
     stream = far("count")(10**9)
     taken = [next(stream) for _ in range(4)]
