@@ -523,7 +523,9 @@ class Plan:
         if self._signature is None:
             fit = functools.partial(_fit, decoder=_read_plain, steps=steps)
             positional = [fit(f"args[{n}]", piece=piece) for n, piece in enumerate(args)]
-            named = {name: fit(f"kwargs[{name!r}]", piece=piece) for name, piece in kwargs.items()}
+            named = {
+                name: fit(f"kwargs[{clip(repr(name), 64)}]", piece=piece) for name, piece in kwargs.items()
+            }
             return tuple(positional), named
         try:
             bound = self._signature.bind(*args, **kwargs)
@@ -651,9 +653,12 @@ def convert(
 # --- misfits --------------------------------------------------------------------------------------
 
 
-_WHERE = re.compile(r"(?s)(.*) - at `(key` in `)?\$(.*)`")
 _STEP = re.compile(r"\.([^.\[]+)|\[(\d+)\]|\[\.\.\.\]")
 _SOMEWHERE = "[...]"  # how msgspec writes the way to a value of a dict
+
+#: Characters that are looked at of msgspec's word about a misfit.  It quotes whole what it was sent: 16 MiB
+#: of a stranger's text, and whatever he has written into that, such as what ends a word of msgspec's.
+_MAX_WORD = 2048
 
 
 def _misfit(text: str) -> MarshalError:
@@ -666,16 +671,33 @@ def printable(text: str) -> str:
     return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
+def _split(text: str) -> tuple[str, str, str]:
+    """
+    Take apart what msgspec says of a misfit, which ends with "- at `$.a[0]`" or "- at `key[1]` in `$.a`".
+
+    Returns:
+        What is wrong, cut; the path, without the ``$``, if one is said; and of a key ``key`` and the path
+        in that, else nothing.
+    """
+    text = clip(text, _MAX_WORD)  # before anything looks at it: what is sought is at the end
+    _, found, tail = text[-_MAX_WORD // 2 :].rpartition(" - at `")
+    key, inside, path = tail.rpartition("` in `")
+    if not (found and path.startswith("$") and path.endswith("`")):
+        return text, "", ""
+    if inside and (not key.startswith("key") or "`" in key):
+        return text, "", ""
+    return text[: -len(found + tail)], path[1:-1], key
+
+
 def _where(name: str, error: Exception, decoder: Reader | None = None, piece: Any = b"") -> str:
     """Say what is wrong, and where in something of a name; msgspec calls that ``$``."""
-    text = text_of(error)
-    found = _WHERE.fullmatch(text) if isinstance(error, msgspec.ValidationError) else None
-    if found is not None:
-        path = found[3]
+    if isinstance(error, msgspec.ValidationError):
+        said, path, key = _split(text_of(error))
         if _SOMEWHERE in path and decoder is not None:
             path = _with_keys(path, decoder, piece)
-        return f"{name}{path}{', a key' if found[2] else ''}: {found[1]}"
-    if isinstance(error, msgspec.ValidationError | ValueError):
+        return f"{name}{path}{key and f', a {key}'}: {said}"
+    text = clip(text_of(error), _MAX_WORD)
+    if isinstance(error, ValueError):
         return f"{name}: {text}"
     if isinstance(error, RecursionError):
         return f"{name} is nested too deeply"

@@ -8,6 +8,7 @@ can have.  What is made of it is looked at with each parameter's own rule.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import datetime
 import decimal
 import enum
@@ -637,3 +638,61 @@ def test_errors_of_any_name(fuzz, audited):
         check_outcome(data, audited)
 
     fuzz(check, names, texts, texts, short=300, long=200_000)
+
+
+# -- misfits: what does not fit is quoted, and a stranger has written it
+
+
+class Closed(msgspec.Struct, forbid_unknown_fields=True):
+    number: int = 0
+
+
+@dataclasses.dataclass
+class Picky:
+    name: str
+
+    def __post_init__(self) -> None:
+        raise ValueError(f"no such name: {self.name}")
+
+
+def coloured(given: Colour) -> None: ...
+def literal(given: Literal["red"]) -> None: ...
+def tagged(given: Circle | Square) -> None: ...
+def closed(given: dict[str, Closed]) -> None: ...
+def picky(given: list[Picky]) -> None: ...
+def keyed(given: dict[str, dict[Colour, int]]) -> None: ...
+def exact(*, number: int) -> None: ...
+
+
+#: Procedures, and arguments of theirs that do not fit because of a text.
+QUOTED = {
+    "enum": (coloured, lambda text: given(text)),
+    "literal": (literal, lambda text: given(text)),
+    "tag": (tagged, lambda text: given({"type": text})),
+    "unknown field": (closed, lambda text: given({"a": {text: 1}})),
+    "an error of the type's own": (picky, lambda text: given([{"name": text}])),
+    "key": (keyed, lambda text: given({"a": {text: 1}})),
+    "keyword": (exact, lambda text: given(**{text: 1})),
+    "keyword of what has no signature": (
+        dict.update, lambda text: b"\x92\x90\x81" + msgspec.msgpack.encode(text) + b"\xd4\x63\0"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("procedure", "arguments"), QUOTED.values(), ids=QUOTED)
+@pytest.mark.parametrize("unit", [" - at `$", " - at `key` in `", "` in `", "[...]", ".", "\0", "\U0001f6aa"])
+def test_a_misfit_that_quotes_much_is_told_in_little_time(audited, procedure, arguments, unit):
+    """
+    No more than to read the text and to write it out takes, some times over.
+
+    Without that it took time squared: 128 KB of what looks like a path, 9 s with the interpreter's lock held.
+    """
+    text = " - at `$" + unit * (2**16 // len(unit)) + "`"
+    message = arguments(text)
+    _data.plan_of(procedure)
+    with audited():
+        refusal = read(procedure, message)
+    assert isinstance(refusal, MarshalError)
+    assert len(str(refusal)) < 20_000
+    once = seconds(lambda: repr(msgspec.msgpack.decode(msgspec.msgpack.encode(text))))
+    assert seconds(lambda: read(procedure, message)) < 50 * once + 0.005
