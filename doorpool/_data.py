@@ -63,7 +63,7 @@ from doorpool._errors import (
 )
 from doorpool._exceptions import MAX_TRACEBACK, clip, name_of, text_of, traceback_of
 from doorpool._janitor import Open, close_all
-from doorpool._keys import Reader, Steps
+from doorpool._keys import Reader, Steps, Unfit
 from doorpool._passing import Departure, Taken
 from doorpool._shares import ShareError
 
@@ -222,10 +222,11 @@ class Arrivals:
         Make an object of the descriptor at a place.
 
         Raises:
-            ValueError: there is none at this place any more, or nothing can be made of it.
+            Unfit: there is none at this place any more.
+            DoorError: nothing can be made of it.
         """
         if not 0 <= place < len(self.left) or self.left[place] < 0:
-            raise ValueError(f"there is no descriptor {place}, or it is named twice")
+            raise Unfit(f"there is no descriptor {place}, or it is named twice")
         descriptor, self.left[place] = Descriptor(self.left[place]), -1
         if is_strange(self.passer):
             # Whoever drops it, or closes it, is a server thread, mostly, and may be the main one.
@@ -240,8 +241,17 @@ class Arrivals:
         return made
 
     def convert(self, descriptor: Descriptor, conversion: _Conversion) -> Any:
-        """Make of a descriptor that was rebuilt what an annotation wants in its place."""
-        made = conversion.make(descriptor)
+        """
+        Make of a descriptor that was rebuilt what an annotation wants in its place.
+
+        Raises:
+            Unfit: that cannot be made of it.
+            OSError: nor could it be found out, or there is no room.
+        """
+        try:
+            made = conversion.make(descriptor)
+        except ValueError as error:
+            raise Unfit(text_of(error)) from error
         self._made.append((made, conversion.undo))
         return made
 
@@ -352,9 +362,9 @@ def _read_extension(code: int, body: memoryview) -> Any:
     """Make what an extension stands for."""
     kind = _codes.get(code)
     if kind is None:
-        raise ValueError(f"there is no extension {code}")
+        raise Unfit(f"there is no extension {code}")
     if len(body) != 4:
-        raise ValueError(f"an object and its descriptor are named by four bytes, not by {len(body)}")
+        raise Unfit(f"an object and its descriptor are named by four bytes, not by {len(body)}")
     arrivals = _arrivals.get()
     if isinstance(arrivals, list):  # only looked at, by whoever wrote it
         return arrivals[int.from_bytes(body[:2], "big")]
@@ -370,7 +380,7 @@ def _check_custom(kind: Any, value: Any) -> Any:
     if isinstance(value, Descriptor) and conversion is not None and isinstance(arrivals, Arrivals):
         return arrivals.convert(value, conversion)
     name = getattr(kind, "__qualname__", kind)
-    raise ValueError(f"Expected `{name}`, got `{type(value).__qualname__}`")
+    raise Unfit(f"Expected `{name}`, got `{type(value).__qualname__}`")
 
 
 def _check_items(kind: Any, value: Any) -> Any:
@@ -402,7 +412,7 @@ def convert_item(name: str, value: Any, item: Any, steps: Steps) -> Any:
         _check_keys(value, item, steps)
         return msgspec.convert(value, item, dec_hook=_check_custom)
     except Exception as error:
-        raise MarshalError(printable(_where(name, error)), may_have_run=True) from error
+        raise MarshalError(printable("".join(_where(name, error))), may_have_run=True) from error
 
 
 def _steps_of_message() -> Steps:
@@ -568,7 +578,7 @@ class Plan:
             raise _result_error(value, error, to) from error
         try:
             if self._returns is not None:
-                _check_written(self._returns, data, objects)
+                _check_written(self._returns, data, objects, to)
             return _RESULT + data, (), _seal_result(luggage, value)
         except BaseException:
             luggage.close()
@@ -671,6 +681,79 @@ def printable(text: str) -> str:
     return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
+class Discreet(MarshalError):
+    """
+    A value does not fit, or cannot be written, perhaps because of what the code of its own type has raised.
+
+    The text of that is for the log and for our own user and root: files and secrets may be named in it.
+    Strangers are told of it what they are told of an exception that leaves a procedure.
+
+    Args:
+        where: says in what.
+        what: is wrong.
+        after: is said after it.
+        foreign: what that code has raised, if that is why.
+        to: who will have the text, if it is known; else it is in full.
+    """
+
+    def __init__(
+        self,
+        where: str,
+        what: str,
+        after: str,
+        foreign: BaseException | None,
+        *,
+        may_have_run: bool,
+        to: Credentials | None = None,
+    ) -> None:
+        self._parts = where, what, after
+        self._foreign = foreign
+        spares = to is not None and is_strange(to.uid)
+        super().__init__(
+            self.for_strangers(()) if spares else printable(where + what + after), may_have_run=may_have_run
+        )
+
+    def for_strangers(self, errors: tuple[type[BaseException], ...] | None) -> str:
+        """Return the text for strangers; ``errors`` as of ``is_told``."""
+        where, what, after = self._parts
+        if self._foreign is not None:
+            what = outline(self._foreign, errors)
+        return printable(where + what + after)
+
+
+def _foreign_in(error: BaseException) -> BaseException | None:
+    """Find in what reading has raised the exception of a type's own code that it was raised because of."""
+    if _is_foreign(error):
+        return error
+    if isinstance(error, msgspec.ValidationError):
+        # msgspec puts the ``ValueError`` or ``TypeError`` of a hook into one of its own.
+        return None if isinstance(error.__cause__, Unfit) else error.__cause__
+    return None if isinstance(error, msgspec.MsgspecError | Unfit | DoorError | RecursionError) else error
+
+
+def _is_foreign(error: BaseException) -> bool:
+    """Tell whether an exception has come through code that is not the library's (nor msgspec's, in C)."""
+    trace = error.__traceback__
+    while trace is not None:
+        if not str(trace.tb_frame.f_globals.get("__name__")).startswith("doorpool."):
+            return True
+        trace = trace.tb_next
+    return False
+
+
+def outline(error: BaseException, errors: tuple[type[BaseException], ...] | None) -> str:
+    """Say of an exception what strangers are told: its name, and its text if that is told."""
+    name = name_of(error)
+    if not is_told(error, errors):
+        return name
+    args = error.args
+    if type(error) in (ValueError, TypeError) and len(args) > 1 and isinstance(args[0], str):
+        said = args[0]  # of ``attrs``, whose validators add what the class looks like
+    else:
+        said = _said(error, paths=errors is not None)
+    return f"{name}: {clip(said, _MAX_WORD)}" if said else name
+
+
 def _split(text: str) -> tuple[str, str, str]:
     """
     Take apart what msgspec says of a misfit, which ends with "- at `$.a[0]`" or "- at `key[1]` in `$.a`".
@@ -689,19 +772,21 @@ def _split(text: str) -> tuple[str, str, str]:
     return text[: -len(found + tail)], path[1:-1], key
 
 
-def _where(name: str, error: Exception, decoder: Reader | None = None, piece: Any = b"") -> str:
-    """Say what is wrong, and where in something of a name; msgspec calls that ``$``."""
+def _where(
+    name: str, error: Exception, decoder: Reader | None = None, piece: Any = b""
+) -> tuple[str, str]:  # fmt: skip
+    """Say where in something of a name, which msgspec calls ``$``, something is wrong, and what."""
     if isinstance(error, msgspec.ValidationError):
         said, path, key = _split(text_of(error))
         if _SOMEWHERE in path and decoder is not None:
             path = _with_keys(path, decoder, piece)
-        return f"{name}{path}{key and f', a {key}'}: {said}"
+        return f"{name}{path}{key and f', a {key}'}: ", said
     text = clip(text_of(error), _MAX_WORD)
     if isinstance(error, ValueError):
-        return f"{name}: {text}"
+        return f"{name}: ", text
     if isinstance(error, RecursionError):
-        return f"{name} is nested too deeply"
-    return f"{name}: {name_of(error)}: {text}"
+        return f"{name}: ", "it is nested too deeply"
+    return f"{name}: ", f"{name_of(error)}: {text}"
 
 
 def _with_keys(path: str, decoder: Reader, piece: Any) -> str:
@@ -753,18 +838,18 @@ def _fit(name: str, decoder: Reader, piece: Any, steps: Steps | None = None, hin
     try:
         return decoder.decode(piece, steps)
     except Exception as error:
-        raise _misfit(f"the argument {_where(name, error, decoder, piece)}{hint}") from error
+        where, what = _where(f"the argument {name}", error, decoder, piece)
+        raise Discreet(where, what, hint, _foreign_in(error), may_have_run=False) from error
 
 
-def _check_written(decoder: Reader, data: bytes, objects: list[Any]) -> None:
+def _check_written(decoder: Reader, data: bytes, objects: list[Any], to: Credentials | None) -> None:
     token = _arrivals.set(list(objects))
     try:
         decoder.decode(data)
     except Exception as error:
-        text = printable(
-            f"{_where('result', error, decoder, data)}, which is not what the procedure promises"
-        )
-        raise MarshalError(text, may_have_run=True) from error
+        where, what = _where("result", error, decoder, data)
+        after = ", which is not what the procedure promises"
+        raise Discreet(where, what, after, _foreign_in(error), may_have_run=True, to=to) from error
     finally:
         _arrivals.reset(token)
 
@@ -778,8 +863,12 @@ def _cannot_write(
     elif isinstance(error, OverflowError):
         why = "an int of data has at most 64 bits"
     else:
-        why = text_of(error)
-    return MarshalError(f"{path} cannot cross a data door: {why}", may_have_run=may_have_run)
+        why = clip(text_of(error), _MAX_TEXT)
+    where = f"{path} cannot cross a data door: "
+    if not may_have_run:
+        return MarshalError(f"{where}{why}", may_have_run=False)
+    foreign = error if _is_foreign(error) else None
+    return Discreet(where, why, "", foreign, may_have_run=True, to=to)
 
 
 _STEPS = 64  # of a path
@@ -810,8 +899,8 @@ def _parts(value: Any) -> Iterator[tuple[str, Any]]:
     """The parts of a value, and how one gets to them."""
     if isinstance(value, dict):
         for key, part in value.items():
-            yield f"[key {clip(repr(key), 64)}]", key
-            yield f"[{clip(repr(key), 64)}]", part
+            yield f"[key {_shown(key)}]", key
+            yield f"[{_shown(key)}]", part
     elif isinstance(value, list | tuple | set | frozenset):
         for place, part in enumerate(value):
             yield f"[{place}]", part
@@ -819,6 +908,14 @@ def _parts(value: Any) -> Iterator[tuple[str, Any]]:
         for name in _fields_of(value):
             if hasattr(value, name):
                 yield f".{name}", getattr(value, name)
+
+
+def _shown(key: Any) -> str:
+    """Write a key in a path; of an object the type alone, whose ``repr`` may show more than is sent."""
+    return clip(repr(key), 64) if type(key) in _PLAIN_KEYS else f"<{type(key).__qualname__}>"
+
+
+_PLAIN_KEYS = frozenset((str, int, float, bytes, bool, type(None)))
 
 
 def _fields_of(value: Any) -> Sequence[str]:

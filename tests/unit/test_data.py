@@ -416,7 +416,7 @@ class Half:
     [
         (object(), "args[0] cannot cross a data door: objects of type builtins.object are not plain data"),
         ([1, {"a": (2, lambda: 0)}], "args[0][1]['a'][1] cannot cross"),
-        ({Point: 1}, "args[0][key <class"),
+        ({Point: 1}, "args[0][key <type>] cannot cross"),
         (Order([Item("a", 1)], at=object()), "args[0].at cannot cross"),
         (Item(object(), 1.5), "args[0].name cannot cross"),
         (Half(object()), "args[0].there cannot cross"),
