@@ -791,43 +791,70 @@ def _where(
 
 def _with_keys(path: str, decoder: Reader, piece: Any) -> str:
     """
-    Say in a path which keys lead to the misfit, if that can be found out.
+    Say in a path which keys lead to the misfit, as far as that can be found out.
 
-    Half of the dict is taken away, again and again, as long as the rest does not fit either: a
-    stranger who sends many keys costs no more than some twenty times the reading of them.
+    Half of a dict is taken away, again and again, as long as the rest does not fit either; then the same is
+    done with the next dict in it.  Where all that is sent is in these dicts, all readings together are of
+    little more than there is.  But what stands beside them is read each time, and a stranger may send much
+    of that; so there is an end to it, and keys that were not found by then are left as they are.
     """
+    again = _Again(decoder, 2 * len(piece) + _MORE_READ)
+    told = ""
     try:
-        whole = _read_bare.decode(piece)
-        place, told = whole, ""
+        place = whole = _read_bare.decode(piece)
         for step in _STEP.finditer(path):
+            key: Any
             if step[0] == _SOMEWHERE:
-                key = _misfitting_key(place, decoder, whole)
-                place, told = place[key], f"{told}[{clip(repr(key), 64)}]"
+                if not again.leave_misfit(place, whole):
+                    return told + path[step.start() :]
+                key = next(iter(place))
+                told += f"[{clip(repr(key), 64)}]"
             else:
-                place, told = place[step[1] if step[1] is not None else int(step[2])], told + step[0]
-    except Exception:  # it cannot: a key that is no key in Python, an extension
+                key, told = step[1] if step[1] is not None else int(step[2]), told + step[0]
+            place = place[key]
+    except Exception:  # it cannot: a key that is no key in Python, an extension, keys that collide
         return path
     return told
 
 
-def _misfitting_key(place: dict[Any, Any], decoder: Reader, whole: Any) -> Any:
-    """Leave in a dict, a part of a whole, the one item for which the whole does not fit."""
-    while len(place) > 1:
-        items = list(place.items())
-        place.clear()
-        place.update(items[: len(items) // 2])
-        if _fits(decoder, whole):
+#: Bytes that are read of any message, besides twice as many as it has, to find keys that do not fit: some
+#: tens of readings where it is small.
+_MORE_READ = 2**16
+
+
+class _Again:
+    """
+    Parts of a message that are read again, no more than so many bytes of them; keys as of one message.
+    """
+
+    __slots__ = ("_decoder", "_left", "_steps")
+
+    def __init__(self, decoder: Reader, most: int) -> None:
+        self._decoder = decoder
+        self._left = most
+        self._steps = Steps()
+
+    def leave_misfit(self, place: dict[Any, Any], whole: Any) -> bool:
+        """Leave in a dict, a part of a whole, the item for which that does not fit; false at the end."""
+        while len(place) > 1:
+            items = list(place.items())
             place.clear()
-            place.update(items[len(items) // 2 :])
-    return next(iter(place))
+            place.update(items[: len(items) // 2])
+            piece = _bare_encoder.encode(whole)
+            self._left -= len(piece)
+            if self._left < 0:
+                return False
+            if self._fits(piece):
+                place.clear()
+                place.update(items[len(items) // 2 :])
+        return True
 
-
-def _fits(decoder: Reader, whole: Any) -> bool:
-    try:
-        decoder.decode(_bare_encoder.encode(whole))
-    except msgspec.ValidationError:
-        return False
-    return True
+    def _fits(self, piece: bytes) -> bool:
+        try:
+            self._decoder.decode(piece, self._steps)
+        except msgspec.ValidationError:
+            return False
+        return True
 
 
 _read_bare, _bare_encoder = Reader(Any), Encoder()

@@ -640,6 +640,71 @@ def test_errors_of_any_name(fuzz, audited):
     fuzz(check, names, texts, texts, short=300, long=200_000)
 
 
+# -- misfits: the keys that lead to one are found by reading again, which a stranger could make take long
+
+
+class Node(msgspec.Struct):
+    children: dict[str, Node] = {}
+    beside: list[int] = []
+
+
+def tree(node: Node) -> None: ...
+
+
+def chain(depth, beside):
+    """A node that does not fit, so many dicts deep, in each of which is another; and a list at the top."""
+    node = {"beside": "no list"}
+    for _ in range(depth):
+        node = {"children": {"a": node, "b": {}}}
+    return {"beside": beside, **node}
+
+
+class Counting:
+    """A reader of which the bytes count."""
+
+    def __init__(self, hint):
+        self.reader = _data._decoder_of(hint)
+        self.bytes = 0
+        self.steps = None
+
+    def decode(self, piece, steps=None):
+        assert self.steps in (None, steps), "each reading may take as many steps as the message"
+        self.steps = steps
+        self.bytes += len(piece)
+        return self.reader.decode(piece, steps)
+
+
+def test_keys_that_lead_to_a_misfit_are_looked_for_in_little_more_than_the_message():
+    """Each level of dicts took a reading of all that stands beside it: 8 MB and 40 levels, 5 s."""
+    path = ".children[...]" * 40 + ".beside"
+    small, large = (msgspec.msgpack.encode(chain(40, [0] * size)) for size in (10, 200_000))
+    counting = Counting(Node)
+    assert _data._with_keys(path, counting, small) == ".children['a']" * 40 + ".beside"
+    counting = Counting(Node)
+    found = _data._with_keys(path, counting, large)
+    assert counting.bytes < 2 * len(large) + 2**16
+    assert found.startswith(".children['a'].children")
+    assert found.endswith(".children[...].beside")
+    assert found.replace("'a'", "...") == path
+
+
+def test_a_misfit_in_many_dicts_takes_no_longer_than_in_one():
+    deep, flat = (given(chain(depth, [0] * 500_000)) for depth in (60, 1))
+    for message, path in ((flat, r"children\['a'\]\.beside"), (deep, r"children\['a'\].*\[\.\.\.\]\.beside")):
+        assert re.search(f"the argument node.{path}: Expected `array`, got `str`", str(read(tree, message)))
+    assert seconds(lambda: read(tree, deep)) < 4 * seconds(lambda: read(tree, flat))
+
+
+def test_of_a_long_dict_the_key_of_a_misfit_is_found():
+    """Half of it is read, then a quarter: all in all, no more than there is."""
+    table = {f"{number:06}": [number] for number in range(100_000)}
+    for key in ("000000", "050000", "099999"):
+        assert f"the argument table['{key}'][0]: Expected" in str(read(wide, given(table | {key: ["x"]})))
+
+
+def wide(table: dict[str, list[int]]) -> None: ...
+
+
 # -- misfits: what does not fit is quoted, and a stranger has written it
 
 
