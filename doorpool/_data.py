@@ -63,7 +63,7 @@ from doorpool._errors import (
 )
 from doorpool._exceptions import MAX_SHOWN, MAX_TRACEBACK, clip, name_of, printable, text_of, traceback_of
 from doorpool._janitor import Open, close_all
-from doorpool._keys import Reader, Steps
+from doorpool._keys import Reader, Steps, Unfit
 from doorpool._passing import Departure, Taken
 from doorpool._shares import ShareError
 
@@ -231,10 +231,11 @@ class Arrivals:
         Make an object of the descriptor at a place.
 
         Raises:
-            ValueError: there is none at this place any more, or nothing can be made of it.
+            Unfit: there is none at this place any more.
+            DoorError: nothing can be made of it.
         """
         if not 0 <= place < len(self.left) or self.left[place] < 0:
-            raise ValueError(f"there is no descriptor {place}, or it is named twice")
+            raise Unfit(f"there is no descriptor {place}, or it is named twice")
         descriptor, self.left[place] = Descriptor(self.left[place]), -1
         if is_strange(self.passer):
             # Whoever drops it, or closes it, is a server thread, mostly, and may be the main one.
@@ -249,8 +250,17 @@ class Arrivals:
         return made
 
     def convert(self, descriptor: Descriptor, conversion: _Conversion) -> Any:
-        """Make of a descriptor that was rebuilt what an annotation wants in its place."""
-        made = conversion.make(descriptor)
+        """
+        Make of a descriptor that was rebuilt what an annotation wants in its place.
+
+        Raises:
+            Unfit: that cannot be made of it.
+            OSError: nor could it be found out, or there is no room.
+        """
+        try:
+            made = conversion.make(descriptor)
+        except ValueError as error:
+            raise Unfit(text_of(error)) from error
         self._made.append((made, conversion.undo))
         return made
 
@@ -361,9 +371,9 @@ def _read_extension(code: int, body: memoryview) -> Any:
     """Make what an extension stands for."""
     kind = _codes.get(code)
     if kind is None:
-        raise ValueError(f"there is no extension {code}")
+        raise Unfit(f"there is no extension {code}")
     if len(body) != 4:
-        raise ValueError(f"an object and its descriptor are named by four bytes, not by {len(body)}")
+        raise Unfit(f"an object and its descriptor are named by four bytes, not by {len(body)}")
     arrivals = _arrivals.get()
     if isinstance(arrivals, list):  # only looked at, by whoever wrote it
         return arrivals[int.from_bytes(body[:2], "big")]
@@ -379,7 +389,7 @@ def _check_custom(kind: Any, value: Any) -> Any:
     if isinstance(value, Descriptor) and conversion is not None and isinstance(arrivals, Arrivals):
         return arrivals.convert(value, conversion)
     name = getattr(kind, "__qualname__", kind)
-    raise ValueError(f"Expected `{name}`, got `{type(value).__qualname__}`")
+    raise Unfit(f"Expected `{name}`, got `{type(value).__qualname__}`")
 
 
 def _check_items(kind: Any, value: Any) -> Any:
@@ -411,7 +421,7 @@ def convert_item(name: str, value: Any, item: Any, steps: Steps) -> Any:
         _check_keys(value, item, steps)
         return msgspec.convert(value, item, dec_hook=_check_custom)
     except Exception as error:
-        raise MarshalError(printable(_where(name, error)), may_have_run=True) from error
+        raise MarshalError(printable("".join(_where(name, error))), may_have_run=True) from error
 
 
 def _steps_of_message() -> Steps:
@@ -532,7 +542,9 @@ class Plan:
         if self._signature is None:
             fit = functools.partial(_fit, decoder=_read_plain, steps=steps)
             positional = [fit(f"args[{n}]", piece=piece) for n, piece in enumerate(args)]
-            named = {name: fit(f"kwargs[{name!r}]", piece=piece) for name, piece in kwargs.items()}
+            named = {
+                name: fit(f"kwargs[{clip(repr(name), 64)}]", piece=piece) for name, piece in kwargs.items()
+            }
             return tuple(positional), named
         try:
             bound = self._signature.bind(*args, **kwargs)
@@ -575,7 +587,7 @@ class Plan:
             raise _result_error(value, error, to) from error
         try:
             if self._returns is not None:
-                _check_written(self._returns, data, objects)
+                _check_written(self._returns, data, objects, to)
             return _RESULT + data, (), _seal_result(luggage, value)
         except BaseException:
             luggage.close()
@@ -660,70 +672,192 @@ def convert(
 # --- misfits --------------------------------------------------------------------------------------
 
 
-_WHERE = re.compile(r"(?s)(.*) - at `(key` in `)?\$(.*)`")
 _STEP = re.compile(r"\.([^.\[]+)|\[(\d+)\]|\[\.\.\.\]")
 _SOMEWHERE = "[...]"  # how msgspec writes the way to a value of a dict
+
+#: Characters that are looked at of msgspec's word about a misfit.  It quotes whole what it was sent: 16 MiB
+#: of a stranger's text, and whatever he has written into that, such as what ends a word of msgspec's.
+_MAX_WORD = 2048
 
 
 def _misfit(text: str) -> MarshalError:
     return MarshalError(printable(text), may_have_run=False)
 
 
-def _where(name: str, error: Exception, decoder: Reader | None = None, piece: Any = b"") -> str:
-    """Say what is wrong, and where in something of a name; msgspec calls that ``$``."""
-    text = text_of(error)
-    found = _WHERE.fullmatch(text) if isinstance(error, msgspec.ValidationError) else None
-    if found is not None:
-        path = found[3]
+class Discreet(MarshalError):
+    """
+    A value does not fit, or cannot be written, perhaps because of what the code of its own type has raised.
+
+    The text of that is for the log and for our own user and root: files and secrets may be named in it.
+    Strangers are told of it what they are told of an exception that leaves a procedure.
+
+    Args:
+        where: says in what.
+        what: is wrong.
+        after: is said after it.
+        foreign: what that code has raised, if that is why.
+        to: who will have the text, if it is known; else it is in full.
+    """
+
+    def __init__(
+        self,
+        where: str,
+        what: str,
+        after: str,
+        foreign: BaseException | None,
+        *,
+        may_have_run: bool,
+        to: Credentials | None = None,
+    ) -> None:
+        self._parts = where, what, after
+        self._foreign = foreign
+        spares = to is not None and is_strange(to.uid)
+        super().__init__(
+            self.for_strangers(()) if spares else printable(where + what + after), may_have_run=may_have_run
+        )
+
+    def for_strangers(self, errors: tuple[type[BaseException], ...] | None) -> str:
+        """Return the text for strangers; ``errors`` as of ``is_told``."""
+        where, what, after = self._parts
+        if self._foreign is not None:
+            what = outline(self._foreign, errors)
+        return printable(where + what + after)
+
+
+def _foreign_in(error: BaseException) -> BaseException | None:
+    """Find in what reading has raised the exception of a type's own code that it was raised because of."""
+    if _is_foreign(error):
+        return error
+    if isinstance(error, msgspec.ValidationError):
+        # msgspec puts the ``ValueError`` or ``TypeError`` of a hook into one of its own.
+        return None if isinstance(error.__cause__, Unfit) else error.__cause__
+    return None if isinstance(error, msgspec.MsgspecError | Unfit | DoorError | RecursionError) else error
+
+
+def _is_foreign(error: BaseException) -> bool:
+    """Tell whether an exception has come through code that is not the library's (nor msgspec's, in C)."""
+    trace = error.__traceback__
+    while trace is not None:
+        if not str(trace.tb_frame.f_globals.get("__name__")).startswith("doorpool."):
+            return True
+        trace = trace.tb_next
+    return False
+
+
+def outline(error: BaseException, errors: tuple[type[BaseException], ...] | None) -> str:
+    """Say of an exception what strangers are told: its name, and its text if that is told."""
+    name = name_of(error)
+    if not is_told(error, errors):
+        return name
+    args = error.args
+    if type(error) in (ValueError, TypeError) and len(args) > 1 and isinstance(args[0], str):
+        said = args[0]  # of ``attrs``, whose validators add what the class looks like
+    else:
+        said = _said(error, paths=errors is not None)
+    return f"{name}: {clip(said, _MAX_WORD)}" if said else name
+
+
+def _split(text: str) -> tuple[str, str, str]:
+    """
+    Take apart what msgspec says of a misfit, which ends with "- at `$.a[0]`" or "- at `key[1]` in `$.a`".
+
+    Returns:
+        What is wrong, cut; the path, without the ``$``, if one is said; and of a key ``key`` and the path
+        in that, else nothing.
+    """
+    text = clip(text, _MAX_WORD)  # before anything looks at it: what is sought is at the end
+    _, found, tail = text[-_MAX_WORD // 2 :].rpartition(" - at `")
+    key, inside, path = tail.rpartition("` in `")
+    if not (found and path.startswith("$") and path.endswith("`")):
+        return text, "", ""
+    if inside and (not key.startswith("key") or "`" in key):
+        return text, "", ""
+    return text[: -len(found + tail)], path[1:-1], key
+
+
+def _where(
+    name: str, error: Exception, decoder: Reader | None = None, piece: Any = b""
+) -> tuple[str, str]:  # fmt: skip
+    """Say where in something of a name, which msgspec calls ``$``, something is wrong, and what."""
+    if isinstance(error, msgspec.ValidationError):
+        said, path, key = _split(text_of(error))
         if _SOMEWHERE in path and decoder is not None:
             path = _with_keys(path, decoder, piece)
-        return f"{name}{path}{', a key' if found[2] else ''}: {found[1]}"
-    if isinstance(error, msgspec.ValidationError | ValueError):
-        return f"{name}: {text}"
+        return f"{name}{path}{key and f', a {key}'}: ", said
+    text = clip(text_of(error), _MAX_WORD)
+    if isinstance(error, ValueError):
+        return f"{name}: ", text
     if isinstance(error, RecursionError):
-        return f"{name} is nested too deeply"
-    return f"{name}: {name_of(error)}: {text}"
+        return f"{name}: ", "it is nested too deeply"
+    return f"{name}: ", f"{name_of(error)}: {text}"
 
 
 def _with_keys(path: str, decoder: Reader, piece: Any) -> str:
     """
-    Say in a path which keys lead to the misfit, if that can be found out.
+    Say in a path which keys lead to the misfit, as far as that can be found out.
 
-    Half of the dict is taken away, again and again, as long as the rest does not fit either: a
-    stranger who sends many keys costs no more than some twenty times the reading of them.
+    Half of a dict is taken away, again and again, as long as the rest does not fit either; then the same is
+    done with the next dict in it.  Where all that is sent is in these dicts, all readings together are of
+    little more than there is.  But what stands beside them is read each time, and a stranger may send much
+    of that; so there is an end to it, and keys that were not found by then are left as they are.
     """
+    again = _Again(decoder, 2 * len(piece) + _MORE_READ)
+    told = ""
     try:
-        whole = _read_bare.decode(piece)
-        place, told = whole, ""
+        place = whole = _read_bare.decode(piece)
         for step in _STEP.finditer(path):
+            key: Any
             if step[0] == _SOMEWHERE:
-                key = _misfitting_key(place, decoder, whole)
-                place, told = place[key], f"{told}[{clip(repr(key), 64)}]"
+                if not again.leave_misfit(place, whole):
+                    return told + path[step.start() :]
+                key = next(iter(place))
+                told += f"[{clip(repr(key), 64)}]"
             else:
-                place, told = place[step[1] if step[1] is not None else int(step[2])], told + step[0]
-    except Exception:  # it cannot: a key that is no key in Python, an extension
+                key, told = step[1] if step[1] is not None else int(step[2]), told + step[0]
+            place = place[key]
+    except Exception:  # it cannot: a key that is no key in Python, an extension, keys that collide
         return path
     return told
 
 
-def _misfitting_key(place: dict[Any, Any], decoder: Reader, whole: Any) -> Any:
-    """Leave in a dict, a part of a whole, the one item for which the whole does not fit."""
-    while len(place) > 1:
-        items = list(place.items())
-        place.clear()
-        place.update(items[: len(items) // 2])
-        if _fits(decoder, whole):
+#: Bytes that are read of any message, besides twice as many as it has, to find keys that do not fit: some
+#: tens of readings where it is small.
+_MORE_READ = 2**16
+
+
+class _Again:
+    """
+    Parts of a message that are read again, no more than so many bytes of them; keys as of one message.
+    """
+
+    __slots__ = ("_decoder", "_left", "_steps")
+
+    def __init__(self, decoder: Reader, most: int) -> None:
+        self._decoder = decoder
+        self._left = most
+        self._steps = Steps()
+
+    def leave_misfit(self, place: dict[Any, Any], whole: Any) -> bool:
+        """Leave in a dict, a part of a whole, the item for which that does not fit; false at the end."""
+        while len(place) > 1:
+            items = list(place.items())
             place.clear()
-            place.update(items[len(items) // 2 :])
-    return next(iter(place))
+            place.update(items[: len(items) // 2])
+            piece = _bare_encoder.encode(whole)
+            self._left -= len(piece)
+            if self._left < 0:
+                return False
+            if self._fits(piece):
+                place.clear()
+                place.update(items[len(items) // 2 :])
+        return True
 
-
-def _fits(decoder: Reader, whole: Any) -> bool:
-    try:
-        decoder.decode(_bare_encoder.encode(whole))
-    except msgspec.ValidationError:
-        return False
-    return True
+    def _fits(self, piece: bytes) -> bool:
+        try:
+            self._decoder.decode(piece, self._steps)
+        except msgspec.ValidationError:
+            return False
+        return True
 
 
 _read_bare, _bare_encoder = Reader(Any), Encoder()
@@ -734,18 +868,18 @@ def _fit(name: str, decoder: Reader, piece: Any, steps: Steps | None = None, hin
     try:
         return decoder.decode(piece, steps)
     except Exception as error:
-        raise _misfit(f"the argument {_where(name, error, decoder, piece)}{hint}") from error
+        where, what = _where(f"the argument {name}", error, decoder, piece)
+        raise Discreet(where, what, hint, _foreign_in(error), may_have_run=False) from error
 
 
-def _check_written(decoder: Reader, data: bytes, objects: list[Any]) -> None:
+def _check_written(decoder: Reader, data: bytes, objects: list[Any], to: Credentials | None) -> None:
     token = _arrivals.set(list(objects))
     try:
         decoder.decode(data)
     except Exception as error:
-        text = printable(
-            f"{_where('result', error, decoder, data)}, which is not what the procedure promises"
-        )
-        raise MarshalError(text, may_have_run=True) from error
+        where, what = _where("result", error, decoder, data)
+        after = ", which is not what the procedure promises"
+        raise Discreet(where, what, after, _foreign_in(error), may_have_run=True, to=to) from error
     finally:
         _arrivals.reset(token)
 
@@ -759,8 +893,12 @@ def _cannot_write(
     elif isinstance(error, OverflowError):
         why = "an int of data has at most 64 bits"
     else:
-        why = text_of(error)
-    return MarshalError(f"{path} cannot cross a data door: {why}", may_have_run=may_have_run)
+        why = clip(text_of(error), _MAX_TEXT)
+    where = f"{path} cannot cross a data door: "
+    if not may_have_run:
+        return MarshalError(f"{where}{why}", may_have_run=False)
+    foreign = error if _is_foreign(error) else None
+    return Discreet(where, why, "", foreign, may_have_run=True, to=to)
 
 
 _STEPS = 64  # of a path
@@ -791,8 +929,8 @@ def _parts(value: Any) -> Iterator[tuple[str, Any]]:
     """The parts of a value, and how one gets to them."""
     if isinstance(value, dict):
         for key, part in value.items():
-            yield f"[key {clip(repr(key), 64)}]", key
-            yield f"[{clip(repr(key), 64)}]", part
+            yield f"[key {_shown(key)}]", key
+            yield f"[{_shown(key)}]", part
     elif isinstance(value, list | tuple | set | frozenset):
         for place, part in enumerate(value):
             yield f"[{place}]", part
@@ -800,6 +938,14 @@ def _parts(value: Any) -> Iterator[tuple[str, Any]]:
         for name in _fields_of(value):
             if hasattr(value, name):
                 yield f".{name}", getattr(value, name)
+
+
+def _shown(key: Any) -> str:
+    """Write a key in a path; of an object the type alone, whose ``repr`` may show more than is sent."""
+    return clip(repr(key), 64) if type(key) in _PLAIN_KEYS else f"<{type(key).__qualname__}>"
+
+
+_PLAIN_KEYS = frozenset((str, int, float, bytes, bool, type(None)))
 
 
 def _fields_of(value: Any) -> Sequence[str]:

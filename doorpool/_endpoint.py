@@ -815,7 +815,7 @@ class Endpoint:
         except BaseException as error:  # a validator of the user's may do anything
             refusal = marshal_error("the arguments", error, may_have_run=False)
             self._report(invocation, logging.WARNING, refusal)
-            return _data.pack_refusal(refusal), False, _interrupt(error)
+            return self._pack_refusal("the arguments", error, refusal, invocation), False, _interrupt(error)
         token = current.set(invocation)
         try:
             value = procedure(*args, **kwargs)
@@ -846,7 +846,7 @@ class Endpoint:
         except BaseException as error:
             refusal = marshal_error("the result", error, may_have_run=True)
             self._report(invocation, logging.ERROR, refusal, error)
-            return _data.pack_refusal(refusal), False, _interrupt(error)
+            return self._pack_refusal("the result", error, refusal, invocation), False, _interrupt(error)
         finally:
             answering.endpoint = answering.invocation = None
 
@@ -903,6 +903,20 @@ class Endpoint:
         told = friend or self._tracebacks or _data.is_told(error, self._errors)
         paths = friend or self._errors is not None
         return _data.pack_exception(error, text=told, paths=paths, frames=self._tracebacks)
+
+    def _pack_refusal(
+        self, what: str, error: BaseException, refusal: DoorError, invocation: Invocation
+    ) -> _data.Parcel:
+        """Marshal that arguments or a result do not fit; for strangers as ``_pack_error`` does."""
+        if self._tracebacks or not is_strange(invocation.credentials.uid):
+            return _data.pack_refusal(refusal)
+        if isinstance(error, _data.Discreet):
+            text = error.for_strangers(self._errors)
+        elif refusal is error:
+            return _data.pack_refusal(refusal)
+        else:
+            text = f"{what} cannot cross the door: {_data.outline(error, self._errors)}"
+        return _data.pack_refusal(MarshalError(text, may_have_run=refusal.may_have_run))
 
     def _log(self, invocation: Invocation, error: BaseException) -> None:
         if isinstance(error, Exception):

@@ -24,6 +24,10 @@ from doorpool._impl import shuttle
 _SMALL = 32
 
 
+class Unfit(ValueError):
+    """What has come cannot become what is wanted: a word of the library's own, for whoever has sent it."""
+
+
 class Steps:
     """
     What may be spent on the keys of one message.
@@ -46,13 +50,13 @@ class Steps:
             sizes: the bytes of each, of which as many steps are to spare, for one that comes again.
 
         Raises:
-            ValueError: that is more than there is.
+            Unfit: that is more than there is.
         """
         most = self._left + 32 * len(keys) + sum(sizes)
         self._left = most - shuttle.steps_of(keys, sizes, is_map, most)
         if self._left < 0:
             what = "keys of a dict" if is_map else "items of a set"
-            raise ValueError(f"{len(keys)} {what} collide: that takes more than {most} steps")
+            raise Unfit(f"{len(keys)} {what} collide: that takes more than {most} steps")
 
 
 class Reader:
@@ -91,10 +95,14 @@ class Reader:
             steps: of the message, if this is but a part.
 
         Raises:
-            ValueError: so it is.
+            Unfit: so it is.
         """
         steps = steps or Steps()
-        for is_map, chunks in shuttle.keys_of(data, self._arrays, self._texts):
+        try:
+            found = shuttle.keys_of(data, self._arrays, self._texts)
+        except ValueError as error:
+            raise Unfit(str(error)) from None
+        for is_map, chunks in found:
             for decoder in self._maps if is_map else self._sets:
                 steps.take(*_keys_in(chunks, decoder), is_map)
 

@@ -189,6 +189,11 @@ class Facade:
         return method(*rest, **kwargs)
 
     @property
+    def _named(self) -> str:
+        """What callers are told of the object: its ``repr`` may show what is none of their business."""
+        return f"{type(self.object).__qualname__!r} object"
+
+    @property
     def is_context_manager(self) -> bool:
         """Whether it may be used with ``with``."""
         return ENTER in self.names and EXIT in self.names
@@ -206,10 +211,10 @@ class Facade:
         if name == METHODS:
             return self.table
         if not isinstance(name, str) or name not in self.names:
-            what = f"{type(self.object).__qualname__!r} object"
             if name == CALL:
-                raise TypeError(f"{what} is not callable through this door")
-            raise AttributeError(f"{what} has no method {name!r} for callers", name=str(name))
+                raise TypeError(f"{self._named} is not callable through this door")
+            shown = name[:64] if isinstance(name, str) else name  # a stranger may have chosen it
+            raise AttributeError(f"{self._named} has no method {shown!r} for callers", name=str(shown))
         return getattr(self.object, name)  # type: ignore[no-any-return]
 
     # -- context managers --------------------------------------------------------------------
@@ -244,7 +249,7 @@ class Facade:
         """Leave the object, with what ended the caller's block: an exception, or its text."""
         with self._lock:
             if number not in self._entered:
-                raise RuntimeError(f"{self!r} was left and had not been entered")
+                raise RuntimeError(f"{self._named} was left and had not been entered")
             lease = self._entered.pop(number)
         if error is not None and not isinstance(error, BaseException):
             error = RemoteError(str(error))
@@ -333,7 +338,7 @@ def resolve(target: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Callable
     if type(target) is not Facade:
         return target, args
     if not args:
-        raise TypeError(f"{target!r} is called with the name of a method first")
+        raise TypeError(f"{target._named} is called with the name of a method first")
     return target.find(args[0]), args[1:]
 
 

@@ -8,6 +8,7 @@ can have.  What is made of it is looked at with each parameter's own rule.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import datetime
 import decimal
 import enum
@@ -637,3 +638,126 @@ def test_errors_of_any_name(fuzz, audited):
         check_outcome(data, audited)
 
     fuzz(check, names, texts, texts, short=300, long=200_000)
+
+
+# -- misfits: the keys that lead to one are found by reading again, which a stranger could make take long
+
+
+class Node(msgspec.Struct):
+    children: dict[str, Node] = {}
+    beside: list[int] = []
+
+
+def tree(node: Node) -> None: ...
+
+
+def chain(depth, beside):
+    """A node that does not fit, so many dicts deep, in each of which is another; and a list at the top."""
+    node = {"beside": "no list"}
+    for _ in range(depth):
+        node = {"children": {"a": node, "b": {}}}
+    return {"beside": beside, **node}
+
+
+class Counting:
+    """A reader of which the bytes count."""
+
+    def __init__(self, hint):
+        self.reader = _data._decoder_of(hint)
+        self.bytes = 0
+        self.steps = None
+
+    def decode(self, piece, steps=None):
+        assert self.steps in (None, steps), "each reading may take as many steps as the message"
+        self.steps = steps
+        self.bytes += len(piece)
+        return self.reader.decode(piece, steps)
+
+
+def test_keys_that_lead_to_a_misfit_are_looked_for_in_little_more_than_the_message():
+    """Each level of dicts took a reading of all that stands beside it: 8 MB and 40 levels, 5 s."""
+    path = ".children[...]" * 40 + ".beside"
+    small, large = (msgspec.msgpack.encode(chain(40, [0] * size)) for size in (10, 200_000))
+    counting = Counting(Node)
+    assert _data._with_keys(path, counting, small) == ".children['a']" * 40 + ".beside"
+    counting = Counting(Node)
+    found = _data._with_keys(path, counting, large)
+    assert counting.bytes < 2 * len(large) + 2**16
+    assert found.startswith(".children['a'].children")
+    assert found.endswith(".children[...].beside")
+    assert found.replace("'a'", "...") == path
+
+
+def test_a_misfit_in_many_dicts_takes_no_longer_than_in_one():
+    deep, flat = (given(chain(depth, [0] * 500_000)) for depth in (60, 1))
+    for message, path in ((flat, r"children\['a'\]\.beside"), (deep, r"children\['a'\].*\[\.\.\.\]\.beside")):
+        assert re.search(f"the argument node.{path}: Expected `array`, got `str`", str(read(tree, message)))
+    assert seconds(lambda: read(tree, deep)) < 4 * seconds(lambda: read(tree, flat))
+
+
+def test_of_a_long_dict_the_key_of_a_misfit_is_found():
+    """Half of it is read, then a quarter: all in all, no more than there is."""
+    table = {f"{number:06}": [number] for number in range(100_000)}
+    for key in ("000000", "050000", "099999"):
+        assert f"the argument table['{key}'][0]: Expected" in str(read(wide, given(table | {key: ["x"]})))
+
+
+def wide(table: dict[str, list[int]]) -> None: ...
+
+
+# -- misfits: what does not fit is quoted, and a stranger has written it
+
+
+class Closed(msgspec.Struct, forbid_unknown_fields=True):
+    number: int = 0
+
+
+@dataclasses.dataclass
+class Picky:
+    name: str
+
+    def __post_init__(self) -> None:
+        raise ValueError(f"no such name: {self.name}")
+
+
+def coloured(given: Colour) -> None: ...
+def literal(given: Literal["red"]) -> None: ...
+def tagged(given: Circle | Square) -> None: ...
+def closed(given: dict[str, Closed]) -> None: ...
+def picky(given: list[Picky]) -> None: ...
+def keyed(given: dict[str, dict[Colour, int]]) -> None: ...
+def exact(*, number: int) -> None: ...
+
+
+#: Procedures, and arguments of theirs that do not fit because of a text.
+QUOTED = {
+    "enum": (coloured, lambda text: given(text)),
+    "literal": (literal, lambda text: given(text)),
+    "tag": (tagged, lambda text: given({"type": text})),
+    "unknown field": (closed, lambda text: given({"a": {text: 1}})),
+    "an error of the type's own": (picky, lambda text: given([{"name": text}])),
+    "key": (keyed, lambda text: given({"a": {text: 1}})),
+    "keyword": (exact, lambda text: given(**{text: 1})),
+    "keyword of what has no signature": (
+        dict.update, lambda text: b"\x92\x90\x81" + msgspec.msgpack.encode(text) + b"\xd4\x63\0"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("procedure", "arguments"), QUOTED.values(), ids=QUOTED)
+@pytest.mark.parametrize("unit", [" - at `$", " - at `key` in `", "` in `", "[...]", ".", "\0", "\U0001f6aa"])
+def test_a_misfit_that_quotes_much_is_told_in_little_time(audited, procedure, arguments, unit):
+    """
+    No more than to read the text and to write it out takes, some times over.
+
+    Without that it took time squared: 128 KB of what looks like a path, 9 s with the interpreter's lock held.
+    """
+    text = " - at `$" + unit * (2**16 // len(unit)) + "`"
+    message = arguments(text)
+    _data.plan_of(procedure)
+    with audited():
+        refusal = read(procedure, message)
+    assert isinstance(refusal, MarshalError)
+    assert len(str(refusal)) < 20_000
+    once = seconds(lambda: repr(msgspec.msgpack.decode(msgspec.msgpack.encode(text))))
+    assert seconds(lambda: read(procedure, message)) < 50 * once + 0.005

@@ -4,6 +4,8 @@ Doors for callers of other users: plain data, rules about who may call, and what
 
 from __future__ import annotations
 
+import dataclasses
+import enum
 import fcntl
 import io
 import os
@@ -11,7 +13,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +76,67 @@ def fail(how: str) -> None:
     }[how]
 
 
+class Odd(ValueError):
+    pass
+
+
+class Paint(enum.Enum):
+    RED = "red"
+
+
+@dataclasses.dataclass
+class Wish:
+    """Something whose own code fails, while it is read or written."""
+
+    how: str
+    paint: Paint = Paint.RED
+
+    def __post_init__(self) -> None:
+        if self.how == "odd":
+            raise Odd("of hunter2")
+        if self.how == "quoted":
+            raise ValueError("the value", self)
+        if self.how == "enum":
+            msgspec.convert("hunter2", Paint)
+        if self.how != "fine":
+            fail(self.how)
+
+
+def grant(wish: Wish) -> str:
+    return wish.how
+
+
+def grant_all(wishes: dict[str, Iterable[Wish]]) -> str:
+    return "".join(wish.how for each in wishes.values() for wish in each)
+
+
+def wish_back(how: str) -> Wish:
+    wish = Wish("fine")
+    wish.how = how
+    return wish
+
+
+class Mailer:
+    def __init__(self) -> None:
+        self.password = "hunter2"
+
+    def __repr__(self) -> str:
+        return f"Mailer(password={self.password!r})"
+
+    def __enter__(self) -> Mailer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def send(self, to: str) -> bool:
+        return True
+
+
+def by_repr(how: str) -> Any:
+    return {Mailer(): 1} if how == "key" else Mailer()
+
+
 def serve_data(path: str | None, target: str = "echo", **options: Any) -> int:
     """Serve by plain data, from a file that is open to everybody."""
     here.seen = []
@@ -85,7 +148,7 @@ def serve_data(path: str | None, target: str = "echo", **options: Any) -> int:
     if options.get("errors") == "told":
         options["errors"] = [Told]
     options = {"codec": "data", "mode": 0o666, **options}
-    here.endpoint = here.server.attach(globals()[target], path, **options)
+    here.endpoint = here.server.attach(Mailer() if target == "Mailer" else globals()[target], path, **options)
     here.server.start()
     return os.getpid()
 
@@ -643,6 +706,100 @@ def test_what_strangers_are_told_of_errors(actor, path, options, expected):
         assert told == text or told.endswith(f".{text}")
     assert friend(outcome, "system")[1].endswith("'/srv/secret'")
     assert friend(outcome, "own")[1].endswith("Told: the text")
+
+
+def refused(*args: Any) -> str:
+    """Return what is said of a call that is refused."""
+    try:
+        return f"it was not: {call(*args)!r}"
+    except MarshalError as error:
+        return str(error)
+
+
+#: What a type's own code raises, what our own user is told of it, and what strangers are: by default, and
+#: with ``errors=[Told]``.
+OF_TYPES = {
+    "value": ("the value", "ValueError: the value", "ValueError"),
+    "quoted": ("('the value', Wish(", "ValueError: the value", "ValueError"),
+    "odd": ("of hunter2", "test_other_users.Odd", "test_other_users.Odd"),
+    "own": (".Told: the text", "test_other_users.Told", "test_other_users.Told: the text"),
+    "system": ("'/srv/secret'", "FileNotFoundError: No such file or directory", "FileNotFoundError"),
+    "enum": ("'hunter2'", "msgspec.ValidationError", "msgspec.ValidationError"),
+    "exit": ("SystemExit: the reason", "SystemExit", "SystemExit"),
+}
+
+
+@pytest.mark.ids("B25")
+@pytest.mark.parametrize(
+    "options", [{}, {"errors": "told"}, {"tracebacks": True}], ids=lambda it: "".join(it)
+)
+def test_what_strangers_are_told_of_errors_in_types(actor, path, options):
+    """What reads arguments runs code of the types: ``__post_init__`` and the like, which may open files."""
+    server, stranger, friend = actor(V), actor(M), actor(V)
+    server(serve_data, path, "grant", **options)
+    stranger(open_client, "objects", path, server={V})
+    friend(open_client, "objects", path)
+    for how, (full, *told) in OF_TYPES.items():
+        said = stranger(refused, {"how": how})
+        if options == {"tracebacks": True}:
+            assert full in said
+        else:
+            expected = told["errors" in options]
+            assert said.partition(" (wish is: ")[0].replace("'wish'", "").endswith(expected), how
+            assert "hunter2" not in said
+            assert "secret" not in said
+        assert full in friend(refused, {"how": how})
+    assert stranger(refused, {"how": "fine", "paint": "blue"}).startswith(
+        "the argument wish.paint: Invalid enum value 'blue'"
+    )
+
+
+@pytest.mark.ids("B25")
+def test_the_log_has_in_full_what_strangers_are_told_the_name_of(actor, path):
+    server, stranger = actor(V), actor(M)
+    server(serve_data, path, "grant")
+    stranger(open_client, "objects", path, server={V})
+    assert "hunter2" not in stranger(refused, {"how": "odd"})
+    assert any("the argument wish: of hunter2" in line for line in server(logged))
+
+
+@pytest.mark.ids("B25")
+def test_what_strangers_are_told_of_errors_in_types_of_items_and_of_results(actor, path):
+    stranger, friend = actor(M), actor(V)
+    for number, target in enumerate(("grant_all", "wish_back", "by_repr")):
+        actor(V)(serve_data, f"{path}{number}", target)
+    for client, server_rule in ((stranger, {"server": {V}}), (friend, {})):
+        strange = client is stranger
+        client(open_client, "objects", f"{path}0", **server_rule)
+        said = client(refused, {"a": [{"how": "odd"}]})
+        assert ("Odd" if strange else "of hunter2") in said
+        assert strange != ("hunter2" in said)
+        client(open_client, "objects", f"{path}1", **server_rule)
+        said = client(refused, "system")
+        assert said.startswith("result: FileNotFoundError")
+        assert said.endswith("which is not what the procedure promises")
+        assert strange != ("secret" in said)
+        client(open_client, "objects", f"{path}2", **server_rule)
+        assert client(refused, "key").startswith("result[key <Mailer>] cannot cross")
+        assert "hunter2" not in client(refused, "value")
+
+
+@pytest.mark.ids("B25")
+def test_strangers_are_not_told_what_the_object_of_a_door_looks_like(actor, path):
+    server, stranger = actor(V), actor(M)
+    server(serve_data, path, "Mailer")
+    answers = stranger(
+        call_by_hand, path, [[], [1], ["nosuch"], ["x" * 10_000], ["__call__"], ["__exit__", None, 5]]
+    )
+    assert not [each for each in answers if b"hunter2" in each]
+    assert [each for each in answers if b"'Mailer' object" in each]
+    assert max(map(len, answers)) < 300
+
+
+def call_by_hand(path: str, calls: list[list[Any]]) -> list[bytes]:
+    """Send these arguments; return what is answered, as it is."""
+    open_client("objects", path, server={V})
+    return [bytes(raw_handle().call(msgspec.msgpack.encode([args, {}])).data) for args in calls]
 
 
 def hostile_server(number: int, outcomes: Sequence[bytes]) -> None:

@@ -256,12 +256,52 @@ def test_a_misfit_names_the_annotation():
         (dict[str, int], {"a": "x", "b": 1}, "value['a']: Expected `int`, got `str`"),
         (dict[str, int], dict.fromkeys("abcdefg", 1) | {"c": "x"}, "value['c']: Expected `int`, got `str`"),
         (dict[str, int], {5: 1}, "value, a key: Expected `str`, got `int`"),
+        (dict[str, dict[Colour, int]], {"a": {"x": 1}}, "value['a'], a key: Invalid enum value 'x'"),
+        (dict[tuple[int, Colour], int], {(1, "x"): 1}, "value, a key[1]: Invalid enum value 'x'"),
+        (Colour, "x - at `$.y`", "value: Invalid enum value 'x - at `$.y`' (value"),
+        (dict[str, Colour], {"a": "x - at `$.y`"}, "value['a']: Invalid enum value 'x - at `$.y`' (value"),
+        (Colour, "x - at `key` in `$.y`", "value: Invalid enum value 'x - at `key` in `$.y`' (value"),
         (list[set[int]], [[1], ["x"]], "value[1][0]: Expected `int`"),
         (Order, {"items": [{"name": "a", "price": "b"}]}, "value.items[0].price: Expected `float`"),
     ],
 )
 def test_what_does_not_fit_is_no_argument(hint, value, said):
     assert said in misfit(taking(hint), value)
+
+
+@pytest.mark.ids("H03")
+@pytest.mark.parametrize(
+    ("said", "parts"),
+    [
+        ("Wrong", ("Wrong", "", "")),
+        ("Wrong - at `$`", ("Wrong", "", "")),
+        ("Wrong - at `$.a[0][...]`", ("Wrong", ".a[0][...]", "")),
+        ("Wrong - at `key` in `$.a`", ("Wrong", ".a", "key")),
+        ("Wrong - at `key[1].b` in `$`", ("Wrong", "", "key[1].b")),
+        ("Wrong 'x - at `$.b`' - at `$.a`", ("Wrong 'x - at `$.b`'", ".a", "")),
+        ("Wrong 'x - at `$.b`'", ("Wrong 'x - at `$.b`'", "", "")),
+        ("Wrong - at `here`", ("Wrong - at `here`", "", "")),
+        ("Wrong - at `a` in `$`", ("Wrong - at `a` in `$`", "", "")),
+        ("Wrong - at `key` in `key` in `$`", ("Wrong - at `key` in `key` in `$`", "", "")),
+        (" - at `", (" - at `", "", "")),
+        ("", ("", "", "")),
+    ],
+)
+def test_the_word_about_a_misfit_is_taken_apart(said, parts):
+    assert data._split(said) == parts
+
+
+@pytest.mark.ids("H03")
+def test_of_a_long_word_about_a_misfit_the_ends_are_looked_at():
+    """A path that is longer than what is looked at is left where it stands."""
+    head, path, key = data._split(f"Wrong {'x' * 10**6} - at `$.a`")
+    assert (path, key) == (".a", "")
+    assert head.startswith("Wrong xxx")
+    assert head.endswith("xxx")
+    assert len(head) < 2_100
+    text, *rest = data._split(f"Wrong - at `${'.a' * 1000}`")
+    assert rest == ["", ""]
+    assert len(text) < 2_100
 
 
 def test_a_typed_dict_says_what_keywords_there_are():
@@ -376,7 +416,7 @@ class Half:
     [
         (object(), "args[0] cannot cross a data door: objects of type builtins.object are not plain data"),
         ([1, {"a": (2, lambda: 0)}], "args[0][1]['a'][1] cannot cross"),
-        ({Point: 1}, "args[0][key <class"),
+        ({Point: 1}, "args[0][key <type>] cannot cross"),
         (Order([Item("a", 1)], at=object()), "args[0].at cannot cross"),
         (Item(object(), 1.5), "args[0].name cannot cross"),
         (Half(object()), "args[0].there cannot cross"),
