@@ -576,7 +576,7 @@ class Channel:
             else:
                 others.append(item)
         if came & _sockets.MSG_CUT:
-            close_all(self._fds)
+            close_all(self._fds, self.peer.uid)
             raise ProtocolError("a packet that is longer than any may be")
         self._lost = self._lost or bool(came & _TRUNCATED)
         if others != self._expected:

@@ -407,7 +407,7 @@ class Door:
         self._keeper.unwatch(name.listener.fileno())
         # Empty, unless descriptors have run out; then the knocks in the queue are the janitors'.
         if self._keeper.short:
-            _janitor.close_later([name.listener.detach()])
+            _janitor.close_later([name.listener.detach()], None)
         name.close()
 
     def _check_open(self) -> None:
@@ -463,7 +463,7 @@ class Door:
             self._count_refused()
             with contextlib.suppress(OSError):  # who has gone already
                 port.send(_wire.farewell(Refusal(Reason.BUSY, full)), _sockets.DONTWAIT)
-            _opening.close_port(port)
+            _opening.close_port(port, uid)
             return
         self._guests.add_port(port, uid)
         try:
@@ -575,9 +575,9 @@ class Door:
     def _close_port(self, port: socket.socket) -> None:
         self._ports.discard(port)
         _made.pop(self._cookies.pop(port, 0), None)
-        self._guests.forget_port(port)
+        uid = self._guests.forget_port(port)
         self._keeper.unwatch(port.fileno())
-        _opening.close_port(port)
+        _opening.close_port(port, uid)
 
     def _decide(self, knock: _opening.Visitor | _opening.Misfit) -> Channel | Refusal | None:
         """

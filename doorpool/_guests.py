@@ -202,9 +202,9 @@ class Guests:
         if is_strange(served.channel.peer.uid):
             self._strange_channels.add(served)
 
-    def forget_port(self, port: socket.socket) -> None:
-        """Count a connection out; idempotent."""
-        self._strange_ports.pop(port, None)
+    def forget_port(self, port: socket.socket) -> int | None:
+        """Count a connection out; return the stranger whose it was, None of one of our own; idempotent."""
+        return self._strange_ports.pop(port, None)
 
     def forget_channel(self, served: Served) -> None:
         """

@@ -547,7 +547,7 @@ class Handle:
                     self._meet(deadline)  # before anything of the answer is looked at
                 return self._hear(door, ours, deadline)
             finally:
-                close_socket(ours)  # there may be an answer in it that we could not take
+                close_socket(ours, None)  # there may be an answer in it that we could not take: of whom?
         finally:
             if turn is not None:
                 knocks.put(turn)
@@ -857,7 +857,7 @@ class Handle:
         except DoorError as error:
             error.may_have_run = False  # of the call itself nothing was sent
             raise
-        close_all(descriptors)
+        close_all(descriptors, self.server.uid)
         self._limits = _wire.decode_limits(data) or self._limits
 
     def ping(self, *, timeout: float | None = None) -> None:
@@ -868,7 +868,7 @@ class Handle:
         """
         if self._closed:
             raise ClosedError(f"{self.name}: this handle is closed")
-        close_all(self._ping(deadline_after(check_seconds(timeout, "timeout")))[2])
+        close_all(self._ping(deadline_after(check_seconds(timeout, "timeout")))[2], self.server.uid)
 
     def _ping(self, deadline: float | None) -> Whole:
         came = self.call_until(deadline, kind=_PING)

@@ -187,13 +187,14 @@ _sockets.on_fork(_forget_parent)
 # -- for all others ----------------------------------------------------------------------
 
 
-def close_later(descriptors: MutableSequence[int] | list[Open], uid: int | None = NOBODY) -> None:
+def close_later(descriptors: MutableSequence[int] | list[Open], uid: int | None) -> None:
     """
     Have a janitor close these descriptors, and forget them; never waits.
 
     Args:
         descriptors: emptied.
-        uid: who has sent them, None if nobody knows; ``NOBODY`` if nobody is held to account.
+        uid: who has sent them, None if nobody knows; ``NOBODY`` if nobody is held to account, whom no bound
+            holds: what a stranger can have sent is never nobody's.
     """
     if descriptors:
         _sockets.here()
@@ -202,7 +203,7 @@ def close_later(descriptors: MutableSequence[int] | list[Open], uid: int | None 
         _crew.wake()
 
 
-def close_all(descriptors: MutableSequence[int] | list[Open], uid: int | None = NOBODY) -> None:
+def close_all(descriptors: MutableSequence[int] | list[Open], uid: int | None) -> None:
     """Close and forget descriptors that somebody has sent: here if that is sure not to block."""
     later: list[Open] = []
     while descriptors:  # each is theirs until it is known what to do with it: Ctrl-C may come at any moment
@@ -216,7 +217,7 @@ def close_all(descriptors: MutableSequence[int] | list[Open], uid: int | None = 
     close_later(later, uid)
 
 
-def close_socket(sock: socket.socket, uid: int | None = NOBODY) -> None:
+def close_socket(sock: socket.socket, uid: int | None) -> None:
     """
     Close a connected socket of ours; idempotent.
 

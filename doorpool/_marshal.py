@@ -74,6 +74,7 @@ import cloudpickle
 from cloudpickle import cloudpickle as _cloudpickle
 
 from doorpool import _exceptions, _kinds, _passing  # noqa: F401  # _kinds registers
+from doorpool._descriptor import NOBODY
 from doorpool._errors import BusyError, DoorError, MarshalError, ProtocolError
 from doorpool._impl import shuttle
 from doorpool._janitor import close_all
@@ -301,7 +302,7 @@ def unpack_outcome(
                 raise
             raise _cannot_rebuild("the result", data, error, may_have_run=True) from error
     if descriptors:
-        close_all(descriptors)  # nothing but a result brings any
+        close_all(descriptors, NOBODY)  # nothing but a result brings any
     if kind in (_EXCEPTION, _REFUSAL):
         _raise(_exceptions.open_envelope(_open(data), _unpickle, as_itself=kind == _REFUSAL))
     raise ProtocolError("what arrived is no outcome of a call", may_have_run=True)

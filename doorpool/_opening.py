@@ -402,11 +402,17 @@ def _visitor(letter: Letter) -> Visitor:
         raise
 
 
-def close_port(port: socket.socket) -> None:
-    """Close a port, and what waits there unheard; idempotent, waits for nobody."""
+def close_port(port: socket.socket, uid: int | None) -> None:
+    """
+    Close a port, and what waits there unheard; idempotent, waits for nobody.
+
+    Args:
+        uid: of the stranger whose it is.  None of one of our own: who has its descriptor by now, and what
+            he has sent, nobody knows.
+    """
     with contextlib.suppress(OSError):
         port.shutdown(socket.SHUT_RDWR)  # so that nothing comes between the look and the close
-    close_socket(port)
+    close_socket(port, uid)
 
 
 def admit(visitor: Visitor, codec: Codec, *, spin: int = -1, rights: bool = True) -> Channel:

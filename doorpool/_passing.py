@@ -379,7 +379,7 @@ class Arrival:
             for value in self._rebuilt:
                 with contextlib.suppress(OSError):  # whatever it says, its number is free
                     value.close()
-        close_all([number for number in self._descriptors if number >= 0])
+        close_all([number for number in self._descriptors if number >= 0], NOBODY)
         self._descriptors.clear()
 
     @contextlib.contextmanager

@@ -34,6 +34,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import attrs
 
 from doorpool import _janitor, _memory, _segments, _sockets
+from doorpool._descriptor import NOBODY
 from doorpool._errors import ProtocolError
 from doorpool._keeper import keeper
 from doorpool._manifest import Manifest, Place, check, check_each_once, decode, taken_off
@@ -408,7 +409,7 @@ class Shelf:
                 self._accept(said, taken, segments)
         finally:
             if taken:
-                _janitor.close_all(taken)
+                _janitor.close_all(taken, NOBODY)
         if said.released or said.dropped:
             self._hear(said)
         return self._build(said.places, segments, inline) if said.places else list(inline)

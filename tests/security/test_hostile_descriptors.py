@@ -28,7 +28,7 @@ from support.victims import call, open_client, open_descriptor, serve
 from doorpool import Descriptor, Endpoint, Proxy, Server, Usage, _data, _guests, _janitor, _unread, take
 from doorpool._errors import BusyError, CallTimeoutError, RevokedError
 from doorpool._guests import MOST_UNREAD
-from doorpool._janitor import AT_MOST, MOST_WAITING
+from doorpool._janitor import AT_MOST, AT_MOST_HIS, MOST_WAITING
 from doorpool._wire import encode_hand_out
 from doorpool.door import Handle
 
@@ -357,6 +357,118 @@ def test_open_channels_of_who_holds_a_janitor_up_end(actor, raw_server, path, ro
     raw_server(let_janitor_go)
     wait_until(lambda: stranger(try_door, path, V) == "hello", timeout=PATIENCE)
     assert mate(call, b"after") == b"after"
+
+
+def _nested() -> socket.socket:
+    """Make a socket in whose queue a slow one lies."""
+    ours, theirs = byhand.pair()
+    send_all_of(ours, b"within", _slow()[0])
+    ours.close()
+    return theirs
+
+
+def send_too_long(path: str, count: int) -> None:
+    """Send packets that are longer than any may be, each on a channel of its own."""
+    here.kept = []
+    with byhand.reach(path) as door:
+        for _ in range(count):
+            channel, answer = byhand.dial(door)
+            assert channel is not None, answer
+            here.kept.append(channel)
+            send_all_of(channel, bytes((1 << 16) + 1), _nested())
+
+
+def reach_often(path: str, count: int) -> None:
+    """Be at a door so many times."""
+    here.kept, here.doors = [], []
+    for _ in range(count):
+        here.doors.append(byhand.reach(path))
+
+
+def hold(number: int) -> None:
+    """Be at a door by a descriptor of it."""
+    here.kept, here.doors = [], [socket.socket(fileno=number)]
+
+
+def leave_at_doors(count: int) -> None:
+    """Leave a message with what is slow to close at each of the last so many doors."""
+    for door in here.doors[-count:]:
+        send_all_of(door, b"no knock", _nested())
+
+
+def reach_and_leave(path: str, count: int) -> None:
+    for _ in range(count):
+        here.doors.append(byhand.reach(path))
+        leave_at_doors(1)
+
+
+def let_keeper_go() -> None:
+    from doorpool._keeper import keeper
+
+    keeper().lock.release()
+
+
+def revoke_and_let_keeper_go() -> None:
+    here.door.revoke()
+    let_keeper_go()
+
+
+def held_up() -> set[int | None]:
+    """Who has sent what is being closed, and what waits for that."""
+    crew = _janitor._crew
+    return {uid for uid, _ in crew._busy.values()} | {uid for _, uid in crew.waiting}
+
+
+@pytest.mark.ids("F20")
+def test_a_packet_that_is_too_long_is_charged_to_its_sender(actor, raw_server, path, root_only):
+    """What it brings is closed by his janitors, who are few, and by nobody else's."""
+    stranger, mate, other = actor(M), actor(M), actor(M + 1)
+    stranger(send_too_long, path, 2 * AT_MOST_HIS)
+    wait_until(lambda: raw_server(_janitor.stuck) == {M}, timeout=LINGER)
+    assert raw_server(held_up) == {M}
+    assert mate(try_door, path, V) == "CallTimeoutError"
+    assert other(try_door, path, V) == "hello"
+    stranger(let_go)
+
+
+@pytest.mark.ids("F20")
+def test_a_connection_too_many_is_charged_to_who_made_it(actor, raw_server, path, root_only):
+    """With what he had sent before it was dropped."""
+    raw_server(limit_descriptors, 64)
+    stranger, other = actor(M), actor(M + 1)
+    stranger(reach_often, path, 24)
+    wait_until(lambda: raw_server(ports) == 24, timeout=PATIENCE)
+    raw_server(hold_keeper)
+    stranger(reach_and_leave, path, 2 * AT_MOST_HIS)
+    raw_server(let_keeper_go)
+    wait_until(lambda: raw_server(_janitor.stuck) == {M}, timeout=LINGER)
+    assert raw_server(held_up) == {M}
+    assert other(try_door, path, V) == "hello"
+    stranger(let_go)
+
+
+def ports() -> int:
+    return len(here.door._ports)
+
+
+@pytest.mark.ids("F20")
+@pytest.mark.parametrize("whose", [M, None], ids=["his", "ours"])
+def test_what_is_left_at_a_port_is_charged_to_whose_it_is(actor, raw_server, path, whose, root_only):
+    """Who holds the other end of one of ours by now, nobody knows; he is not let off for that."""
+    stranger = actor(M)
+    if whose is None:
+        number = raw_server(open_descriptor)
+        stranger(hold, Fd(number))
+        os.close(number)
+    else:
+        stranger(reach_often, path, 2)
+    wait_until(lambda: raw_server(ports) == (1 if whose is None else 2), timeout=PATIENCE)
+    raw_server(hold_keeper)
+    stranger(leave_at_doors, 2)
+    raw_server(revoke_and_let_keeper_go)
+    wait_until(lambda: raw_server(_janitor.stuck) == {whose}, timeout=LINGER)
+    assert raw_server(held_up) == {whose}
+    stranger(let_go)
 
 
 def serve_closers(path: str) -> None:

@@ -157,7 +157,7 @@ def test_a_lingering_socket_holds_nobody_up(slow):
     numbers = [slow().detach() for _ in range(20)]
     assert all(may_block(number, os.geteuid()) for number in numbers)
     copies = list(numbers)
-    assert seconds_of(close_all, copies) < LINGER / 2
+    assert seconds_of(close_all, copies, NOBODY) < LINGER / 2
     wait_until(lambda: not any(map(is_open, numbers)), timeout=LINGER / 2)
 
 
@@ -222,7 +222,7 @@ def test_a_socket_of_ours_with_nothing_in_it_is_closed_at_once(held):
     one, other = socket.socketpair()
     with other:
         for _ in range(2):
-            close_socket(one)
+            close_socket(one, NOBODY)
             assert one.fileno() == -1
         assert other.recv(1) == b""
     assert held.entered == []
@@ -240,7 +240,7 @@ def test_there_are_only_a_few_janitors(held, harmless, monkeypatch):
     wait_until(lambda: len(held.entered) == 2 * AT_MOST_HIS)
     wait_until(lambda: stuck() == {STRANGER, None})
     ours = [dup_of_null() for _ in range(AT_MOST)]
-    close_later(list(ours))
+    close_later(list(ours), NOBODY)
     numbers += ours
     wait_until(lambda: len(held.entered) == AT_MOST)
     assert _janitor._crew._janitors == AT_MOST
@@ -294,7 +294,7 @@ def test_all_strangers_together_leave_some_janitors_to_us(monkeypatch, held):
         close_later([number], uid)
     wait_until(lambda: len(held.entered) == AT_MOST_STRANGE)
     ours = [dup_of_null() for _ in range(50)]
-    close_later(list(ours))
+    close_later(list(ours), NOBODY)
     wait_until(lambda: not any(map(is_open, ours)))
     assert len(held.entered) == AT_MOST_STRANGE
     held.let_go.set()
@@ -312,7 +312,7 @@ def test_a_janitor_hears_no_signals(monkeypatch):
 
     monkeypatch.setattr(_janitor, "_close", close)
     number = dup_of_null()
-    close_later([number])
+    close_later([number], NOBODY)
     wait_until(lambda: not is_open(number))
     assert masks[0] >= {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1}
 
@@ -330,7 +330,7 @@ def test_one_that_is_held_up_is_not_waited_for(held):
             held._close(number)
 
     _janitor._close = close_second  # the fixture's monkeypatch puts the right one back
-    close_later([first, second])
+    close_later([first, second], NOBODY)
     wait_until(lambda: not is_open(second))
     assert is_open(first)
     release.set()
@@ -345,10 +345,10 @@ def test_without_a_thread_it_waits_for_one(monkeypatch):
     number = dup_of_null()
     with monkeypatch.context() as patch:
         patch.setattr(_janitor._thread, "start_new_thread", refuse)
-        close_later([number])
+        close_later([number], NOBODY)
         assert is_open(number)
     another = dup_of_null()
-    close_later([another])
+    close_later([another], NOBODY)
     wait_until(lambda: not is_open(number) and not is_open(another))
 
 
@@ -367,16 +367,16 @@ def test_a_finalizer_may_want_a_lock_that_another_caller_holds(monkeypatch):
     numbers = [dup_of_null(), dup_of_null()]
     monkeypatch.setattr(_janitor._thread, "start_new_thread", run_finalizer)
     with lock:
-        other = Background(close_later, [numbers[0]])
+        other = Background(close_later, [numbers[0]], NOBODY)
         assert wanted.wait(PATIENCE)
-        close_later([numbers[1]])
+        close_later([numbers[1]], NOBODY)
     other.result()
     wait_until(lambda: not any(map(is_open, numbers)))
 
 
 def test_nothing_to_close_starts_nobody():
-    close_later([])
-    close_all([])
+    close_later([], NOBODY)
+    close_all([], NOBODY)
     assert _janitor._crew._janitors == 0
 
 
@@ -386,7 +386,7 @@ def test_nothing_to_close_starts_nobody():
 def test_a_child_has_janitors_of_its_own(held):
     """What had not been begun when it was forked is closed by both."""
     numbers = [dup_of_null() for _ in range(AT_MOST + 3)]
-    close_later(list(numbers))
+    close_later(list(numbers), NOBODY)
     wait_until(lambda: len(held.entered) == AT_MOST)
     waiting = [number for number, _ in _janitor._crew.waiting]
     assert len(waiting) == 3
@@ -395,7 +395,7 @@ def test_a_child_has_janitors_of_its_own(held):
         signal.alarm(20)
         _janitor._close = held._close
         mine = dup_of_null()
-        close_later([mine])
+        close_later([mine], NOBODY)
         wait_until(lambda: not is_open(mine) and not any(map(is_open, waiting)))
         return [is_open(number) for number in held.entered], _janitor._crew._janitors
 
@@ -409,7 +409,7 @@ def test_a_child_has_janitors_of_its_own(held):
 
 def test_many_threads_at_once():
     numbers = [[dup_of_null() for _ in range(25)] for _ in range(8)]
-    closers = [Background(close_later, list(some)) for some in numbers]
+    closers = [Background(close_later, list(some), NOBODY) for some in numbers]
     for closer in closers:
         closer.result()
     wait_until(lambda: not any(is_open(number) for some in numbers for number in some))
