@@ -369,7 +369,7 @@ class Server:
 
     def _present(self) -> list[Endpoint]:
         """Return all endpoints that there are now, kept alive or not."""
-        return [*self._endpoints, *self._adopted.members()]  # each in one step: others come and go meanwhile
+        return [*self._endpoints, *self._adopted.members()]  # others come and go meanwhile
 
     # -- starting ----------------------------------------------------------------------------
 
