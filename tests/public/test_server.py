@@ -227,6 +227,28 @@ def test_start_fails_where_thread_setup_does(door_dir, caplog):
     assert list(door_dir.iterdir()) == []
 
 
+@pytest.mark.ids("T11")
+def test_start_fails_where_thread_setup_does_and_the_log_with_it(door_dir, failing_log):
+    def setup() -> None:
+        raise LookupError("no such device")
+
+    server, errors = Server(thread_setup=setup), []
+    server.attach(echo, door_dir / "a.door")
+
+    def start() -> None:
+        try:
+            server.start()
+        except RuntimeError as error:
+            errors.append(str(error))
+
+    starting = threading.Thread(target=start, daemon=True)
+    starting.start()
+    starting.join(10)
+    assert errors == ["doorpool: thread_setup failed"]
+    assert server.closed
+    assert "thread_setup failed" in failing_log.seen[0]
+
+
 # -- what can be offered
 
 
@@ -696,7 +718,7 @@ def test_a_signal_does_not_wait_longer_than_close_timeout(spawn_server, fifos, c
     with pytest.raises(BrokenDoorError) as caught:
         future.result(10)
     assert caught.value.may_have_run
-    assert "1 calls cut" in child.stderr
+    wait_until(lambda: "1 calls cut" in child.stderr)
     child.kill()
 
 
