@@ -43,7 +43,7 @@ The rooms of the house, from the roof down; each leans only on those below it:
                  consist of, batches of streams, and keys (in C, the latter in _atoms.c, _batches.c and
                  _keys.c; _impl has the choice of its twin)
     _callers     rules: who may call, whose server is believed
-    _credentials, _descriptor, _errors
+    _credentials, _descriptor, _log, _errors
 """
 
 import logging as _logging

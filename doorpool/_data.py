@@ -61,11 +61,12 @@ from doorpool._errors import (
     RemoteError,
     RemoteTraceback,
 )
-from doorpool._exceptions import MAX_SHOWN, MAX_TRACEBACK, clip, name_of, printable, text_of, traceback_of
+from doorpool._exceptions import MAX_TRACEBACK, name_of, text_of, traceback_of
 from doorpool._janitor import Open, close_all
 from doorpool._keys import Reader, Steps, Unfit
 from doorpool._passing import Departure, Taken
 from doorpool._shares import ShareError
+from doorpool._texts import MAX_SHOWN, clip, printable
 
 Data = bytes | bytearray | memoryview
 

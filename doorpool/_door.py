@@ -46,12 +46,11 @@ from doorpool._errors import SHORTAGE, ClosedError
 from doorpool._gate import SLOW, Gate, Served
 from doorpool._guests import guests
 from doorpool._keeper import keeper
+from doorpool._log import log
 from doorpool._names import Name
 from doorpool._shares import ShareError, Tempo
 from doorpool._sockets import MAX_DESCRIPTORS
 from doorpool._wire import Attribute, Codec, Frame, Reason, Refusal
-
-log = logging.getLogger("doorpool")
 
 #: Connections that are accepted at one time, if so many have been waiting for a while.
 _AT_ONCE = 16
@@ -848,7 +847,8 @@ class Door:
         try:
             name.remove()
         except OSError as error:
-            log.warning("%s: the name %s stays behind, leading nowhere: %s", self.name, name.path, error)
+            text = "%s: the name %s stays behind, leading nowhere: %s"
+            log(logging.WARNING, text, self.name, name.path, error)
 
     def _say_farewell(self, port: socket.socket) -> None:
         assert self._revoked is not None

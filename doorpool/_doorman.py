@@ -15,8 +15,7 @@ from collections import deque
 from collections.abc import Callable
 
 from doorpool import _sockets
-
-log = logging.getLogger("doorpool")
+from doorpool._log import log
 
 #: So many rules may wait for something at the same time, before those behind them wait for them.
 MOST_DOORMEN = 8
@@ -63,8 +62,8 @@ class Doormen:
                 job = self._jobs.popleft()
             try:
                 job()
-            except BaseException:  # or the thread would end, and be counted as working for ever
-                log.exception("a doorman failed; please report it")
+            except BaseException as error:  # or the thread would end, and be counted as working for ever
+                log(logging.ERROR, "a doorman failed; please report it", error=error)
             del job  # and what it holds, which may be a door that nobody else does
 
 

@@ -30,7 +30,6 @@ import functools
 import inspect
 import logging
 import os
-import signal
 import sys
 import threading
 import traceback
@@ -50,10 +49,10 @@ from doorpool._impl import shuttle
 from doorpool._info import DoorInfo, describe
 from doorpool._janitor import close_all
 from doorpool._keeper import report
+from doorpool._log import log, means_main_thread
 from doorpool._marshal import (
     Dialect,
     Parcel,
-    came_by_a_signal,
     own_dialect,
     pack_exception,
     pack_refusal,
@@ -74,8 +73,6 @@ if TYPE_CHECKING:
     from doorpool._threads import Pool
 
 __all__ = ["Endpoint"]
-
-log = logging.getLogger("doorpool")
 
 #: What to answer, whether the procedure returned, and what is to leave ``run`` besides.
 _Outcome = tuple[Parcel, bool, BaseException | None]
@@ -606,7 +603,8 @@ class Endpoint:
             leave_forked_child(failure)
         if failure is None:
             return None
-        log.error("%s: leaving it for a caller who is gone has failed", self.name, exc_info=failure)
+        text = "%s: leaving it for a caller who is gone has failed"
+        log(logging.ERROR, text, self.name, error=failure)
         return _interrupt(failure)
 
     # -- unreferenced ------------------------------------------------------------------------
@@ -630,7 +628,7 @@ class Endpoint:
             except BaseException as error:
                 if self._generation != _sockets.here():
                     leave_forked_child(error)
-                log.error("%s: on_unref failed", self.name, exc_info=error)
+                log(logging.ERROR, "%s: on_unref failed", self.name, error=error)
                 interrupt = interrupt or _interrupt(error)
             if self._generation != _sockets.here():
                 leave_forked_child(None)
@@ -920,7 +918,7 @@ class Endpoint:
 
     def _log(self, invocation: Invocation, error: BaseException) -> None:
         if isinstance(error, Exception):
-            log.debug("%s raised", self.name, exc_info=error)
+            log(logging.DEBUG, "%s raised", self.name, error=error)
         else:
             self._report(invocation, logging.ERROR, "raised what is no Exception", error)
 
@@ -996,10 +994,7 @@ def _interrupt(error: BaseException) -> BaseException | None:
         return None
     if isinstance(error, Interrupt):  # of a call that was answered behind this one
         return error.error
-    ctrl_c = isinstance(error, KeyboardInterrupt) and (
-        signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    )
-    return error if ctrl_c or came_by_a_signal(error) else None
+    return error if means_main_thread(error) else None
 
 
 def leave_forked_child(error: BaseException | None) -> NoReturn:

@@ -54,6 +54,7 @@ from typing import Any, cast
 import attrs
 
 from doorpool._errors import DoorError, ProtocolError, RemoteError, RemoteTraceback
+from doorpool._texts import clip
 
 Dump = Callable[[object], bytes]
 Load = Callable[[bytes], Any]
@@ -68,9 +69,6 @@ MAX_NESTING = 32
 #: Characters: of a traceback (CPython's own frames of a RecursionError take 3,000), of the text
 #: of the raised exception, and of that of the others, which only matters if they cannot be rebuilt.
 MAX_TRACEBACK, MAX_TEXT, MAX_OTHER_TEXT = 65536, 8192, 1024
-
-#: Characters of a text that a stranger has chosen.
-MAX_SHOWN = 4096
 
 #: Bytes of the pickles of one envelope together; beyond it the text must do.
 MAX_PICKLES = 16 * 2**20
@@ -497,18 +495,3 @@ def name_of(error: BaseException) -> str:
 
 def _reason(failure: BaseException) -> str:
     return clip(f"{name_of(failure)}: {text_of(failure)}", MAX_OTHER_TEXT)
-
-
-def printable(text: str) -> str:
-    """Cut a text, and show what does not print: a stranger may have chosen it."""
-    text = clip(text, MAX_SHOWN)
-    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
-
-
-def clip(text: str, limit: int) -> str:
-    """Keep both ends of a text that is too long: the first cause and the last word."""
-    text = str.__str__(text)  # of a subclass of str, the str alone
-    if len(text) <= limit:
-        return text
-    half = limit // 2
-    return f"{text[:half]}\n[... {len(text) - 2 * half} characters left out ...]\n{text[-half:]}"

@@ -56,6 +56,7 @@ from doorpool._errors import ClosedError, DoorError, LimitError, ProtocolError
 from doorpool._impl import shuttle
 from doorpool._janitor import close_all, holds_up
 from doorpool._keeper import keeper, report
+from doorpool._log import log
 from doorpool._shares import PROMPT, Crowd, Limits, Share, ShareError, Turns, Usage, over
 from doorpool._shelf import Totals
 from doorpool._sockets import MAX_DESCRIPTORS
@@ -64,8 +65,6 @@ from doorpool._wire import Frame, Kind, Knock, Reason, Refusal
 if TYPE_CHECKING:
     from doorpool._door import Door
     from doorpool._unread import Parcels
-
-log = logging.getLogger("doorpool")
 
 LINGER = 0.002  # seconds; see above
 OLD = 1_000_000  # nanoseconds after which a posted request's caller is looked for before it is run
@@ -289,7 +288,8 @@ class Gate:
         except OSError as error:
             if self.generation != _sockets.here():
                 raise
-            log.error("a server thread cannot wait for calls: %s; trying again", error.strerror)
+            text = "a server thread cannot wait for calls: %s; trying again"
+            log(logging.ERROR, text, error.strerror)
             time.sleep(LINGER)  # what has failed is what there would be to wait with
             return []
 
@@ -476,11 +476,12 @@ class Gate:
                 channel.peer, (door.id, "memory"), logging.WARNING,
                 "%s: %s: channel closed: no memory for a request (%s)", door.name, channel.peer, error,
             )  # fmt: skip
-        except Exception:
+        except Exception as error:
             self._drop_with(served, frame)
             if threading.current_thread() is threading.main_thread():
                 raise  # it may be a signal handler's
-            log.exception("%s: %s: channel closed by an error; please report it", door.name, channel.peer)
+            text = "%s: %s: channel closed by an error; please report it"
+            log(logging.ERROR, text, door.name, channel.peer, error=error)
         except BaseException:
             self._drop_with(served, frame)
             raise

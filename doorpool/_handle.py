@@ -82,11 +82,11 @@ from doorpool._errors import (
     ProtocolError,
     RevokedError,
 )
-from doorpool._exceptions import printable
 from doorpool._gate import check_descriptors, flatten
 from doorpool._impl import shuttle
 from doorpool._janitor import close_all, close_socket
 from doorpool._sockets import MAX_DESCRIPTORS
+from doorpool._texts import printable
 from doorpool._wire import Attribute, Codec, Frame, Greeting, Kind, Knock, Reason, Refusal
 
 MAX_IDLE = 8  #: Idle channels that a handle keeps, the last used first.

@@ -46,8 +46,7 @@ from collections.abc import Callable, Hashable
 
 from doorpool import _sockets
 from doorpool._credentials import Credentials, is_strange
-
-log = logging.getLogger("doorpool")
+from doorpool._log import log
 
 SHORTAGE_PAUSE = 0.1  #: Seconds until what found no descriptor is tried again.
 
@@ -320,8 +319,7 @@ class Keeper:
                     self._writing = False
                     return
             level, text, args, error = self._lines[0]
-            with contextlib.suppress(Exception):  # a handler's; the next line may find a better one
-                log.log(level, text, *args, exc_info=error)
+            log(level, text, *args, error=error)
             self._lines.popleft()
 
 
@@ -363,4 +361,4 @@ def report(
     if is_strange(peer.uid):
         keeper().say(level, text, *args, about=(about, peer.uid), error=error)
     else:
-        log.log(level, text, *args, exc_info=error)
+        log(level, text, *args, error=error, stacklevel=2)

@@ -59,10 +59,8 @@ import io
 import itertools
 import os
 import pickle
-import signal
 import stat
 import sys
-import traceback
 import types
 import weakref
 from collections import deque
@@ -78,6 +76,7 @@ from doorpool._descriptor import NOBODY
 from doorpool._errors import BusyError, DoorError, MarshalError, ProtocolError
 from doorpool._impl import shuttle
 from doorpool._janitor import close_all
+from doorpool._log import came_by_a_signal
 
 Data = bytes | bytearray | memoryview
 
@@ -325,13 +324,6 @@ def _raise(error: BaseException) -> NoReturn:
         if context is not None:
             object.__setattr__(error, "__context__", context)
         del error, context  # or this frame and the exception's traceback hold one another
-
-
-def came_by_a_signal(error: BaseException) -> bool:
-    """Tell whether a signal handler raised this, which then says nothing about the values."""
-    handlers = [signal.getsignal(number) for number in signal.valid_signals()]
-    codes = {getattr(getattr(handler, "__func__", handler), "__code__", None) for handler in handlers}
-    return any(frame.f_code in codes for frame, _ in traceback.walk_tb(error.__traceback__))
 
 
 def _all_atoms(kwargs: dict[str, Any]) -> bool:

@@ -51,6 +51,7 @@ from doorpool._errors import ClosedError, Path
 from doorpool._guests import descriptors_of_a_user, guests
 from doorpool._handle import check_seconds, check_spin
 from doorpool._keeper import keeper
+from doorpool._log import log
 from doorpool._names import absolute_path
 from doorpool._shares import Limits, Usage, sum_up
 from doorpool._threads import Pool, Pools
@@ -59,8 +60,6 @@ from doorpool._wire import Reason, Refusal
 from doorpool.door import Invocation
 
 __all__ = ["Server", "Statistics"]
-
-log = logging.getLogger("doorpool")
 
 Procedure = TypeVar("Procedure", bound=Callable[..., Any])
 Member = TypeVar("Member")
@@ -613,11 +612,11 @@ class Server:
     def _cut(self, late: list[Invocation], when: str) -> None:
         # A procedure may hold the main thread, and what is done between two calls may be the user's, too.
         self._overdue = bool(late) or self._shared_pool.holds(threading.main_thread())
-        if late:
-            names = ", ".join(sorted({invocation.door.name for invocation in late}))
-            log.warning("%s: %d calls cut %s: %s", self.name, len(late), when, names)
         for invocation in late:
             invocation.cut()
+        if late:
+            names = ", ".join(sorted({invocation.door.name for invocation in late}))
+            log(logging.WARNING, "%s: %d calls cut %s: %s", self.name, len(late), when, names)
 
     def __reduce__(self) -> Any:
         raise TypeError(f"{self!r} stays in its process; open a Proxy of one of its doors elsewhere")

@@ -91,6 +91,7 @@ from doorpool._errors import BusyError, ClosedError, DoorError, LimitError, Mars
 from doorpool._handle import deadline_after
 from doorpool._impl import shuttle
 from doorpool._keys import Steps
+from doorpool._log import log
 from doorpool._marshal import pack_refusal, pack_result
 from doorpool._passing import Departure, Kind, Recipe
 from doorpool._proxy import Proxy
@@ -99,8 +100,6 @@ from doorpool._wire import Codec, Reason
 from doorpool.door import Invocation
 
 __all__ = ["Stream"]
-
-log = logging.getLogger("doorpool")
 
 #: Of a batch: items, bytes, seconds.  With two CPUs each side sleeps while the other works, and to wake both
 #: takes as long as some hundreds of small items: with 1024 in a batch that was a quarter of all the time.
@@ -485,7 +484,7 @@ class Pump:
                 if invocation is making.maker:
                     invocation.part()
             except Exception as error:
-                log.exception("a batch of a stream could not be sent")
+                log(logging.ERROR, "a batch of a stream could not be sent", error=error)
                 invocation.fail(text=f"the server failed to answer: {error}", may_have_run=True)
             finally:
                 _data.release(parcel)

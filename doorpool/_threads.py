@@ -50,10 +50,9 @@ import attrs
 from doorpool import _sockets
 from doorpool._errors import BusyError, ClosedError
 from doorpool._keeper import keeper, report
+from doorpool._log import log
 from doorpool._shares import Crowd, Limits, Usage, sum_up
 from doorpool.door import Gate, Invocation
-
-log = logging.getLogger("doorpool")
 
 #: What a pool keeps: one to answer, one to wait.
 KEPT = 2
@@ -275,7 +274,7 @@ class Pool:
             known, self._short = self._short, True
             if not known:
                 level = logging.INFO if "interpreter shutdown" in str(error) else logging.WARNING
-                log.log(level, "%s: no further thread: %s", self.name, error)
+                log(level, "%s: no further thread: %s", self.name, error)
 
     # -- the threads -------------------------------------------------------------------------
 
@@ -285,8 +284,8 @@ class Pool:
         try:
             if self._thread_setup is None or self._run_setup(self._thread_setup):
                 self._serve_calls(thread, self._idle_timeout)
-        except Exception:
-            log.exception("%s: a server thread failed", self.name)
+        except Exception as error:
+            log(logging.ERROR, "%s: a server thread failed", self.name, error=error)
         finally:
             self._go(thread)
 
@@ -296,7 +295,7 @@ class Pool:
             setup()
         except BaseException as error:
             failed = error
-            log.error("%s: thread_setup failed", self.name, exc_info=error)
+            log(logging.ERROR, "%s: thread_setup failed", self.name, error=error)
         with self._lock:
             self._set_up += 1
             if self._set_up <= min(KEPT, self.max_threads):  # a later one serves nobody, no more
@@ -334,8 +333,8 @@ class Pool:
             self.served += 1
             door, peer = invocation.door, invocation.credentials
             text = "%s: a call of %s by %s could not be answered"
-            report(peer, (door.id, "answer"), logging.ERROR, text, self.name, door.name, peer, error=error)
             invocation.fail(text="the server failed to answer", may_have_run=True)
+            report(peer, (door.id, "answer"), logging.ERROR, text, self.name, door.name, peer, error=error)
         finally:
             del self._running[thread]
             if self._closed:
@@ -391,8 +390,9 @@ class Pool:
         self._at_jobs.add(thread)
         try:
             job()
-        except Exception:
-            log.exception("%s: a server thread failed at something between calls", self.name)
+        except Exception as error:
+            text = "%s: a server thread failed at something between calls"
+            log(logging.ERROR, text, self.name, error=error)
         finally:
             self._at_jobs.discard(thread)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import collections
 import gc
+import logging
 import os
 import shutil
 import signal
@@ -123,6 +124,36 @@ def pytest_collection_finish() -> None:
     """
     gc.collect()
     gc.freeze()
+
+
+# -- a log that fails
+
+
+class FailingLog(logging.Handler):
+    """
+    A handler that raises; ``seen`` has what it was to write.
+    """
+
+    def __init__(self, failure: BaseException) -> None:
+        super().__init__()
+        self.failure = failure
+        self.seen: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.seen.append(record.getMessage())
+        raise self.failure
+
+
+@pytest.fixture(params=[OSError("the log disk is full"), SystemExit("the log ends the program")], ids=repr)
+def failing_log(request: pytest.FixtureRequest) -> Iterator[FailingLog]:
+    """
+    Have all that the library logs fail, by an error or by what is none.
+    """
+    logger, handler = logging.getLogger("doorpool"), FailingLog(request.param)
+    logger.addHandler(handler)
+    yield handler
+    logger.removeHandler(handler)
+    handler.failure.__traceback__ = None  # with all that the frames hold
 
 
 # -- short and long runs

@@ -246,7 +246,7 @@ def test_ctrl_c_while_closing_cuts_what_is_left(spawn_server, door_dir, connect)
     error = call.error()
     assert isinstance(error, BrokenDoorError)
     assert error.may_have_run
-    assert "1 calls cut by an exception: stubborn" in child.stderr
+    wait_until(lambda: "1 calls cut by an exception: stubborn" in child.stderr, timeout=PATIENCE)
     child.kill()
 
 
@@ -726,6 +726,59 @@ def test_a_second_signal_ends_a_server_whose_main_thread_is_held(spawn_server, d
 
 
 # -- signals
+
+
+@pytest.mark.parametrize("what", [Server.close, Endpoint.close])
+def test_all_is_left_though_that_fails_and_the_log_with_it(serve, connect, failing_log, what):
+    left: list[Any] = []
+
+    class Manager:
+        def __enter__(self) -> int:
+            return 1
+
+        def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+            left.append(kind)
+            raise OSError("cannot be left")
+
+    server = serve(Manager())
+    (endpoint,) = server.endpoints
+    line = connect()._line
+    for _ in range(3):
+        line.enter(None)
+    what(server if what is Server.close else endpoint)
+    assert left == [BrokenDoorError] * 3
+    assert len(failing_log.seen) == 3
+
+
+def test_calls_are_cut_though_the_log_fails(serve, connect, failing_log):
+    work = Work()
+    server = serve(work)
+    calls = [Background(connect(), "too late:1") for _ in range(2)]
+    work.wait_begun(2)
+    server.close(0)
+    for call in calls:
+        error = call.error()
+        assert isinstance(error, BrokenDoorError)
+        assert error.may_have_run
+    assert failing_log.seen == ["doorpool: 2 calls cut after 0.0 s: Work"]
+    work.ends["too late"].set()
+    wait_until(lambda: server.statistics().threads == 0, timeout=PATIENCE)
+
+
+@pytest.mark.leaves_names
+def test_a_door_is_taken_away_though_its_name_stays_and_the_log_fails(serve, connect, failing_log):
+    def fail(self: Name) -> bool:
+        raise OSError("a directory that may not be written")
+
+    (endpoint,) = serve(len).endpoints
+    proxy = connect(reopen=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Name, "remove", fail)
+        endpoint.close()
+    assert endpoint.paths == ()
+    with pytest.raises(RevokedError):
+        proxy("x")
+    assert "stays behind" in failing_log.seen[0]
 
 
 def test_a_signal_for_which_there_is_no_memory_is_not_lost(door_dir, monkeypatch, caplog):

@@ -491,6 +491,19 @@ def test_one_that_was_handed_out_before_anybody_was_told_stays(serve, news, clos
     news.wait()
 
 
+def test_an_on_unref_that_fails_and_the_log_with_it(serve, failing_log):
+    def fail() -> None:
+        raise ValueError("on purpose")
+
+    server = serve(echo)
+    for _ in range(3):
+        endpoint = server.attach(echo, name="failing", on_unref=fail)
+        endpoint.open().close()
+        wait_until(lambda it=endpoint: it.closed)
+    assert server.statistics().threads == 2
+    assert failing_log.seen == ["failing: on_unref failed"] * 3
+
+
 @pytest.mark.parametrize("error", [ValueError, SystemExit, KeyboardInterrupt])
 def test_an_on_unref_that_fails_is_logged_and_hurts_nobody(serve, connect, caplog, error):
     def fail() -> None:

@@ -266,6 +266,28 @@ def test_ctrl_c_in_a_second_start_leaves_the_server_alone(serve, connect, monkey
     assert connect()(1) == 1
 
 
+@pytest.mark.ids("T11")
+def test_start_fails_where_thread_setup_does_and_the_log_with_it(door_dir, failing_log):
+    def setup() -> None:
+        raise LookupError("no such device")
+
+    server, errors = Server(thread_setup=setup), []
+    server.attach(echo, door_dir / "a.door")
+
+    def start() -> None:
+        try:
+            server.start()
+        except RuntimeError as error:
+            errors.append(str(error))
+
+    starting = threading.Thread(target=start, daemon=True)
+    starting.start()
+    starting.join(10)
+    assert errors == ["doorpool: thread_setup failed"]
+    assert server.closed
+    assert "thread_setup failed" in failing_log.seen[0]
+
+
 # -- what can be offered
 
 
@@ -735,7 +757,7 @@ def test_a_signal_does_not_wait_longer_than_close_timeout(spawn_server, fifos, c
     with pytest.raises(BrokenDoorError) as caught:
         future.result(10)
     assert caught.value.may_have_run
-    assert "1 calls cut" in child.stderr
+    wait_until(lambda: "1 calls cut" in child.stderr)
     child.kill()
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from support import Child, Holdings, rawpeer, wait_until
 
-from doorpool import BrokenDoorError, Endpoint, Proxy, RemoteError, Server
+from doorpool import BrokenDoorError, Endpoint, MarshalError, Proxy, RemoteError, Server
 from doorpool._keeper import keeper
 from doorpool._threads import Pool
 
@@ -381,10 +381,46 @@ def test_a_call_that_cannot_be_answered_costs_no_thread(serve, connect, monkeypa
         with pytest.raises(BrokenDoorError, match="the server failed to answer") as caught:
             proxy()
     assert caught.value.may_have_run
-    assert "could not be answered" in caplog.text
+    wait_until(lambda: "could not be answered" in caplog.text)
     assert "a fault in the library" in caplog.text
     assert proxy() == os.getpid()
     wait_until(lambda: (server.statistics().served, server.statistics().errors) == (2, 1))
+
+
+@pytest.mark.parametrize("codec", ["pickle", "data"])
+def test_a_log_that_fails_costs_no_call_and_no_thread(serve, connect, failing_log, codec):
+    def work(how: str) -> Any:
+        if how == "ends":
+            raise SystemExit
+        return threading.Lock() if how == "returns" else os.getpid()
+
+    server, proxy = serve(work, codec=codec, server={"max_threads": 2}), connect(timeout=PATIENCE)
+    for _ in range(3):
+        with pytest.raises(RemoteError):
+            proxy("ends")
+        with pytest.raises(MarshalError):
+            proxy("returns")
+    assert len(failing_log.seen) == 6
+    assert proxy("is well") == os.getpid()
+    assert server.statistics().threads == 2
+
+
+def test_a_call_that_cannot_be_answered_costs_no_thread_though_the_log_fails(
+    serve, connect, monkeypatch, failing_log
+):
+    server, proxy = serve(os.getpid, server={"max_threads": 2}), connect(timeout=PATIENCE)
+
+    def fail(*_: Any) -> Any:
+        raise LookupError("a fault in the library")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Endpoint, "_serve", fail)
+        for _ in range(3):
+            with pytest.raises(BrokenDoorError, match="the server failed to answer"):
+                proxy()
+    assert proxy() == os.getpid()
+    assert len(failing_log.seen) == 3
+    assert server.statistics().threads == 2
 
 
 @pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")

@@ -4,16 +4,24 @@ What the library logs: nothing that nobody asked for, and never more than so man
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
+import os
+import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 from support import wait_until
 
 from doorpool import _keeper
-from doorpool._keeper import keeper
+from doorpool._credentials import Credentials
+from doorpool._keeper import keeper, report
+from doorpool._log import log
 
 PATIENCE = 20.0
 
@@ -53,7 +61,8 @@ def test_more_offenders_than_are_remembered_have_one_line_together(monkeypatch, 
     monkeypatch.setattr(_keeper, "_MOST_LINES", 3_000)  # for here none is to be lost
     offenders, most = many(3_000, 300_000), _keeper._MOST_TOPICS
     it = keeper()
-    wait_until(lambda: not it._topics, "what others did is forgotten", PATIENCE)
+    wait_until(lambda: not it._topics and not it._lines, "what others did is forgotten", PATIENCE)
+    caplog.clear()
     with it.lock:  # it writes nothing meanwhile, and no time is over for it
         timers = len(it._timers)
         for number in [*range(offenders), *range(offenders)]:
@@ -75,6 +84,7 @@ def test_more_offenders_than_are_remembered_have_one_line_together(monkeypatch, 
 def test_no_more_lines_wait_than_may(caplog):
     it, most = keeper(), _keeper._MOST_LINES
     wait_until(lambda: not it._topics and not it._lines, "what others did is forgotten", PATIENCE)
+    caplog.clear()
     with it.lock:
         for number in range(3 * most):
             it.say(logging.WARNING, "line %d", number)
@@ -110,3 +120,124 @@ def test_what_no_thread_can_be_had_to_write_is_written_at_the_next_occasion(monk
     it.say(logging.WARNING, both[1])
     wait_until(lambda: len(written()) == 2, timeout=PATIENCE)
     assert written() == both
+
+
+# -- what handlers raise
+
+
+def in_a_thread(work: Callable[[], Any]) -> BaseException | None:
+    """Do something in another thread; return what came out of it."""
+    out: list[BaseException] = []
+
+    def catch() -> None:
+        try:
+            work()
+        except BaseException as error:
+            out.append(error)
+
+    thread = threading.Thread(target=catch)
+    thread.start()
+    thread.join(PATIENCE)
+    return out[0] if out else None
+
+
+class Handler(logging.Handler):
+    """Does what it is told to, with each record."""
+
+    def __init__(self, emit: Callable[[Any], Any]) -> None:
+        super().__init__()
+        self.emit = emit  # type: ignore[method-assign]
+
+
+@contextlib.contextmanager
+def handled(emit: Callable[[Any], Any]) -> Any:
+    logger, handler = logging.getLogger("doorpool"), Handler(emit)
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+
+
+def test_a_failing_log_is_told_as_logging_does_it(failing_log, monkeypatch, capsys):
+    def write() -> None:
+        log(logging.WARNING, "line %d", 7, error=LookupError("this is no failure of the log"))
+
+    assert in_a_thread(write) is None
+    write()
+    told = capsys.readouterr().err
+    assert told.count("--- Logging error ---\nTraceback") == 2
+    assert told.count(f"{type(failing_log.failure).__name__}: {failing_log.failure}\nMessage: 'line %d'") == 2
+    monkeypatch.setattr(logging, "raiseExceptions", False)
+    write()
+    assert capsys.readouterr().err == ""
+    assert failing_log.seen == ["line 7"] * 3
+
+
+@pytest.mark.parametrize("stderr", [None, "closed"])
+def test_where_it_cannot_be_told_nothing_is(failing_log, monkeypatch, stderr):
+    closed = io.StringIO()
+    closed.close()
+    monkeypatch.setattr(sys, "stderr", None if stderr is None else closed)
+    log(logging.WARNING, "a line")
+    assert failing_log.seen == ["a line"]
+
+
+def test_a_filter_may_fail_too(capsys):
+    def fail(record: Any) -> bool:
+        raise LookupError("no such tenant")
+
+    logger = logging.getLogger("doorpool")
+    logger.addFilter(fail)
+    try:
+        log(logging.WARNING, "a line")
+    finally:
+        logger.removeFilter(fail)
+    assert "LookupError: no such tenant" in capsys.readouterr().err
+
+
+class Alarm(Exception):
+    pass
+
+
+@pytest.mark.parametrize("own", [True, False], ids=["a handler of the program's", "Ctrl-C"])
+def test_what_a_signal_handler_raises_in_it_means_the_main_thread(own):
+    def alarm(*_: Any) -> None:
+        raise Alarm
+
+    before = signal.signal(signal.SIGINT, alarm if own else signal.default_int_handler)
+    try:
+        with (
+            handled(lambda record: signal.raise_signal(signal.SIGINT)),
+            pytest.raises(Alarm if own else KeyboardInterrupt),
+        ):
+            log(logging.WARNING, "a line")
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize("error", [Alarm, KeyboardInterrupt])
+def test_in_another_thread_no_signal_was_meant(error, capsys):
+    def fail(record: Any) -> None:
+        raise error
+
+    with handled(fail):
+        assert in_a_thread(lambda: log(logging.WARNING, "a line")) is None
+    assert error.__name__ in capsys.readouterr().err
+
+
+def test_a_record_names_who_logs(caplog):
+    own = Credentials(os.getpid(), os.getuid(), os.getgid(), ())
+    log(logging.WARNING, "a line")
+    report(own, "a topic", logging.WARNING, "another line")
+    assert [record.funcName for record in caplog.records] == ["test_a_record_names_who_logs"] * 2
+
+
+def test_the_keeper_goes_on_writing_after_a_line_that_failed(failing_log):
+    it = keeper()
+    wait_until(lambda: not it._topics and not it._lines and not it._writing, timeout=PATIENCE)
+    failing_log.seen.clear()
+    for number in range(3):
+        it.say(logging.WARNING, "line %d", number)
+        wait_until(lambda: not it._lines and not it._writing, timeout=PATIENCE)
+    assert failing_log.seen == ["line 0", "line 1", "line 2"]
