@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from doorpool import _impl, _shuttle_py
-from doorpool._keys import Reader
+from doorpool._keys import Reader, Steps, Unfit
 
 pytestmark = pytest.mark.ids("H03")
 
@@ -125,6 +125,22 @@ def test_steps_are_few_for_honest_keys_and_many_for_others(twin):
             "long ones cost more to compare"
         )
         assert 1000 < steps(twin, alike, is_map, 1000) < 1100
+
+
+@pytest.mark.skipif(_impl.NAME != "c", reason="that takes a minute")
+@pytest.mark.parametrize("is_map", [True, False], ids=["dict", "set"])
+def test_so_many_multiples_of_a_power_of_two_have_steps_enough_and_no_more(is_map):
+    """Their low bits, at which is looked first, are all the same; what `Steps` says of that is so."""
+
+    def take(count, shift):
+        Steps().take(tuple(number << shift for number in range(count)), (9,) * count, is_map)
+
+    for shift in range(48):
+        take(50_000, shift)
+    if is_map:
+        for shift in (24, 32):
+            with pytest.raises(Unfit, match="200000 keys of a dict collide"):
+                take(200_000, shift)
 
 
 def test_what_cannot_be_hashed_or_compared_ends_the_counting(twin):
