@@ -42,7 +42,7 @@ from doorpool import _data, _objects, _sockets
 from doorpool._call import LISTENER, current
 from doorpool._callers import Bar, Judge, Rule, bar_unknown
 from doorpool._credentials import Credentials, is_strange
-from doorpool._descriptor import Descriptor
+from doorpool._descriptor import NOBODY, Descriptor
 from doorpool._errors import ClosedError, DoorError, LimitError, MarshalError
 from doorpool._exceptions import text_of
 from doorpool._impl import shuttle
@@ -212,6 +212,7 @@ class Endpoint:
         self._plan: _data.Plan | None = None  # what the target takes, if data is spoken
         self._threads = None if threads is None else checked_threads("threads", threads)
         self._on_unref = _checked_callback("on_unref", on_unref)
+        self._holder: int | None = NOBODY  # the stranger who was given it, if one was
         self._linger = bool(linger)
         self._refuse_descriptors = bool(refuse_descriptors)
         if max_request is _USUAL:
@@ -506,6 +507,7 @@ class Endpoint:
         """
         if giver is None or not is_strange(uid):
             return self.open()
+        self._holder = uid
         return Descriptor(self._ready_door().open_for(uid, giver._door))
 
     def revoke(self) -> None:
@@ -612,7 +614,7 @@ class Endpoint:
     def _note_unreferenced(self) -> None:
         """Have a server thread deliver the news; in the keeper's thread."""
         assert self._pool is not None
-        self._pool.run_soon(self._deliver_unreferenced)
+        self._pool.run_soon(self._deliver_unreferenced, self._holder)
 
     def _deliver_unreferenced(self) -> None:
         """Tell, and close if it does not linger, unless somebody has got hold of it again, or is to."""

@@ -48,6 +48,8 @@ from contextlib import contextmanager, suppress
 import attrs
 
 from doorpool import _sockets
+from doorpool._credentials import is_strange
+from doorpool._descriptor import NOBODY
 from doorpool._errors import BusyError, ClosedError
 from doorpool._keeper import keeper, report
 from doorpool._log import log
@@ -86,6 +88,9 @@ class Load:
     def __add__(self, other: Load) -> Load:
         return Load(*map(operator.add, attrs.astuple(self), attrs.astuple(other)))
 
+
+#: What is to be done between two calls, and whose doing that is.
+_Job = tuple[int | None, Callable[[], None]]
 
 _numbers = itertools.count(1)
 _local = threading.local()  # .pool: the pool that the thread serves
@@ -136,7 +141,8 @@ class Pool:
         self._changed = threading.Condition(self._lock)
         self._threads: set[threading.Thread] = set()
         self._running: dict[threading.Thread, Invocation] = {}
-        self._jobs: deque[Callable[[], None]] = deque()
+        self._jobs: deque[_Job] = deque()
+        self._aside: deque[_Job] = deque()  # those of strangers that wait for others of theirs
         self._awaited: dict[threading.Thread, Pool] = {}  # guarded by ``_waits``
         self._set_up = 0  # threads whose setup is over, one way or the other
         self._setup_error: BaseException | None = None
@@ -147,7 +153,7 @@ class Pool:
         self._short = False
         self._lent: set[threading.Thread] = set()
         self._roused: set[threading.Thread] = set()  # lent ones that shall come back from the kernel
-        self._at_jobs: set[threading.Thread] = set()
+        self._at_jobs: dict[threading.Thread, int | None] = {}
         self._unwanted = 0  # threads that shall make room for a lent one
 
     @property
@@ -341,14 +347,18 @@ class Pool:
                 with self._lock:
                     self._changed.notify_all()
 
-    def run_soon(self, job: Callable[[], None]) -> None:
+    def run_soon(self, job: Callable[[], None], uid: int | None = NOBODY) -> None:
         """
         Have a thread of the pool do something between two calls.
 
         It must be short, or call ``see_to_a_waiter`` first.  Takes no lock, so it may be
         called wherever one is held; what a closed pool had not come to is not done.
+
+        Args:
+            uid: who has caused it; of a stranger's one is done at a time, and of all strangers' as many as
+                a quarter of the threads can do.
         """
-        self._jobs.append(job)
+        self._jobs.append((uid, job))
         self.gate.wake()
 
     def end_soon(self, end: Callable[[], None]) -> None:
@@ -382,19 +392,40 @@ class Pool:
         return True
 
     def _run_job(self) -> None:
-        try:
-            job = self._jobs.popleft()
-        except IndexError:  # another thread was quicker
-            return
         thread = threading.current_thread()
-        self._at_jobs.add(thread)
+        with self._lock:
+            if not self._jobs:  # another thread was quicker
+                return
+            uid, job = self._jobs.popleft()
+            if not self._may_begin(uid):
+                self._aside.append((uid, job))
+                return
+            self._at_jobs[thread] = uid
         try:
             job()
         except Exception as error:
             text = "%s: a server thread failed at something between calls"
             log(logging.ERROR, text, self.name, error=error)
         finally:
-            self._at_jobs.discard(thread)
+            with self._lock:
+                del self._at_jobs[thread]
+                self._take_up_again()
+
+    def _may_begin(self, uid: int | None) -> bool:
+        """Tell whether a job may be begun, of which so many are done already because of strangers."""
+        if uid == NOBODY or not is_strange(uid):
+            return True
+        theirs = [it for it in self._at_jobs.values() if it != NOBODY and is_strange(it)]
+        return uid not in theirs and len(theirs) < max(1, self.max_threads // 4)
+
+    def _take_up_again(self) -> None:
+        """Have the first job be done that has waited for one that is over."""
+        for it in self._aside:
+            if self._may_begin(it[0]):
+                self._aside.remove(it)
+                self._jobs.append(it)
+                self.gate.wake()
+                return
 
     def holds(self, thread: threading.Thread) -> bool:
         """Tell whether a thread, another than this one, does something between two calls."""

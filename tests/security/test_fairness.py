@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -392,3 +393,75 @@ def test_doors_open_and_close_while_a_thread_is_held_up_where_strangers_are_coun
     one(close_it)
     wait_until(lambda: server(channels, B) == 0, timeout=PATIENCE)
     server(let_go)
+
+
+# -- what is left to be done when strangers let go of something
+
+
+def serve_what_is_cleaned_up(place: str) -> None:
+    """Serve streams, and objects to enter, whose ends wait until they may go on."""
+    here.go_on, here.ends = threading.Event(), []
+
+    def end() -> None:
+        here.ends.append(1)
+        assert here.go_on.wait(PATIENCE)
+
+    def rows() -> Iterator[int]:
+        try:
+            yield from range(100_000)
+        finally:
+            end()
+
+    class Entered:
+        def __enter__(self) -> Entered:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            end()
+
+    here.server = Server(max_threads=8)
+    here.server.attach(rows, f"{place}/rows.door", codec="data", mode=0o666)
+    here.server.attach(Entered(), f"{place}/enter.door", codec="data", mode=0o666)
+    here.server.attach(lambda: None, f"{place}/null.door", codec="data", mode=0o666)
+    here.server.start()
+
+
+def begin_and_drop(place: str, what: str, many: int) -> None:
+    with Proxy(f"{place}/{what}.door", server={0}) as proxy:
+        if what == "rows":
+            streams = [proxy() for _ in range(many)]
+            for stream in streams:
+                next(stream)
+            for stream in streams:
+                stream._proxy.close()  # and no word that it is over
+        else:
+            for _ in range(many):
+                proxy._line.enter(None)
+            for _, lease in proxy._line.leases:
+                lease.close()
+            proxy._line.leases.clear()
+
+
+def how_many_end() -> int:
+    return len(here.ends)
+
+
+def let_go_on() -> int:
+    """Let them all end; return how many had begun to."""
+    begun = len(here.ends)
+    here.go_on.set()
+    return begun
+
+
+@pytest.mark.ids("F11", "F04")
+@pytest.mark.parametrize("what", ["rows", "enter"])
+def test_clean_up_for_a_stranger_leaves_threads_to_the_others(actor, place, what):
+    service, stranger = actor(None), actor(A)
+    service(serve_what_is_cleaned_up, str(place))
+    stranger(begin_and_drop, str(place), what, 12)
+    wait_until(lambda: service(how_many_end) >= 1, timeout=PATIENCE)
+    with Proxy(place / "null.door", timeout=PATIENCE) as proxy:
+        for _ in range(20):
+            proxy()
+    assert service(let_go_on) == 1
+    wait_until(lambda: service(how_many_end) == 12, timeout=PATIENCE)

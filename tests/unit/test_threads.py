@@ -4,7 +4,9 @@ Server threads, without sockets: when a pool looks stuck and is not.
 
 from __future__ import annotations
 
+import functools
 import threading
+from collections import Counter
 
 import pytest
 from support import wait_until
@@ -132,6 +134,43 @@ def test_what_fails_between_calls_costs_no_thread(pool, caplog):
     pool.join(20)
     assert "a server thread failed at something between calls" in caplog.text
     assert "a fault in the library" in caplog.text
+
+
+@pytest.mark.ids("F11", "F04")
+def test_what_strangers_cause_between_calls_takes_few_threads():
+    """One of each stranger's and two of all theirs, of eight threads; the rest waits, and all is done."""
+    pool = Pool("pool", lambda invocation: True, max_threads=8)
+    lock, go, own = threading.Lock(), threading.Event(), threading.Event()
+    running, most, done = Counter(), Counter(), []
+
+    def work(uid):
+        with lock:
+            running[uid] += 1
+            most[uid] = max(most[uid], running[uid])
+            most[None] = max(most[None], running.total())
+        pool.see_to_a_waiter()
+        assert go.wait(20)
+        with lock:
+            running[uid] -= 1
+            done.append(uid)
+
+    try:
+        pool.start()
+        for number in range(30):
+            pool.run_soon(functools.partial(work, 4001 + number % 3), 4001 + number % 3)
+        wait_until(lambda: running.total() == 2)
+        pool.run_soon(own.set)
+        assert own.wait(20), "nobody else waits for them"
+        wait_until(lambda: not pool._jobs)
+        go.set()
+        wait_until(lambda: len(done) == 30)
+    finally:
+        go.set()
+        pool.close(10)
+        pool.join(10)
+    assert most == {4001: 1, 4002: 1, 4003: 1, None: 2}
+    assert not pool._at_jobs
+    assert not pool._aside
 
 
 def test_a_thread_that_fails_is_counted_out(pool, monkeypatch, caplog):
