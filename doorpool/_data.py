@@ -35,6 +35,7 @@ decoder for a struct of all parameters (variadic and positional-only ones have n
 
 from __future__ import annotations
 
+import datetime
 import functools
 import inspect
 import io
@@ -47,6 +48,7 @@ from typing import Any, NoReturn
 
 import attrs
 import msgspec
+import msgspec.inspect
 from msgspec.msgpack import Decoder, Encoder, Ext
 
 from doorpool import _passing
@@ -394,15 +396,18 @@ def _check_custom(kind: Any, value: Any) -> Any:
 
 
 def _check_items(kind: Any, value: Any) -> Any:
-    """See to it that what is iterated over is of the type that the annotation says."""
+    """
+    See to it that what is iterated over is of the type that the annotation says.
+
+    Of what is no iterator, a list of its items is made; those of a dict, its keys, are not yet of that type.
+    """
     item = _item_of(kind)
     if item is Any:
         return value
     if hasattr(value, "__next__"):
         _promise(value, item)
         return value
-    items = convert_items(list(value), item)
-    return items if isinstance(value, list) else value
+    return convert_items(list(value), item)
 
 
 def convert_items(items: list[Any], item: Any) -> list[Any]:
@@ -474,12 +479,74 @@ def _encode(value: Any, to: Credentials | None = None) -> tuple[bytes, Luggage, 
 # --- what a procedure takes -----------------------------------------------------------------------
 
 
-def _items_in(hint: Any) -> Iterator[Any]:
-    """Find what an annotation says of the items of iterators, wherever in it."""
-    if typing.get_origin(hint) in _ITERATED:
-        yield _item_of(hint)
-    for part in typing.get_args(hint):
-        yield from _items_in(part)
+def _check_parts(hint: Any, seen: set[Any]) -> None:
+    """
+    Look at what an annotation says of the parts of classes that msgspec does not know, wherever in it.
+
+    Of such a class it asks us for no more than whether something is one, and a list is a ``Container[int]``
+    whatever is in it.  So what is iterated over we look into ourselves; what else can be no more than a door
+    (a ``Callable[[int], int]``) stands for what is over there; and the rest says what nobody would see to.
+
+    Raises:
+        TypeError: it says something that cannot be checked.
+    """
+    try:
+        if hint in seen:
+            return
+        seen.add(hint)
+    except TypeError:  # what a ``Callable`` takes
+        return
+    origin: Any = typing.get_origin(hint)
+    if origin in _ITERATED:
+        _decoder_of(_item_of(hint))
+    elif (
+        isinstance(origin, type)
+        and origin is not typing.Annotated
+        and _says_of_parts(hint)
+        and _is_custom(hint)
+        and not _is_a_door(origin)
+    ):
+        raise TypeError(f"what it says of the parts of {inspect.formatannotation(hint)} cannot be checked")
+    for part in _parts_of(hint, origin or hint):
+        _check_parts(part, seen)
+
+
+def _says_of_parts(hint: Any) -> bool:
+    anything = Any, object
+    return any(
+        part not in anything and type(part) is not typing.TypeVar for part in typing.get_args(hint)
+    )  # fmt: skip
+
+
+def _is_custom(hint: Any) -> bool:
+    return isinstance(msgspec.inspect.type_info(hint), msgspec.inspect.CustomType)
+
+
+def _is_a_door(origin: Any) -> bool:
+    """Tell whether doors and the like are of a class, and nothing is that is data."""
+    return any(issubclass(kind, origin) for kind in _kinds) and not any(
+        issubclass(kind, origin) for kind in _DATA
+    )
+
+
+_DATA = type(None), bool, int, float, str, bytes, list, dict, datetime.datetime
+
+
+def _parts_of(hint: Any, origin: Any) -> Iterator[Any]:
+    """Find the annotations in an annotation, those of the fields of a class included."""
+    if origin not in (typing.Literal, typing.ClassVar):
+        yield from typing.get_args(hint)[: 1 if origin is typing.Annotated else None]
+    for name in ("__supertype__", "__value__", "__bound__"):  # ``NewType``, ``type X = ...``, ``TypeVar``
+        if not isinstance(hint, type) and (part := getattr(hint, name, None)) is not None:
+            yield part
+    if isinstance(origin, type) and _has_fields(origin):
+        yield from typing.get_type_hints(origin, include_extras=True).values()
+
+
+def _has_fields(kind: type) -> bool:
+    """Tell whether msgspec makes objects of a class of what is said of its fields."""
+    known = "__struct_fields__", "__dataclass_fields__", "__attrs_attrs__", "__total__", "_field_defaults"
+    return any(hasattr(kind, name) for name in known)
 
 
 #: What a procedure may say that it returns and no object is an instance of, and what it means.
@@ -522,9 +589,9 @@ class Plan:
 
     def _decoder(self, what: str, hint: Any) -> Reader:
         try:
-            for item in _items_in(hint):
-                _decoder_of(item)
-            return _decoder_of(hint)
+            decoder = _decoder_of(hint)
+            _check_parts(hint, set())
+            return decoder
         except Exception as error:
             raise TypeError(f"{self.name}: {what} cannot be checked as data: {error}") from error
 

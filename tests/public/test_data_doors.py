@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import datetime
 import os
 import select
 import signal
 import subprocess
 import threading
+from collections.abc import Callable, Container, Iterable
 from typing import Any
 
 import msgspec
@@ -129,6 +131,37 @@ def test_what_is_no_data_is_not_sent(serve, connect):
         connect()({"f": print})
     assert caught.value.may_have_run is False
     assert ran == []
+
+
+@pytest.mark.ids("B03")
+def test_a_procedure_gets_the_items_that_its_annotation_says(serve, connect):
+    """Whatever they come in: a dict of texts went for an ``Iterable`` of dates."""
+
+    def kinds(days: Iterable[datetime.date]) -> list[str]:
+        return [type(day).__name__ for day in days]
+
+    serve(kinds, codec="data")
+    assert connect()({"2020-01-02": 1}) == ["date"]
+    with pytest.raises(MarshalError, match="days"):
+        connect()({"yesterday": 1})
+
+
+@pytest.mark.ids("B03")
+def test_what_an_annotation_says_of_parts_is_seen_to_or_makes_no_door(serve, connect):
+    """Of a door nothing can be seen to but that it is one: it says what is over there."""
+
+    def has(numbers: Container[int]) -> bool:
+        return 5 in numbers
+
+    def ask(listener: Callable[[int], int]) -> int:
+        return listener(5)
+
+    with pytest.raises(TypeError, match="cannot be checked"):
+        serve(has, codec="data")
+    serve(ask, codec="data")
+    assert connect()(Endpoint(lambda number: number + 1, codec="data")) == 6
+    with pytest.raises(MarshalError, match="Expected `Callable`"):
+        connect()([5])
 
 
 def test_an_annotation_that_says_nothing_makes_no_door(serve):

@@ -4,6 +4,7 @@ Plain data: what crosses by MessagePack, what annotations make of it, and what i
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import datetime
 import decimal
@@ -15,7 +16,17 @@ import subprocess
 import sys
 import typing
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import (
+    AsyncIterator,
+    Callable,
+    Container,
+    ItemsView,
+    Iterable,
+    Iterator,
+    Mapping,
+    Reversible,
+    Sequence,
+)
 from typing import Annotated, Any
 
 import attrs
@@ -400,6 +411,111 @@ def test_of_what_has_no_annotations_nothing_is_known(function):
 def test_an_annotation_that_cannot_be_checked_makes_no_door(hint, said):
     with pytest.raises(TypeError, match=said):
         data.Plan(taking(hint))
+
+
+T = typing.TypeVar("T")
+
+
+class Box(typing.Generic[T]):
+    pass
+
+
+@dataclasses.dataclass
+class Holder(typing.Generic[T]):
+    inside: T
+    others: list["Holder[int]"] = dataclasses.field(default_factory=list)  # noqa: UP037
+    kind: typing.ClassVar[Container[int]] = ()
+
+
+@dataclasses.dataclass
+class Dates:
+    days: dict[str, Container[datetime.date]]
+
+
+class DatesToo(msgspec.Struct):
+    days: Reversible[datetime.date]
+
+
+class NamedDates(typing.NamedTuple):
+    days: Reversible[datetime.date]
+
+
+class MaybeDates(typing.TypedDict):
+    days: typing.NotRequired[Container[datetime.date]]
+
+
+@attrs.define
+class SomeDates:
+    days: Container[datetime.date] | None
+
+
+@typing.runtime_checkable
+class Long(typing.Protocol[T]):
+    def __len__(self) -> int: ...
+    def __getitem__(self, place: int) -> T: ...
+
+
+Renamed = typing.NewType("Renamed", Container[int])
+
+
+@pytest.mark.ids("B03")
+@pytest.mark.parametrize(
+    "hint",
+    [
+        Container[int], Reversible[int], Box[int], Long[int], collections.deque[int], ItemsView[str, int],
+        collections.OrderedDict[str, int], AsyncIterator[int], list[Container[int]], Container[int] | None,
+        Annotated[Container[int], 1], Iterable[Container[int]], Holder[Container[int]], Renamed,
+        Dates, DatesToo, NamedDates, MaybeDates, SomeDates, dict[str, Dates], Iterable[Point | Item],
+    ],
+    ids=str,
+)  # fmt: skip
+def test_an_annotation_of_whose_parts_nobody_would_see_to_makes_no_door(hint):
+    with pytest.raises(TypeError, match="cannot be checked"):
+        data.Plan(taking(hint))
+    with pytest.raises(TypeError, match="cannot be checked"):
+        data.Plan(giving(hint))
+
+
+def giving(hint: Any) -> Callable[..., Any]:
+    def procedure() -> None:
+        pass
+
+    procedure.__annotations__["return"] = hint
+    return procedure
+
+
+@pytest.mark.parametrize(
+    ("hint", "value"),
+    [
+        (Container, [1]),
+        (Container[Any], [1]),
+        (Container[object], {"a": 1}),
+        (Container[T], [1]),
+        (Sequence[int], [1]),
+        (Mapping[str, int], {"a": 1}),
+        (Annotated[list[int], 1], [1]),
+        (Holder[int], Holder(1, [Holder(2)])),
+        (Iterable[Any], {"a": 1}),
+        (Iterable, "text"),
+    ],
+    ids=str,
+)
+def test_an_annotation_that_says_nothing_of_parts_or_that_is_seen_to_makes_one(hint, value):
+    assert crossed(taking(hint), value) == ((value,), {})
+
+
+@pytest.mark.ids("B03")
+@pytest.mark.parametrize("of", [lambda it: it, lambda it: Annotated[it, 1], lambda it: it | None])
+def test_of_what_is_gone_through_and_is_no_iterator_a_list_is_made(of):
+    """A dict of texts went for an ``Iterable`` of dates, for dates could be made of them; and none were."""
+    day = datetime.date(2020, 1, 2)
+    procedure = taking(of(Iterable[datetime.date]))
+    for value in (["2020-01-02"], {"2020-01-02": 1}, (day,)):
+        assert crossed(procedure, value) == (([day],), {})
+    assert crossed(taking(of(Iterable[int])), b"ab") == (([97, 98],), {})
+    for value in ({"x": 1}, ["x"], "x", [5]):
+        assert "the argument value[0]: " in misfit(procedure, value)
+    assert "Expected `Iterable`, got `int`" in misfit(procedure, 5)
 
 
 # -- what is no data
