@@ -88,7 +88,16 @@ from doorpool._endpoint import (
     marshal_error,
     peer_of,
 )
-from doorpool._errors import BusyError, ClosedError, DoorError, LimitError, MarshalError, ProtocolError
+from doorpool._errors import (
+    BrokenDoorError,
+    BusyError,
+    CallTimeoutError,
+    ClosedError,
+    LimitError,
+    MarshalError,
+    ProtocolError,
+    RevokedError,
+)
 from doorpool._handle import deadline_after
 from doorpool._impl import shuttle
 from doorpool._keys import Steps
@@ -734,7 +743,7 @@ class Stream:
             while True:
                 for item in self._batch:  # another thread may have pulled meanwhile
                     return item
-                if self._wrong is not None:
+                if self._wrong is not None and not self._closed:
                     wrong, self._wrong = self._wrong, None
                     raise wrong
                 if self._ended:
@@ -824,13 +833,15 @@ class Stream:
         not while another thread is pulling.  What was read ahead is dropped.
 
         Raises:
-            Exception: what the generator's ``finally`` raises.
+            Exception: what the generator's ``finally`` raises; a ``RemoteError`` if that cannot cross as
+                itself.  (That the other side is gone is no error, nor that it takes longer.)
         """
         lock = self._lock_here()
         idle = lock.acquire(blocking=False)
         try:
             ended, self._ended, self._closed = self._ended, True, True
-            self._batch = iter([])
+            deque(self._batch, maxlen=0)  # a loop may have it, too
+            self._wrong = self._value = None
             if idle and self._pulled and not ended:
                 self._close_there()
         finally:
@@ -842,7 +853,7 @@ class Stream:
         seconds = _CLOSING if self.timeout is None else min(self.timeout, _CLOSING)
         try:
             self._proxy._line.call((True,), {}, deadline_after(seconds))
-        except DoorError:
+        except (ClosedError, RevokedError, BrokenDoorError, CallTimeoutError, BusyError):
             pass  # it is gone, or takes longer: that nobody can reach it any more will be seen over there
 
     def __enter__(self) -> Stream:

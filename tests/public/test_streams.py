@@ -1006,6 +1006,87 @@ def test_close_raises_what_the_finally_raises(serve, connect):
         stream.close()
 
 
+@pytest.mark.parametrize("codec", ["pickle", "data"])
+@pytest.mark.parametrize("kind", [SystemExit, BrokenDoorError, Exception])
+def test_close_says_that_the_finally_has_failed_though_not_how(serve, connect, codec, kind):
+    """A ``DoorError`` of its own, and what cannot cross, arrive as a ``RemoteError``."""
+
+    class Odd(Exception):
+        def __init__(self, text: str) -> None:
+            super().__init__(text)
+            self.lock = threading.Lock()
+
+    def numbers() -> Iterator[int]:
+        try:
+            yield 1
+            yield 2
+        finally:
+            raise Odd("cannot clean up") if kind is Exception else kind("cannot clean up")
+
+    serve(numbers, codec=codec)
+    stream = connect()()
+    assert next(stream) == 1
+    with pytest.raises(RemoteError, match="cannot clean up"):
+        stream.close()
+    stream.close()
+
+
+def test_close_of_a_stream_whose_server_is_gone_is_no_error(far, serve, connect):
+    server = serve(lambda: itertools.count())
+    closed, killed = connect()(), far("count")(10**9)
+    assert [next(closed), next(killed)] == [0, 0]
+    server.close()
+    closed.close()
+    os.kill(far.child.pid, signal.SIGKILL)
+    far.child.wait()
+    killed.close()
+
+
+def test_close_waits_no_longer_than_it_may(serve, connect):
+    """And that is no error either."""
+    go, ended = threading.Event(), threading.Event()
+
+    def numbers() -> Iterator[int]:
+        try:
+            yield from itertools.count()
+        finally:
+            go.wait(PATIENCE)
+            ended.set()
+
+    serve(numbers)
+    stream = connect()()
+    assert next(stream) == 0
+    stream.timeout = 0.05
+    stream.close()
+    assert not ended.is_set()
+    go.set()
+    assert ended.wait(PATIENCE)
+
+
+def test_after_close_nothing_is_given_out_that_was_read_ahead(far):
+    stream = far("count")(10**9)
+    loop, other = iter(stream), iter(stream)
+    got = [next(it) for it in (loop, loop, other, stream) * 50]
+    assert got == list(range(200))
+    for number in loop:
+        got.append(number)
+        if number == 300:
+            assert next(stream) == 301, "there was more of this batch"
+            stream.close()
+    assert got[-1] == 300
+    assert [next(it, "end") for it in (loop, other, stream)] == ["end", "end", "end"]
+
+
+def test_after_close_the_error_of_an_item_is_not_given_out_either(serve, connect):
+    def take(numbers: Iterator[int]) -> list[int]:
+        taken = [next(numbers), next(numbers)]
+        numbers.close()
+        return taken + list(numbers)
+
+    serve(take, codec="data")
+    assert connect()(item for item in [1, 2, "three", 4]) == [1, 2]
+
+
 def test_a_dropped_stream_is_closed_over_there(far):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
