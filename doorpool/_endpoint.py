@@ -119,12 +119,16 @@ class Marshalled:
     Attributes:
         parcel: as the codec of the door has made it; what goes along is still to be let go.  None: it
             has been sent already.
+        returned: whether it is no error.
+        interrupt: what a signal handler has raised meanwhile, which is to leave ``run`` behind the answer.
     """
 
-    __slots__ = ("parcel",)
+    __slots__ = ("interrupt", "parcel", "returned")
 
-    def __init__(self, parcel: Any) -> None:
+    def __init__(self, parcel: Any, *, returned: bool = True) -> None:
         self.parcel = parcel
+        self.returned = returned
+        self.interrupt: BaseException | None = None
 
 
 def provide_default_server(find: Callable[[], Server]) -> None:
@@ -607,7 +611,7 @@ class Endpoint:
             return None
         text = "%s: leaving it for a caller who is gone has failed"
         log(logging.ERROR, text, self.name, error=failure)
-        return _interrupt(failure)
+        return interrupt_of(failure)
 
     # -- unreferenced ------------------------------------------------------------------------
 
@@ -631,7 +635,7 @@ class Endpoint:
                 if self._generation != _sockets.here():
                     leave_forked_child(error)
                 log(logging.ERROR, "%s: on_unref failed", self.name, error=error)
-                interrupt = interrupt or _interrupt(error)
+                interrupt = interrupt or interrupt_of(error)
             if self._generation != _sockets.here():
                 leave_forked_child(None)
         door = None if self._linger or self._is_to_be_named() else self._door
@@ -690,6 +694,8 @@ class Endpoint:
             invocation.call = None  # or the two would hold one another
         if outcome is None:
             if type(value) is Marshalled and value.parcel is None:
+                if value.interrupt is not None:
+                    raise Interrupt(value.interrupt)
                 return True
             outcome = self._result(invocation, value)
             del value
@@ -702,23 +708,27 @@ class Endpoint:
         token = current.set(invocation)
         interrupt: BaseException | None = None
         try:
-            parcel, returned = procedure().parcel, True
+            sent = procedure()
+            parcel, returned = sent.parcel, sent.returned
             if self._generation != _sockets.here():
                 leave_forked_child(None)
         except BaseException as error:
             if self._generation != _sockets.here():
                 leave_forked_child(error)
-            if self._plan is None:
-                parcel, returned, interrupt = self._failure(invocation, error)
-            else:
-                self._log(invocation, error)
-                parcel, returned, interrupt = self._pack_error(error, invocation), False, _interrupt(error)
+            parcel, returned, interrupt = self._marshal_failure(invocation, error), False, interrupt_of(error)
         finally:
             current.reset(token)
             invocation.call = None
         if parcel is not None:
             finish: Any = self._finish if self._plan is None else self._finish_data
             finish(invocation, (parcel, returned, interrupt))
+
+    def _marshal_failure(self, invocation: Invocation, error: BaseException) -> Any:
+        """Return, as the door's codec has it, what has left a procedure; for ``Pump``."""
+        if self._plan is None:
+            return self._failure(invocation, error)[0]
+        self._log(invocation, error)
+        return self._pack_error(error, invocation)
 
     def _finish(self, invocation: Invocation, outcome: _Outcome) -> bool:
         """Answer with what has been marshalled; return whether the procedure returned."""
@@ -744,7 +754,7 @@ class Endpoint:
     def _result(self, invocation: Invocation, value: Any) -> _Outcome:
         """Marshal what the procedure has returned."""
         if type(value) is Marshalled:
-            return value.parcel, True, None
+            return value.parcel, value.returned, value.interrupt
         answering.endpoint, answering.invocation = self, invocation
         try:
             return pack_result(value, peer_of(invocation)), True, None
@@ -762,7 +772,7 @@ class Endpoint:
                 trace = trace.tb_next or trace
             BaseException.with_traceback(error, trace)
         self._log(invocation, error)
-        return pack_exception(error, peer_of(invocation)), False, _interrupt(error)
+        return pack_exception(error, peer_of(invocation)), False, interrupt_of(error)
 
     def _refusal(
         self, invocation: Invocation, what: str, error: BaseException, may_have_run: bool
@@ -773,7 +783,7 @@ class Endpoint:
             self._report(invocation, logging.ERROR, refusal, error)
         else:
             self._report(invocation, logging.WARNING, refusal)
-        return pack_refusal(refusal, peer_of(invocation)), False, _interrupt(error)
+        return pack_refusal(refusal, peer_of(invocation)), False, interrupt_of(error)
 
     # -- answering where data is spoken --------------------------------------------------------
 
@@ -798,7 +808,8 @@ class Endpoint:
             invocation.fail(Reason.REPLY_TOO_LARGE, str(error), limit=error.limit, value=error.value)
             returned = False
         finally:
-            _data.release(parcel)
+            if parcel is not None:
+                _data.release(parcel)
         if interrupt is not None:
             raise Interrupt(interrupt)
         return returned
@@ -815,7 +826,7 @@ class Endpoint:
         except BaseException as error:  # a validator of the user's may do anything
             refusal = marshal_error("the arguments", error, may_have_run=False)
             self._report(invocation, logging.WARNING, refusal)
-            return self._pack_refusal("the arguments", error, refusal, invocation), False, _interrupt(error)
+            return self._pack_refusal("the arguments", error, refusal, invocation), False, interrupt_of(error)
         token = current.set(invocation)
         try:
             value = procedure(*args, **kwargs)
@@ -830,12 +841,12 @@ class Endpoint:
             if error.__traceback__ is not None:  # as in ``_invoke``
                 BaseException.with_traceback(error, error.__traceback__.tb_next)
             self._log(invocation, error)
-            return self._pack_error(error, invocation), False, _interrupt(error)
+            return self._pack_error(error, invocation), False, interrupt_of(error)
         finally:
             current.reset(token)
             invocation.call = None
         if type(value) is Marshalled:
-            return value.parcel, True, None
+            return value.parcel, value.returned, value.interrupt
         answering.endpoint, answering.invocation = self, invocation
         try:
             return plan.pack_result(value, invocation.credentials), True, None
@@ -846,7 +857,7 @@ class Endpoint:
         except BaseException as error:
             refusal = marshal_error("the result", error, may_have_run=True)
             self._report(invocation, logging.ERROR, refusal, error)
-            return self._pack_refusal("the result", error, refusal, invocation), False, _interrupt(error)
+            return self._pack_refusal("the result", error, refusal, invocation), False, interrupt_of(error)
         finally:
             answering.endpoint = answering.invocation = None
 
@@ -985,7 +996,7 @@ def endpoint_with_id(door_id: bytes) -> Endpoint | None:
     return _endpoints.get(door_id)
 
 
-def _interrupt(error: BaseException) -> BaseException | None:
+def interrupt_of(error: BaseException) -> BaseException | None:
     """
     Return an error that a signal handler of the program has raised in a procedure, else None.
 

@@ -69,7 +69,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from functools import lru_cache, partial
-from typing import Any, NoReturn
+from typing import Any
 
 import attrs
 import msgspec
@@ -83,11 +83,21 @@ from doorpool._endpoint import (
     Endpoint,
     Marshalled,
     answering,
+    interrupt_of,
     leave_forked_child,
     marshal_error,
     peer_of,
 )
-from doorpool._errors import BusyError, ClosedError, DoorError, LimitError, MarshalError, ProtocolError
+from doorpool._errors import (
+    BrokenDoorError,
+    BusyError,
+    CallTimeoutError,
+    ClosedError,
+    LimitError,
+    MarshalError,
+    ProtocolError,
+    RevokedError,
+)
 from doorpool._handle import deadline_after
 from doorpool._impl import shuttle
 from doorpool._keys import Steps
@@ -194,9 +204,9 @@ class Pump:
     """
 
     __slots__ = (
-        "__weakref__", "_closing", "_codec", "_error", "_full", "_gone", "_held", "_iterator", "_joined",
-        "_left", "_limit", "_lock", "_making", "_making_batch", "_returned", "_rounds", "_sent", "_settling",
-        "_slow", "_spent", "_waiting", "endpoint", "item", "listener",
+        "__weakref__", "_closing", "_codec", "_error", "_full", "_gone", "_held", "_interrupt", "_iterator",
+        "_joined", "_left", "_limit", "_lock", "_making", "_making_batch", "_returned", "_rounds", "_sent",
+        "_settling", "_slow", "_spent", "_waiting", "endpoint", "item", "listener",
     )  # fmt: skip
 
     def __init__(self, iterator: Iterator[Any], codec: str) -> None:
@@ -217,7 +227,8 @@ class Pump:
         self._rounds = 0  # batches that this turn has made ahead
         self._held: deque[Any] = deque()  # items that could not be sent together
         self._spent = False  # the iterator has come to its end, by itself or not
-        self._error: BaseException | None = None  # by this, which is still to be raised
+        self._error: BaseException | None = None  # by this, which is still to be told
+        self._interrupt: BaseException | None = None  # of which this call's thread is to hear, too
         self._returned: Any = None
         self._closing = False
         self.endpoint: Endpoint | None = None
@@ -280,8 +291,11 @@ class Pump:
             if close:
                 self._close()
                 return None
-            return self._answer_all(invocation)
+            sent = self._answer_all(invocation)
+            sent.interrupt = self._interrupt
+            return sent
         finally:
+            self._interrupt = None
             joined, self._joined = self._joined, None
             self._lock.release()
             if joined is not None:  # a signal's exception came in between
@@ -369,7 +383,8 @@ class Pump:
         raised = self._error
         if raised is not None:
             self.end()
-            self._raise(raised)
+            endpoint: Endpoint = invocation.door.cookie
+            return Marshalled(endpoint._marshal_failure(invocation, raised), returned=False)
         try:
             return self._send([], invocation)
         except Exception as unfit:  # what the generator has returned
@@ -388,13 +403,6 @@ class Pump:
         if self._codec == "data":
             return Marshalled(_data.pack_refusal(refusal))
         return Marshalled(pack_refusal(refusal, peer_of(invocation)))
-
-    @staticmethod
-    def _raise(error: BaseException) -> NoReturn:
-        try:
-            raise error
-        finally:
-            del error  # or this frame and the error's traceback hold one another
 
     @staticmethod
     def _say_gone(invocation: Invocation) -> Marshalled:
@@ -458,6 +466,7 @@ class Pump:
             self._spent, self._returned, self._iterator = True, stop.value, None
         except BaseException as error:
             self._spent, self._iterator, self._error = True, None, error
+            self._interrupt = interrupt_of(error)  # here and now; the error is told by whoever answers then
         finally:
             if generation != _sockets.here():  # before a lock is wanted that the watcher may have had
                 leave_forked_child(self._error)
@@ -733,7 +742,7 @@ class Stream:
             while True:
                 for item in self._batch:  # another thread may have pulled meanwhile
                     return item
-                if self._wrong is not None:
+                if self._wrong is not None and not self._closed:
                     wrong, self._wrong = self._wrong, None
                     raise wrong
                 if self._ended:
@@ -823,13 +832,15 @@ class Stream:
         not while another thread is pulling.  What was read ahead is dropped.
 
         Raises:
-            Exception: what the generator's ``finally`` raises.
+            Exception: what the generator's ``finally`` raises; a ``RemoteError`` if that cannot cross as
+                itself.  (That the other side is gone is no error, nor that it takes longer.)
         """
         lock = self._lock_here()
         idle = lock.acquire(blocking=False)
         try:
             ended, self._ended, self._closed = self._ended, True, True
-            self._batch = iter([])
+            deque(self._batch, maxlen=0)  # a loop may have it, too
+            self._wrong = self._value = None
             if idle and self._pulled and not ended:
                 self._close_there()
         finally:
@@ -841,7 +852,7 @@ class Stream:
         seconds = _CLOSING if self.timeout is None else min(self.timeout, _CLOSING)
         try:
             self._proxy._line.call((True,), {}, deadline_after(seconds))
-        except DoorError:
+        except (ClosedError, RevokedError, BrokenDoorError, CallTimeoutError, BusyError):
             pass  # it is gone, or takes longer: that nobody can reach it any more will be seen over there
 
     def __enter__(self) -> Stream:

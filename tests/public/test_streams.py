@@ -1006,6 +1006,87 @@ def test_close_raises_what_the_finally_raises(serve, connect):
         stream.close()
 
 
+@pytest.mark.parametrize("codec", ["pickle", "data"])
+@pytest.mark.parametrize("kind", [SystemExit, BrokenDoorError, Exception])
+def test_close_says_that_the_finally_has_failed_though_not_how(serve, connect, codec, kind):
+    """A ``DoorError`` of its own, and what cannot cross, arrive as a ``RemoteError``."""
+
+    class Odd(Exception):
+        def __init__(self, text: str) -> None:
+            super().__init__(text)
+            self.lock = threading.Lock()
+
+    def numbers() -> Iterator[int]:
+        try:
+            yield 1
+            yield 2
+        finally:
+            raise Odd("cannot clean up") if kind is Exception else kind("cannot clean up")
+
+    serve(numbers, codec=codec)
+    stream = connect()()
+    assert next(stream) == 1
+    with pytest.raises(RemoteError, match="cannot clean up"):
+        stream.close()
+    stream.close()
+
+
+def test_close_of_a_stream_whose_server_is_gone_is_no_error(far, serve, connect):
+    server = serve(lambda: itertools.count())
+    closed, killed = connect()(), far("count")(10**9)
+    assert [next(closed), next(killed)] == [0, 0]
+    server.close()
+    closed.close()
+    os.kill(far.child.pid, signal.SIGKILL)
+    far.child.wait()
+    killed.close()
+
+
+def test_close_waits_no_longer_than_it_may(serve, connect):
+    """And that is no error either."""
+    go, ended = threading.Event(), threading.Event()
+
+    def numbers() -> Iterator[int]:
+        try:
+            yield from itertools.count()
+        finally:
+            go.wait(PATIENCE)
+            ended.set()
+
+    serve(numbers)
+    stream = connect()()
+    assert next(stream) == 0
+    stream.timeout = 0.05
+    stream.close()
+    assert not ended.is_set()
+    go.set()
+    assert ended.wait(PATIENCE)
+
+
+def test_after_close_nothing_is_given_out_that_was_read_ahead(far):
+    stream = far("count")(10**9)
+    loop, other = iter(stream), iter(stream)
+    got = [next(it) for it in (loop, loop, other, stream) * 50]
+    assert got == list(range(200))
+    for number in loop:
+        got.append(number)
+        if number == 300:
+            assert next(stream) == 301, "there was more of this batch"
+            stream.close()
+    assert got[-1] == 300
+    assert [next(it, "end") for it in (loop, other, stream)] == ["end", "end", "end"]
+
+
+def test_after_close_the_error_of_an_item_is_not_given_out_either(serve, connect):
+    def take(numbers: Iterator[int]) -> list[int]:
+        taken = [next(numbers), next(numbers)]
+        numbers.close()
+        return taken + list(numbers)
+
+    serve(take, codec="data")
+    assert connect()(item for item in [1, 2, "three", 4]) == [1, 2]
+
+
 def test_a_dropped_stream_is_closed_over_there(far):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -1557,6 +1638,100 @@ def test_a_signal_while_the_main_thread_is_in_a_generator(spawn_server, door_dir
         assert not child.ended, "whoever holds the main thread is not broken into"
         wait_until(told_again, timeout=10)
     assert child.wait() == code
+
+
+INTERRUPTED = """
+    import itertools, signal, sys, threading, time
+    from doorpool import Server, current_call
+    from doorpool import _streams as streams
+
+    handler, signals, codec, when = sys.argv[1:]
+    stuck, send_early = threading.Event(), streams.Pump.send_early
+    streams.Pump.send_early = lambda pump: stuck.is_set() and send_early(pump)
+    if when == "ahead":
+        streams._ITEMS = 512
+    else:
+        streams._TIME = 60.0  # batches of 1, 2, and 4 items, however slow the machine is
+
+    class Stop(Exception):
+        pass
+
+    def stop(*_):
+        raise Stop("on purpose")
+
+    server = Server(max_threads=2 if when == "ahead" else 1)
+    left = threading.Condition()
+    heard = []
+
+    def is_time(number):
+        if threading.current_thread() is not threading.main_thread():
+            return False
+        return current_call()._invocation.answered if when == "ahead" else number == 4
+
+    @server.endpoint("a.door", codec=codec)
+    def numbers():
+        yield threading.current_thread() is threading.main_thread()
+        for number in itertools.count():
+            if is_time(number):
+                if when == "behind an early answer":
+                    stuck.set()
+                    while not current_call()._invocation.answered:
+                        time.sleep(0.001)
+                signal.raise_signal(signal.SIGINT)
+            yield number
+
+    @server.endpoint("heard.door")
+    def wait_heard():
+        with left:
+            return left.wait_for(lambda: heard, 20) and heard
+
+    server.attach(server.close, "close.door")
+    signal.signal(signal.SIGINT, eval(handler))
+    ready()
+    while not server.closed:
+        try:
+            server.run(signals=signals == "True")
+        except BaseException as error:
+            with left:
+                heard.append(type(error).__name__)
+                left.notify_all()
+    result(heard)
+"""
+
+
+@pytest.mark.ids("T13", "X12")
+@pytest.mark.parametrize("when", ["in a batch", "behind an early answer", "ahead"])
+@pytest.mark.parametrize("codec", ["pickle", "data"])
+@pytest.mark.parametrize(
+    ("handler", "signals", "name"),
+    [("stop", True, "Stop"), ("signal.default_int_handler", False, "KeyboardInterrupt")],
+)
+def test_what_a_handler_raises_in_a_generator_leaves_run(
+    spawn_server, door_dir, closing, handler, signals, name, codec, when
+):
+    """With the answer that was being made, and once; whoever pulls next hears of it in its place."""
+    child = spawn_server(INTERRUPTED, handler, signals, codec, when, cwd=door_dir)
+    numbers = closing.enter_context(Proxy(door_dir / "a.door", wait=10, timeout=PATIENCE))
+
+    def pull_from_main_thread() -> Any:
+        stream = numbers()
+        return stream if next(stream) else stream.close()
+
+    stream, got = wait_until(pull_from_main_thread, timeout=PATIENCE), []
+    heard = closing.enter_context(Proxy(door_dir / "heard.door", timeout=PATIENCE))
+    if when != "ahead":
+        got = take(stream, 4)
+        assert heard() == [name], "without another pull"
+    with pytest.raises(Exception, match=f"{name}|on purpose") as caught:
+        for number in stream:
+            got.append(number)
+    assert heard() == [name]
+    assert got == list(range(len(got)))
+    if name == "Stop" and codec == "pickle":
+        assert "in numbers" in str(caught.value.__cause__)
+    with Proxy(door_dir / "close.door", timeout=PATIENCE) as close:
+        close()
+    assert child.finish().value == [name]
 
 
 def test_a_watcher_for_which_there_is_no_thread_keeps_nothing(monkeypatch):
