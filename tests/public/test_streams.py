@@ -1729,8 +1729,8 @@ def test_what_a_handler_raises_in_a_generator_leaves_run(
     assert got == list(range(len(got)))
     if name == "Stop" and codec == "pickle":
         assert "in numbers" in str(caught.value.__cause__)
-    with Proxy(door_dir / "close.door", timeout=PATIENCE) as close:
-        close()
+    with Proxy(door_dir / "close.door", timeout=PATIENCE) as close, contextlib.suppress(BrokenDoorError):
+        close()  # and its main thread, which ends the process, does not wait for the answer
     assert child.finish().value == [name]
 
 
