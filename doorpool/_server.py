@@ -150,8 +150,9 @@ class Server:
         max_threads: how many server threads at most; beyond it callers wait.
         idle_timeout: seconds after which a thread that nobody needs goes; None: never.
         close_timeout: seconds that running calls have when a ``with`` block is left.
-        thread_setup: called first in each server thread.  If it fails in the first threads,
-            so does ``start``; in a later one, that thread serves nobody.
+        thread_setup: called first in each server thread, and in one that ``run`` lends, the first
+            time.  If it fails in the first threads, so does ``start``; in a lent one, ``run``; in a
+            later one, that thread serves nobody.
         name: begins the names of its threads.
         spin: seconds for which a thread that has answered looks whether the next call is there,
             before it sleeps; by default up to 0.0002, as long as that is worth it; 0: never.
@@ -438,7 +439,8 @@ class Server:
         """
         Serve calls with this thread too, until the server is closed.
 
-        Starts the server if it was not.  The thread counts toward ``max_threads``.
+        Starts the server if it was not.  Runs ``thread_setup`` in this thread, unless it did so before.  The
+        thread counts toward ``max_threads``.
 
         Args:
             signals: in the main thread, let SIGINT and SIGTERM close the server, unless
@@ -450,7 +452,8 @@ class Server:
             raise_nofile: first raise the soft limit of open files to the hard one.
 
         Raises:
-            RuntimeError: this thread runs a server already.
+            RuntimeError: this thread runs a server already; ``thread_setup`` failed in it, with what left
+                that as the cause: the server goes on without it; or as ``start`` says.
             ClosedError: the server was closed before.
             OSError: a name cannot be made.
 

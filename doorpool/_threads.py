@@ -118,7 +118,7 @@ class Pool:
         serve: answers an invocation; raises nothing but ``Interrupt``, in the main thread.
         max_threads: how many threads at most, lent ones included.
         idle_timeout: seconds after which a thread that nobody needs retires; None: never.
-        thread_setup: runs first in each thread; one in which it fails serves nobody.
+        thread_setup: runs first in each thread, lent ones included; one in which it fails serves nobody.
         spin: of its gate.
         crowd: likewise.
     """
@@ -146,6 +146,7 @@ class Pool:
         self._awaited: dict[threading.Thread, Pool] = {}  # guarded by ``_waits``
         self._set_up = 0  # threads whose setup is over, one way or the other
         self._setup_error: BaseException | None = None
+        self._visit = threading.local()  # .set_up: in a lent thread that has run the setup
         self._closed = False
         self._disposable = False  # the last thread to leave gives the gate's descriptors back
         self._begun = False  # there were threads, or are
@@ -449,17 +450,18 @@ class Pool:
         Serve calls with the calling thread until the pool is closed.
 
         Raises:
-            RuntimeError: the thread serves a pool already.
+            RuntimeError: the thread serves a pool already; its setup failed, what left that is the cause.
             BaseException: what a signal handler has raised meanwhile.
         """
         self.check_lendable()
         thread = threading.current_thread()
+        _local.pool = self
         try:
+            self._set_up_lent()  # while the others serve still: nobody has made room yet
             while not self._join_in(thread, lent=True):
                 if self._closed:
                     return
                 self._make_room()
-            _local.pool = self
             self._serve_calls(thread, None)
         except Interrupt as interrupt:
             raise interrupt.error from None
@@ -470,6 +472,16 @@ class Pool:
                 # An exception has ended the loan, perhaps before it began, and the server goes on: a thread
                 # may have made room, and the others may all be busy.
                 self.see_to_a_waiter()
+
+    def _set_up_lent(self) -> None:
+        """Run the setup in a thread that is lent for the first time."""
+        if self._thread_setup is None or self._closed or getattr(self._visit, "set_up", False):
+            return
+        try:
+            self._thread_setup()
+        except Exception as error:  # Ctrl-C is the main thread's, and no failure
+            raise RuntimeError(f"{self.name}: thread_setup failed") from error
+        self._visit.set_up = True
 
     def check_lendable(self) -> None:
         """Raise ``RuntimeError`` if the calling thread serves a pool already."""

@@ -515,6 +515,46 @@ def test_run_starts_the_server_and_returns_when_it_is_closed(door_dir, connect):
     assert not thread.is_alive()
 
 
+@pytest.mark.ids("T10", "T13")
+def test_thread_setup_runs_first_in_the_lent_thread(door_dir, closing, connect):
+    local = threading.local()
+
+    def setup() -> None:
+        local.name = threading.current_thread().name
+
+    server = Server(max_threads=1, thread_setup=setup)
+    server.attach(lambda: local.name, door_dir / "a.door")
+    thread = _run_in_thread(server)
+    closing.callback(thread.join, 10)
+    closing.callback(server.close)
+    proxy = connect(wait=10)
+    wait_until(lambda: proxy() == "lent")
+
+
+@pytest.mark.ids("T10", "T11", "T13")
+def test_a_thread_whose_setup_fails_is_not_lent(serve, connect):
+    """The server goes on without it."""
+    failed: list[BaseException | None] = []
+
+    def setup() -> None:
+        if threading.current_thread().name == "lent":
+            raise LookupError("no such device")
+
+    def run() -> None:
+        with pytest.raises(RuntimeError, match="thread_setup failed") as caught:
+            server.run()
+        failed.append(caught.value.__cause__)
+
+    server = serve(echo, server={"max_threads": 1, "thread_setup": setup})
+    thread = threading.Thread(target=run, name="lent")
+    thread.start()
+    thread.join(10)
+    assert [type(error) for error in failed] == [LookupError]
+    assert not server.closed
+    assert connect(timeout=10)(1) == 1
+    assert server.statistics().threads == 1
+
+
 @pytest.mark.ids("T13")
 def test_the_lent_thread_counts_toward_max_threads_and_serves(door_dir, connect):
     server = Server(max_threads=1)

@@ -266,6 +266,35 @@ def test_a_loan_that_an_exception_ends_leaves_somebody_who_waits(pool, hold):
     assert pool.threads == 2
 
 
+@pytest.mark.ids("T10", "T13")
+def test_a_thread_that_is_lent_again_is_not_set_up_again(monkeypatch):
+    ran, failing = [], True
+
+    def setup() -> None:
+        ran.append(threading.current_thread())
+        if failing:
+            raise LookupError("on purpose")
+
+    def interrupt() -> None:
+        raise Interrupt(TimeoutError("on purpose"))
+
+    pool = Pool("pool", lambda invocation: True, max_threads=1, thread_setup=setup)
+    monkeypatch.setattr(pool, "see_to_a_waiter", lambda: None)  # or another would take the job
+    pool.run_soon(interrupt)
+    with pytest.raises(RuntimeError, match="pool: thread_setup failed") as caught:
+        pool.lend()
+    assert isinstance(caught.value.__cause__, LookupError)
+    failing = False
+    for number in range(3):
+        if number:
+            pool.run_soon(interrupt)
+        with pytest.raises(TimeoutError):
+            pool.lend()
+    assert ran == [threading.current_thread()] * 2, "when it failed, and when it did not"
+    pool.close(20)
+    pool.join(20)
+
+
 def test_pools_that_are_closed_make_no_further_one():
     pools = Pools("pools", lambda invocation: True, max_threads=1, idle_timeout=None, thread_setup=None)
     pools.close(0)
