@@ -185,7 +185,7 @@ class _Making:
         items: it, up to now.
         maker: the call whose thread makes it.
         asker: the call that it is to answer; None: nobody has asked yet.
-        unfit: it could not be marshalled as it was.
+        unfit: its first item could not be marshalled.
     """
 
     items: list[Any]
@@ -372,7 +372,8 @@ class Pump:
             if items or self._error is None:
                 try:
                     return self._send(items, invocation, late=late)
-                except Exception as error:
+                except BaseException as error:  # an item's own code may do anything while it is pickled
+                    self._interrupt = self._interrupt or interrupt_of(error)
                     if not items or (len(items) == 1 and not self._spent):
                         self.end()
                         return self._refusal(error, invocation)
@@ -387,18 +388,19 @@ class Pump:
             return Marshalled(endpoint._marshal_failure(invocation, raised), returned=False)
         try:
             return self._send([], invocation)
-        except Exception as unfit:  # what the generator has returned
+        except BaseException as unfit:  # what the generator has returned
+            self._interrupt = self._interrupt or interrupt_of(unfit)
             self.end()
             return self._refusal(unfit, invocation)
 
-    def _refusal(self, error: Exception, invocation: Invocation) -> Marshalled:
+    def _refusal(self, error: BaseException, invocation: Invocation) -> Marshalled:
         """Marshal that something cannot be sent, or say so at once."""
         if isinstance(error, ShareError):
             invocation.fail(Reason.BUSY, f"an item of the stream cannot be sent: {error}")
             return Marshalled(None)
         refusal = marshal_error("an item of the stream", error, may_have_run=True)
-        if isinstance(refusal, MarshalError):
-            text = str(refusal).removeprefix("result").removeprefix("[0]")
+        if isinstance(error, MarshalError):
+            text = str(error).removeprefix("result").removeprefix("[0]")
             refusal = MarshalError(f"an item of the stream{text}", may_have_run=True)
         if self._codec == "data":
             return Marshalled(_data.pack_refusal(refusal))
@@ -479,14 +481,13 @@ class Pump:
             making = self._making_batch
             if making is None or making.unfit or making.asker is None or not making.items:
                 return
-            batch, invocation = making.items[:], making.asker
-            try:
-                parcel = self._pack(batch, invocation)
-            except Exception:
+            invocation = making.asker
+            count, parcel = self._pack_first(making.items[:], invocation)
+            if not count:
                 making.unfit = True
                 return  # whoever makes the batch will come to the same, and tell
             making.asker = None
-            del making.items[: len(batch)]
+            del making.items[:count]
             self._limit = 1
             try:
                 invocation.reply(*parcel)
@@ -497,6 +498,22 @@ class Pump:
                 invocation.fail(text=f"the server failed to answer: {error}", may_have_run=True)
             finally:
                 _data.release(parcel)
+
+    def _pack_first(self, items: list[Any], invocation: Invocation) -> tuple[int, Any]:
+        """Marshal as many of the first items as can cross; return how many these are, and what they make."""
+        good, unfit, count = 0, len(items) + 1, len(items)
+        parcel: Any = None
+        while good < count:
+            try:
+                packed = self._pack(items[:count], invocation)
+            except BaseException:  # an item's own code may do anything
+                unfit = count
+            else:
+                if parcel is not None:
+                    _data.release(parcel)
+                good, parcel = count, packed
+            count = (good + unfit) // 2
+        return good, parcel
 
     def _fill(self, items: list[Any], iterator: Iterator[Any]) -> bool:
         until, left, count = time.monotonic() + _TIME, _BYTES, self._limit
@@ -520,7 +537,8 @@ class Pump:
         item = self._held.popleft()
         try:
             return Marshalled(self._pack([item], invocation))
-        except Exception as error:
+        except BaseException as error:
+            self._interrupt = self._interrupt or interrupt_of(error)
             self.end()
             return self._refusal(error, invocation)
 
@@ -599,15 +617,28 @@ class _Watcher:
         self._since.pop(pump, None)
 
     def _run(self) -> None:
-        idle = 0
-        while idle < _IDLE:
-            time.sleep(_TICK)
-            idle = 0 if self._since else idle + 1
-            for pump, since in list(self._since.items()):
-                if time.monotonic() - since > _TICK:
+        gone = False
+        try:
+            while not gone:
+                for _ in range(_IDLE):
+                    time.sleep(_TICK)
+                    if self._since:
+                        self._look_after()
+                        break
+                else:
+                    gone = self._may_go()
+        finally:
+            if not gone:  # for want of memory, say: the next to be looked after has another thread come
+                self._runs = False
+
+    def _look_after(self) -> None:
+        for pump, since in list(self._since.items()):
+            if time.monotonic() - since > _TICK:
+                try:
                     pump.send_early()
-            if idle == _IDLE and not self._may_go():
-                idle = 0
+                except BaseException:
+                    self.forget(pump)
+                    log.exception("what there is of a batch of a stream could not be sent early")
 
     def _may_go(self) -> bool:
         """Say that it is gone, unless somebody has come meanwhile, who took it to be there."""

@@ -878,16 +878,19 @@ def test_an_item_that_cannot_cross_is_an_error_in_its_place(far, n):
 
 
 @pytest.mark.parametrize("codec", ["pickle", "data"])
-def test_an_item_that_cannot_cross_is_no_reason_to_answer_early(serve, connect, stuck, codec):
+def test_items_before_one_that_cannot_cross_do_not_wait_for_what_comes_behind_it(
+    serve, connect, stuck, codec
+):
     """In a batch whose next item is long in coming: nothing is sent twice, or in another order."""
     go = threading.Event()
 
     def numbers() -> Iterator[Any]:
-        yield from range(4)  # 0; 1 and 2; 3 of a batch of four
+        yield from range(10)  # 0; 1 and 2; 3 to 6; 7 to 9 of a batch of eight
         yield threading.Lock()
+        yield 11
         stuck.set()
         assert go.wait(PATIENCE)
-        yield 5
+        yield 12
 
     iterator = numbers()
     serve(lambda: iterator, codec=codec)
@@ -895,16 +898,104 @@ def test_an_item_that_cannot_cross_is_no_reason_to_answer_early(serve, connect, 
     pump = pump_of(iterator, codec)
 
     def go_through() -> None:
-        got.extend(stream)
+        for item in stream:
+            got.append(item)
 
     pull = Background(go_through)
     wait_until(lambda: getattr(pump._making_batch, "unfit", False), timeout=PATIENCE)
-    assert got == [0, 1, 2]
+    wait_until(lambda: got == list(range(10)), timeout=PATIENCE / 2)
     go.set()
     error = pull.error()
     assert isinstance(error, MarshalError)
     assert "lock" in str(error)
+    assert got == list(range(10))
+
+
+class Leaves:
+    """What cannot be pickled, by no ``Exception``."""
+
+    def __reduce__(self) -> Any:
+        raise SystemExit("not here")
+
+
+@pytest.mark.parametrize("early", [True, False])
+def test_an_item_whose_own_code_raises_anything_is_an_error_in_its_place(serve, connect, stuck, early):
+    """And what there is of other streams is sent early as ever."""
+    go = threading.Event()
+
+    def numbers(bad: bool) -> Iterator[Any]:
+        yield from range(4)  # 0; 1 and 2; 3 of a batch of four
+        if bad:
+            yield Leaves()
+        if early or not bad:
+            stuck.set()
+            assert go.wait(PATIENCE)
+
+    serve(numbers)
+    stream, other, got = connect()(True), connect()(False), []
+
+    def go_through() -> None:
+        for item in stream:
+            got.append(item)
+
+    pull = Background(go_through)
+    if early:
+        wait_until(lambda: got == [0, 1, 2, 3], timeout=PATIENCE)
+    assert take(other, 4) == [0, 1, 2, 3]
+    go.set()
+    error = pull.error()
+    assert isinstance(error, MarshalError)
+    assert str(error) == "an item of the stream cannot cross the door: SystemExit: not here"
     assert got == [0, 1, 2, 3]
+    assert list(other) == []
+
+
+def test_the_watcher_goes_on_whatever_a_pump_raises(monkeypatch, caplog):
+    class Raising:
+        def send_early(self) -> None:
+            raise SystemExit
+
+    class Other:
+        looked_after = threading.Event()
+
+        def send_early(self) -> None:
+            self.looked_after.set()
+
+    monkeypatch.setattr(streams, "_IDLE", 1)
+    watcher, other = streams._Watcher(), Other()
+    watcher.watch(Raising())
+    wait_until(lambda: not watcher._since, timeout=PATIENCE)
+    watcher.watch(other)
+    assert other.looked_after.wait(PATIENCE)
+    watcher.forget(other)
+    wait_until(lambda: not watcher._runs, timeout=PATIENCE)
+    assert "could not be sent early" in caplog.text
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_another_watcher_comes_for_one_that_has_died(monkeypatch):
+    def fail(watcher: streams._Watcher) -> None:
+        died.set()
+        raise MemoryError
+
+    class Pump:
+        looked_after = threading.Event()
+
+        def send_early(self) -> None:
+            self.looked_after.set()
+
+    died = threading.Event()
+    monkeypatch.setattr(streams, "_IDLE", 1)
+    watcher, pump = streams._Watcher(), Pump()
+    with monkeypatch.context() as patch:
+        patch.setattr(streams._Watcher, "_look_after", fail)
+        watcher.watch(pump)
+        assert died.wait(PATIENCE)
+        wait_until(lambda: not watcher._runs, timeout=PATIENCE)
+    watcher.watch(pump)
+    assert pump.looked_after.wait(PATIENCE)
+    watcher.forget(pump)
+    wait_until(lambda: not watcher._runs, timeout=PATIENCE)
 
 
 @pytest.mark.parametrize("n", [3, 4])
