@@ -58,6 +58,9 @@ _AT_ONCE = 16
 #: Idle channels that make room for one opening: it takes four descriptors, each gives two back.
 _ROOM = 2
 
+#: Descriptors that a look at a knock has room for: a socket, and two in place of the sender's process.
+_LOOKED_AT = 3
+
 _REVOKED = Refusal(Reason.REVOKED, "the server has revoked this door")
 _DEAD = Refusal(Reason.CLOSED, "the caller has died")
 
@@ -518,7 +521,7 @@ class Door:
         try:
             if self._is_held_up(port):
                 return
-            knock = _opening.hear_knock(port)
+            knock = _opening.hear_knock(port, self._has_room)
         except BlockingIOError:
             return
         except OSError as error:
@@ -560,16 +563,29 @@ class Door:
             self._lose_reference()
 
     def _is_held_up(self, port: socket.socket) -> bool:
-        """Leave the knocks of strangers alone who have sent what holds a janitor up."""
-        stuck = _janitor.stuck()
-        uid = _opening.whose_knock(port) if stuck else None
-        if uid not in stuck or not is_strange(uid):
+        """
+        Leave the knocks of strangers alone who have sent what holds a janitor up.
+
+        And of those who have so much open that what is only looked at has no room; while no janitor is at
+        work it is closed as soon as it was looked at.
+        """
+        if not _janitor.at_work():
             return False
-        self._keeper.say(
-            logging.WARNING, SLOW, self.name, uid, about=(self.id, uid, "stuck"),
-        )  # fmt: skip
+        uid = _opening.whose_knock(port)
+        if not is_strange(uid):
+            return False
+        if uid in _janitor.stuck():
+            self._keeper.say(
+                logging.WARNING, SLOW, self.name, uid, about=(self.id, uid, "stuck"),
+            )  # fmt: skip
+        elif self._guests.why_full(uid, self.gate.limits, _LOOKED_AT) is None:
+            return False
         self._keeper.pause(port.fileno())
         return True
+
+    def _has_room(self, uid: int | None) -> bool:
+        """Tell whether a message that somebody has sent may bring as many descriptors as there can be."""
+        return self._guests.why_full(uid, self.gate.limits, _sockets.MAX_DESCRIPTORS) is None
 
     def _close_port(self, port: socket.socket) -> None:
         self._ports.discard(port)
@@ -771,10 +787,10 @@ class Door:
         served.brought = refusal is None
         return refusal
 
-    def give_up_brought(self, served: Served) -> None:
-        """Count them out."""
-        served.brought = False
-        self._guests.give_up_brought(served)
+    def give_up_brought(self, served: Served, left: int = 0) -> None:
+        """Count them out, but for some that are left."""
+        served.brought = bool(left)
+        self._guests.give_up_brought(served, left)
 
     def begin_passing(self, served: Served, count: int) -> Refusal | None:
         """Count descriptors that are about to be sent to a stranger, or say why they are too many."""

@@ -54,7 +54,7 @@ from doorpool._channel import NOT, RECEIVE, Channel, Hangup, flat, process_is_go
 from doorpool._credentials import Credentials, is_strange
 from doorpool._errors import ClosedError, DoorError, LimitError, ProtocolError
 from doorpool._impl import shuttle
-from doorpool._janitor import close_all, holds_up
+from doorpool._janitor import PATIENCE, close_all, held, holds_up, is_late, never_mind, when_closed
 from doorpool._keeper import keeper, report
 from doorpool._log import log
 from doorpool._shares import PROMPT, Crowd, Limits, Share, ShareError, Turns, Usage, over
@@ -89,12 +89,16 @@ _SLOW = Refusal(
 _SPARED = Refusal(Reason.IDLE, "the server was short of descriptors and has closed this channel")
 
 
+class _PutOff(Exception):
+    """A channel is not to be read now."""
+
+
 class Served:
     """A channel as its gate sees it: see "Who may touch a channel" above."""
 
     __slots__ = (
         "begun", "brought", "bytes", "channel", "claim", "door", "doomed", "fd", "goes_on", "limit", "memo",
-        "poll", "share", "turn", "unread", "watched", "words",
+        "poll", "put_off", "share", "turn", "unread", "watched", "words",
     )  # fmt: skip
 
     def __init__(self, channel: Channel, door: Door, words: Knock) -> None:
@@ -112,6 +116,7 @@ class Served:
         self.begun = 0  # when the call of a turn began, nanoseconds; 0 between two calls
         self.goes_on = False  # a procedure that has answered goes on with its work
         self.bytes = 0
+        self.put_off = 0.0  # until when at most, by ``time.monotonic()``; 0: it is not
         self.brought = False  # his call has descriptors that count
         self.unread: Parcels | None = None  # descriptors in results: see ``doorpool._unread``
         self.poll = select.poll()
@@ -393,16 +398,49 @@ class Gate:
             about=(about or door.id, peer.uid, "share"),
         )  # fmt: skip
 
-    def _count_unfinished(self, served: Served) -> None:
-        """Count the descriptors of a stranger's request that is not whole yet, or end his channel."""
-        count = served.channel.brought
-        if not count or served.brought or not is_strange(served.channel.peer.uid):
+    def _make_room(self, served: Served) -> None:
+        """
+        Count the descriptors of a stranger's packet before they are taken in hand, or end his channel unread.
+
+        If he holds his janitors up, what is in our table stays there, wanted or not.
+        """
+        refusal = served.door.bring(served, MAX_DESCRIPTORS)
+        if refusal is None:  # nearly always; how many there are is seen when they are here
             return
-        refusal = served.door.bring(served, count)
+        refusal = served.door.bring(served, min(MAX_DESCRIPTORS, _sockets.coming(served.channel.socket)))
         if refusal is not None:
+            self._put_off(served)  # those of his last call are being closed, perhaps
             self.refuse(served, refusal, "brought")
             self._say_goodbye(served, refusal)
             raise Hangup
+
+    @staticmethod
+    def _put_off(served: Served) -> None:
+        """
+        Leave a stranger's channel alone until what he has sent is closed; but not for ever.
+
+        Raises:
+            _PutOff: if that may be soon.
+        """
+        uid, now = served.channel.peer.uid, time.monotonic()
+        if not held()[uid] or is_late(uid) or 0 < served.put_off < now:
+            return
+        served.put_off = served.put_off or now + PATIENCE
+        raise _PutOff
+
+    def _arm_later(self, served: Served) -> None:
+        """Arm a channel that is put off: when all is closed that its caller has sent, or time is over."""
+
+        def arm() -> None:
+            if self._served.get(served.fd) is served:
+                self._arm(served, _PARKED)
+
+        def arm_at_last() -> None:
+            never_mind(told)
+            arm()
+
+        told = when_closed(served.channel.peer.uid, lambda: keeper().soon(arm))
+        keeper().after(PATIENCE, arm_at_last)
 
     def _say_closed(self, served: Served, error: Exception) -> None:
         """Log that a channel was closed for what its caller has sent; of a stranger not each time."""
@@ -434,8 +472,8 @@ class Gate:
                 if served.share is not None:
                     self._count_request(served, frame)
                 if frame is None:
-                    if channel.brought:
-                        self._count_unfinished(served)
+                    if served.brought:
+                        door.give_up_brought(served, channel.brought)  # all but what there is
                     return None
                 invocation.take(frame)
                 sent = frame.sent
@@ -462,6 +500,8 @@ class Gate:
                 invocation._open = True
                 return invocation
             # One at a time, as with calls: who sends them without end keeps nobody else waiting.
+            return None
+        except _PutOff:
             return None
         except Hangup:
             self.drop(served)
@@ -497,9 +537,11 @@ class Gate:
         """Read the next call of a caller from the socket, if it is there whole."""
         channel, door = served.channel, served.door
         if holds_up(channel.peer.uid):
+            self._put_off(served)
             self._turn_away_slow(served)
         limit = door.max_request
         frame = channel.read(limit, how, served.limit)
+        served.put_off = 0.0
         if frame is None:
             return None
         if frame.number != channel.number + 1 or frame.kind not in _FROM_CALLER:
@@ -547,9 +589,9 @@ class Gate:
         """Look at a request that is not quite an everyday one; answer pings and refuse misfits."""
         refusal = served.door.objection(frame)
         if refusal is None and frame.kind == _REQUEST:
-            refusal = self._find_room(served, frame)
-            if refusal is None:
-                return True
+            if served.brought:
+                served.door.give_up_brought(served, len(frame.descriptors))  # likewise
+            return True
         close_all(frame.descriptors, served.channel.peer.uid)
         if served.brought:  # before it was whole
             served.door.give_up_brought(served)
@@ -562,16 +604,6 @@ class Gate:
         else:
             served.channel.say(Kind.FAILURE, frame.number, refusal.encode())
         return False
-
-    def _find_room(self, served: Served, frame: Frame) -> Refusal | None:
-        """Count the descriptors of a request, if they are a stranger's; say why if they are too many."""
-        count = len(frame.descriptors)
-        if not count or not is_strange(served.channel.peer.uid):
-            return None
-        refusal = served.door.bring(served, count)
-        if refusal is not None:
-            self.refuse(served, refusal, "brought")
-        return refusal
 
     def _answer_ping(self, served: Served, frame: Frame) -> None:
         """
@@ -615,6 +647,8 @@ class Gate:
         """Let a freshly opened channel in."""
         served.channel.patience = LINGER
         served.channel.send_patience = SEND_PATIENCE
+        if is_strange(served.channel.peer.uid):
+            served.channel.make_room = lambda: self._make_room(served)
         self._served[served.fd] = served
         if self.closing is not None:  # after it is in the table: ``close`` ends it, or we do
             self.end(served, self.closing)
@@ -654,7 +688,10 @@ class Gate:
         if served.doomed is not None:
             self.end(served, served.doomed)
         elif self._served.get(served.fd) is served:
-            self._arm(served, events)
+            if served.put_off and held()[served.channel.peer.uid]:
+                self._arm_later(served)
+            else:
+                self._arm(served, events)
             # step: parked
 
     def _give_turn_back(self, served: Served) -> None:
@@ -1039,31 +1076,35 @@ class Invocation:
         self._gate.refuse(self.line, refusal)
         return Kind.FAILURE, refusal.encode(), (), ()
 
-    def _give_up_brought(self, passed: Sequence[int]) -> None:
+    def _give_up_brought(self, passed: Sequence[int] = ()) -> None:
         """
         Close the descriptors of a stranger's call that are left, and count all of them out.
 
-        Those that are passed back with the answer are closed behind it.
+        Those that are passed back with the answer are closed behind it, and count until it is sent.
         """
         left = [number for number in self.descriptors if number not in passed]
         for number in left:
             self.descriptors.remove(number)
         close_all(left, self.line.channel.peer.uid)
-        self.door.give_up_brought(self.line)
+        self.door.give_up_brought(self.line, len(passed))
 
     def _pass_to_stranger(
         self, channel: Channel, kind: int, data: bytes | bytearray | memoryview,
         buffers: Sequence[memoryview], descriptors: Sequence[int],
     ) -> None:  # fmt: skip
         """Send an answer with descriptors, of which a stranger may leave few unread."""
-        refusal = self.door.begin_passing(self.line, len(descriptors))
-        if refusal is not None:
-            self._gate.refuse(self.line, refusal, "unread")
-            return self._answer_at_length(channel, Kind.FAILURE, refusal.encode(), (), ())
         try:
-            self._answer_at_length(channel, kind, data, buffers, descriptors)
+            refusal = self.door.begin_passing(self.line, len(descriptors))
+            if refusal is not None:
+                self._gate.refuse(self.line, refusal, "unread")
+                return self._answer_at_length(channel, Kind.FAILURE, refusal.encode(), (), ())
+            try:
+                self._answer_at_length(channel, kind, data, buffers, descriptors)
+            finally:
+                self.door.end_passing(self.line)
         finally:
-            self.door.end_passing(self.line)
+            if self.line.brought:
+                self._give_up_brought()
 
     @staticmethod
     def _answer_at_length(

@@ -13,9 +13,10 @@ Our own user and root are trusted, and bounded only all together.  Strangers, th
 and those of whom the kernel does not say who they are, get a few answers each, and all together
 three quarters of what there is: of the answers in flight, and of this process's descriptors, of
 which no uid gets more than half of that (``doorpool._shares`` has the limits).  Of descriptors there count
-connections and channels, those that calls have brought, until these are answered, and what is kept for
-``doorpool._unread``, which bounds the descriptors in results.  All this is counted for the process and not
-for a server, because the kernel counts so; each server has its own limits for it.
+connections and channels, those that calls have brought, from before they are taken in hand until these are
+answered, what a janitor has not closed yet, and what is kept for ``doorpool._unread``, which bounds the
+descriptors in results.  All this is counted for the process and not for a server, because the kernel counts
+so; each server has its own limits for it.
 
 All methods are for holders of the keeper's lock, but those that say otherwise.
 """
@@ -31,7 +32,7 @@ from typing import TYPE_CHECKING
 
 import attrs
 
-from doorpool import _opening, _sockets
+from doorpool import _janitor, _opening, _sockets
 from doorpool._credentials import is_strange
 from doorpool._keeper import Keeper, Timer, keeper
 from doorpool._opening import Visitor
@@ -117,9 +118,9 @@ class Guests:
         """Let those go that have read their answers; return how many stay."""
         return sum(not self._has_left(guest) for guest in guests)
 
-    def why_full(self, uid: int | None, limits: Limits) -> str | None:
-        """Say why no further port or channel of this user fits in; None if one does."""
-        lack = self._lack(uid, 1, limits) if is_strange(uid) else None
+    def why_full(self, uid: int | None, limits: Limits, more: int = 1) -> str | None:
+        """Say why no further port or channel of this user fits in, or so many; None if one does."""
+        lack = self._lack(uid, more, limits) if is_strange(uid) else None
         return None if lack is None else "{} {} descriptors, and {} is {}".format(*lack)
 
     def bring(self, served: Served, count: int, limits: Limits) -> Refusal | None:
@@ -133,9 +134,12 @@ class Guests:
         text = f"{who} {has + count} descriptors with the {count} of this call, and {whose} is {most}"
         return Refusal(Reason.BUSY, text, limit=most, value=has + count)
 
-    def give_up_brought(self, served: Served) -> None:
-        """Count them out: they are closed, or the procedure's own affair; idempotent, from any thread."""
-        self._brought.pop(served, None)
+    def give_up_brought(self, served: Served, left: int = 0) -> None:
+        """Count them out, but for some: they are closed, or the procedure's own affair; idempotent."""
+        if left and served in self._brought:
+            self._brought[served] = left
+        else:
+            self._brought.pop(served, None)
 
     def begin_passing(self, served: Served, count: int, limits: Limits) -> Refusal | None:
         """Count descriptors that are about to be sent to a stranger; waits, without the lock."""
@@ -145,7 +149,7 @@ class Guests:
     def _lack(self, uid: int | None, more: int, limits: Limits) -> tuple[str, int, str, int] | None:
         """Say who has how many descriptors, and over which limit of whose so many more would be."""
         most = most_descriptors() * 3 // 4
-        others = sum(list(self._brought.values())) + self.unread.held().total()
+        others = sum(list(self._brought.values())) + self.unread.held().total() + _janitor.held().total()
         held = len(self._strange_ports) + 2 * len(self._strange_channels) + others
         if held + len(self._guests) + more > most:
             self.look_round()
@@ -164,7 +168,7 @@ class Guests:
             held[served.channel.peer.uid] += 2
         for served, count in list(self._brought.items()):
             held[served.channel.peer.uid] += count
-        return held + self.unread.held()
+        return held + self.unread.held() + _janitor.held()
 
     def usage(self) -> dict[int | None, Usage]:
         """

@@ -22,7 +22,11 @@ A janitor switches lingering *off*, so that the kernel delivers the rest behind 
 close returns.  (Lingering for 0 seconds would return as well, but cut the connection, which may be
 an honest sender's.)  Files have no such switch, nor has what lies in the queue of a socket.  So a
 janitor can be held up for good; whoever holds one up, or lets much pile up before them, is not
-heard any more meanwhile (``stuck``): neither his knocks are, nor his channels.
+heard any more meanwhile (``stuck``): neither his knocks are, nor his channels.  And what waits
+for them is in our table of descriptors, so it goes on counting as its sender's (``held``).
+
+Much may pile up for a moment before janitors whom nobody holds up: an honest caller's files, who calls
+again at once.  His channel is left alone until they have been closed (``when_closed``).
 
 A finalizer may come here, anywhere, and the keeper with its lock; and other finalizers, which
 want that lock, may run in the middle of what is done here.  So there is no lock: what is counted
@@ -44,11 +48,11 @@ import signal
 import socket
 import time
 from collections import Counter, deque
-from collections.abc import MutableSequence
+from collections.abc import Callable, MutableSequence
 from contextlib import suppress
 
 from doorpool import _sockets
-from doorpool._credentials import UCRED, is_strange
+from doorpool._credentials import is_strange
 from doorpool._descriptor import NOBODY
 
 AT_MOST = 16  #: Janitors at a time.
@@ -59,9 +63,8 @@ IDLE = 0.2  #: Seconds that one waits for more.
 
 PATIENCE = 1.0  #: Seconds that a close may take before its janitor counts as stuck.
 
-#: Room for credentials: with them an empty message differs from the end of file, and nothing else
-#: is taken in hand.
-_WHO = socket.CMSG_SPACE(UCRED.size)
+
+_LOOK = _sockets.MSG_PEEK | _sockets.MSG_DONTWAIT
 
 _SO_LINGER_OFF = b"\0" * 8  # struct linger
 
@@ -72,6 +75,8 @@ _type_of = socket.SocketType.type.__get__
 
 #: A descriptor, or a raw file that was made of one already: that gives its number back by closing only.
 Open = int | io.FileIO
+
+Told = tuple[int | None, Callable[[], None]]  # whom to call back when nothing of a uid is left
 
 Closed = tuple[Open, int | None]  # that, and the uid that sent it
 
@@ -84,6 +89,7 @@ class _Crew:
         self._bell: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._absent = [None] * AT_MOST  # an item for each janitor that may still come
         self._busy: dict[int, tuple[int | None, float]] = {}
+        self.told: list[Told] = []
 
     @property
     def _janitors(self) -> int:
@@ -113,6 +119,29 @@ class _Crew:
             counts = Counter(uid for _, uid in list(self.waiting))
             uids |= {uid for uid, count in counts.items() if count >= MOST_WAITING}
         return uids
+
+    def held(self) -> Counter[int | None]:
+        """Return how many descriptors wait or are being closed, by the uid that sent them."""
+        held = Counter(uid for _, uid in list(self.waiting))
+        held.update(uid for uid, _ in list(self._busy.values()))
+        return held
+
+    def is_late(self, uid: int | None) -> bool:
+        """Tell whether a janitor has been closing something of a uid's for too long."""
+        since = time.monotonic() - PATIENCE
+        return any(whose == uid and begun < since for whose, begun in list(self._busy.values()))
+
+    def when_closed(self, told: Told) -> None:
+        self.told.append(told)
+        self._tell()  # it may have been closed just now
+
+    def _tell(self) -> None:
+        """Call back those who wait for a uid of which nothing is left."""
+        held = self.held()
+        for told in [told for told in list(self.told) if not held[told[0]]]:
+            with suppress(ValueError):  # another was quicker
+                self.told.remove(told)
+                told[1]()
 
     def _next(self) -> Closed | None:
         """Return what is to be closed next; None if it is the turn of nothing that waits."""
@@ -158,6 +187,8 @@ class _Crew:
             _close(number)
         finally:
             del self._busy[me]
+            if self.told:
+                self._tell()
         return True
 
 
@@ -240,13 +271,18 @@ def _holds_something(sock: socket.socket) -> bool:
         return _sockets.unread(sock) > 0
     for _ in range(2):  # ECONNRESET is told once, before what is there
         try:
-            data, ancillary, _, _ = sock.recvmsg(1, _WHO, _sockets.MSG_PEEK | _sockets.MSG_DONTWAIT)
-            return bool(data or ancillary)
+            data, ancillary, _, _ = sock.recvmsg(1, _sockets.WHO_ROOM, _LOOK)
+            return bool(data or ancillary)  # an empty message has credentials, unlike the end of file
         except BlockingIOError:
             return False
         except ConnectionResetError:
             continue
     return False
+
+
+def at_work() -> bool:
+    """Tell whether a janitor is closing something now."""
+    return bool(_crew._busy)
 
 
 def stuck() -> set[int | None]:
@@ -256,7 +292,45 @@ def stuck() -> set[int | None]:
 
 def holds_up(uid: int | None) -> bool:
     """Tell whether a stranger holds a janitor up now."""
-    return bool(_crew._busy) and is_strange(uid) and uid in _crew.stuck()
+    return at_work() and is_strange(uid) and uid in _crew.stuck()
+
+
+def held() -> Counter[int | None]:
+    """
+    Return how many descriptors of each stranger are in our table until a janitor has closed them.
+
+    Takes no lock.  What a janitor takes in hand this very moment may be missing, one of each.
+    """
+    if not _crew.waiting and not _crew._busy:
+        return Counter()
+    held = _crew.held()
+    return Counter({uid: count for uid, count in held.items() if _is_bounded(uid)})
+
+
+def is_late(uid: int | None) -> bool:
+    """Tell whether something that a stranger has sent takes longer to close than it may."""
+    return _crew.is_late(uid)
+
+
+def when_closed(uid: int | None, callback: Callable[[], None]) -> Told:
+    """
+    Call back once, as soon as all that a stranger has sent is closed: in a janitor's thread, or at once.
+
+    Args:
+        callback: waits for nobody, and raises nothing.
+
+    Returns:
+        What ``never_mind`` takes.
+    """
+    told = uid, callback
+    _crew.when_closed(told)
+    return told
+
+
+def never_mind(told: Told) -> None:
+    """Do not call back any more; idempotent."""
+    with suppress(ValueError):
+        _crew.told.remove(told)
 
 
 def may_block(number: int, uid: int | None) -> bool:

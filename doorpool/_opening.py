@@ -42,13 +42,13 @@ import contextlib
 import errno
 import os
 import socket
+from collections.abc import Callable
 
 import attrs
 
 from doorpool import _sockets, _wire
 from doorpool._channel import Channel
 from doorpool._credentials import (
-    UCRED,
     Credentials,
     Ids,
     credentials_of,
@@ -67,8 +67,7 @@ from doorpool._wire import Answer, Codec, Knock, Refusal
 
 #: Room to look at a knock with: credentials, a pidfd and two descriptors, of which a good one
 #: brings one.  (If there is no pidfd, more find room; if there are more, no pidfd does.)
-_WHO = socket.CMSG_SPACE(UCRED.size)
-_LOOK = _WHO + socket.CMSG_SPACE(4) + socket.CMSG_SPACE(4)
+_LOOK = _sockets.WHO_ROOM + socket.CMSG_SPACE(4) + socket.CMSG_SPACE(4)
 
 
 def _describe(ids: Ids) -> str:
@@ -330,9 +329,14 @@ class Misfit:
     put_back = close
 
 
-def hear_knock(port: socket.socket) -> Visitor | Misfit | None:
+def hear_knock(
+    port: socket.socket, has_room: Callable[[int | None], bool] = lambda _: True
+) -> Visitor | Misfit | None:
     """
     Look at the next knock at a port; it stays there until ``forget_knock``.
+
+    Args:
+        has_room: tells whether a user's message may bring as many descriptors as there can be.
 
     Returns:
         The visitor; or a message that was no good knock; or None at the end: no holder is
@@ -347,7 +351,7 @@ def hear_knock(port: socket.socket) -> Visitor | Misfit | None:
         return None
     try:
         if len(letter.descriptors) > 1:
-            return _misfit_with_many(port, letter)
+            return _misfit_with_many(port, letter, has_room)
         if letter.truncated or letter.short:
             raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
         return _visitor(letter)
@@ -359,9 +363,13 @@ def hear_knock(port: socket.socket) -> Visitor | Misfit | None:
         raise
 
 
-def _misfit_with_many(port: socket.socket, letter: Letter) -> Misfit | None:
+def _misfit_with_many(
+    port: socket.socket, letter: Letter, has_room: Callable[[int | None], bool]
+) -> Misfit | None:  # fmt: skip
     """Take all the descriptors in hand that a message brings, or else have its port closed with it."""
     discard(letter)
+    if not has_room(_uid(letter)):
+        return None
     letter = _look(port, _wire.LETTER_SIZE)
     if letter.truncated:
         discard(letter)
@@ -372,7 +380,7 @@ def _misfit_with_many(port: socket.socket, letter: Letter) -> Misfit | None:
 
 def whose_knock(port: socket.socket) -> int | None:
     """Tell who has sent the next message at a port, without taking any descriptor in hand."""
-    return _uid(_look(port, 1, _WHO))
+    return _uid(_look(port, 1, _sockets.WHO_ROOM))
 
 
 def _look(port: socket.socket, size: int, room: int = _sockets.ANCILLARY_ROOM) -> Letter:

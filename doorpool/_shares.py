@@ -104,10 +104,10 @@ class Limits:
         total_bytes: the same of all these users together, who may be one person with many uids; by default
             four times ``bytes``.  Nobody counts for more than ``bytes`` in it, and what is no more than a
             packet (64 KiB) is let pass.
-        descriptors: of the server's process, for connections and channels, for what his calls have brought,
-            until they are answered, and for doors, streams and leases that were given to him in results, as
-            long as he keeps them; by default half of what strangers may have together, which is three
-            quarters of ``RLIMIT_NOFILE``.
+        descriptors: of the server's process, for connections and channels, for what his calls bring,
+            until they are answered and it is closed, and for doors, streams and leases that were given to
+            him in results, as long as he keeps them; by default half of what strangers may have together,
+            which is three quarters of ``RLIMIT_NOFILE``.
         greetings: knocks that are being answered: those that ``callers`` is asked about, and likewise answers
             that have not been read.
         unread: descriptors in results that he has not read, in the process; by default 256, or a quarter of

@@ -51,6 +51,8 @@ MAX_DESCRIPTORS = 253
 #: by the kernel inside our ``recvmsg``, and such a close may block for as long as a sender
 #: likes (SO_LINGER).
 ANCILLARY_ROOM = socket.CMSG_SPACE(UCRED.size) + socket.CMSG_SPACE(4) + socket.CMSG_SPACE(4 * MAX_DESCRIPTORS)
+#: Room for credentials only, for a look that takes nothing else in hand.
+WHO_ROOM = socket.CMSG_SPACE(UCRED.size)
 
 # Plain numbers: the flags of the socket module are enums, and ``a | b`` of two takes 0.6 µs.
 MSG_DONTWAIT = int(socket.MSG_DONTWAIT)
@@ -352,6 +354,16 @@ def unsent(sock: socket.socket) -> int:
 def unread(sock: socket.socket) -> int:
     """Return how many bytes wait to be read, over all messages (SIOCINQ)."""
     return _ask_number(sock, termios.FIONREAD)
+
+
+def coming(sock: socket.socket) -> int:
+    """Return how many descriptors wait to be read, over all messages; the most of one if nobody can tell."""
+    try:
+        with open(f"/proc/self/fdinfo/{sock.fileno()}", "rb") as file:
+            _, _, count = file.read(4096).partition(b"scm_fds:")  # Linux 5.6+
+    except OSError:
+        count = b""
+    return int(count) if count.strip() else MAX_DESCRIPTORS
 
 
 def _ask_number(sock: socket.socket, request: int) -> int:

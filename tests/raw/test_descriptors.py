@@ -9,6 +9,7 @@ import errno
 import fcntl
 import os
 import resource
+import socket
 import subprocess
 import sys
 import tempfile
@@ -17,8 +18,10 @@ import pytest
 from support import rawpeer, wait_until
 from support.rawdoor import PATIENCE, Background
 
+from doorpool import _sockets
 from doorpool._errors import BusyError, CallTimeoutError, DoorError, LimitError, ProtocolError
 from doorpool._keeper import keeper
+from doorpool._sockets import MAX_DESCRIPTORS
 from doorpool.door import Door, Gate, Handle
 
 COUNTS = [0, 1, 2, 16, 252, 253]
@@ -54,6 +57,18 @@ def test_any_number_both_ways_in_order(serve, files, count):
         assert not set(reply.descriptors) & set(ours)
         assert (reply.data, bytes(reply.buffers[0])) == (b"data", b"buffer")
     assert handle.call().descriptors == []
+
+
+def test_how_many_wait_in_a_queue_is_told_without_taking_them():
+    one, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with one, other:
+        assert _sockets.coming(other) == 0
+        for count in (10, 3):
+            socket.send_fds(one, [b"x"], [0] * count)
+        before = open_descriptors()
+        assert _sockets.coming(other) == 13
+        assert open_descriptors() == before
+    assert _sockets.coming(other) == MAX_DESCRIPTORS  # nobody can tell: it is closed
 
 
 @pytest.mark.ids("F1", "C01")

@@ -20,7 +20,7 @@ from msgspec import msgpack
 from support import byhand, rawpeer, wait_until
 from support.actors import here, logged
 
-from doorpool import BusyError, Descriptor, Endpoint, Limits, Proxy, Server, _guests, take
+from doorpool import BusyError, Descriptor, Endpoint, Limits, Proxy, Server, _gate, _guests, _janitor, take
 from doorpool._doors import fresh
 from doorpool._streams import Stream
 
@@ -64,6 +64,13 @@ def keep_given(*given: Descriptor) -> int:
     return len(given)
 
 
+def close_at_once(*given: Descriptor) -> int:
+    """Close what is passed; of files a janitor does that."""
+    for one in given:
+        one.close()
+    return len(given)
+
+
 class Session:
     """It may be entered, and whoever has done so has a lease."""
 
@@ -93,6 +100,8 @@ def serve(path: str, threads: int = 64, **limits: int) -> None:
     here.server.attach(lambda size: b"x" * size, f"{path}.much", name="much", **options)
     here.server.attach(lambda *given: wait(len(given)), f"{path}.hold", name="hold", **options)
     here.server.attach(keep_given, f"{path}.keep", name="keep", **options)
+    here.server.attach(close_at_once, f"{path}.close", name="close", **options)
+    here.server.attach(lambda given: given, f"{path}.back", name="back", **options)
     for kind in (stream, session, room, sessions, bare):
         here.server.attach(kind, f"{path}.{kind.__name__}", **options)
     here.server.attach(
@@ -481,8 +490,13 @@ def bring(path: str, channels: int, count: int, *, half: bool = False) -> None:
 
 def first_bytes() -> list[bytes]:
     """With which frame each channel was answered that was; they stay unread."""
-    peek = socket.MSG_PEEK
-    return [byhand.receive(it, flags=peek).data[:1] for it in here.kept if byhand.readable(it, 0)]
+    return [_peek(it)[:1] for it in here.kept if byhand.readable(it, 0)]
+
+
+def _peek(channel: socket.socket) -> bytes:
+    with contextlib.suppress(ConnectionResetError):  # told once, before: our call was not even read
+        return byhand.receive(channel, flags=socket.MSG_PEEK).data
+    return byhand.receive(channel, flags=socket.MSG_PEEK).data
 
 
 def pass_some(path: str, count: int) -> int:
@@ -614,6 +628,198 @@ def close_given(count: int) -> None:
     assert len(here.given) == count
     while here.given:
         here.given.pop().close()
+
+
+# -- what waits for janitors
+
+
+def hold_closes() -> None:
+    """Be as if whatever janitors have in hand were never closed, until they are let go."""
+    here.closes, closing = threading.Event(), _janitor._close
+
+    def close(number: Any) -> None:
+        here.closes.wait(PATIENCE)
+        closing(number)
+
+    _janitor._close = close
+
+
+def let_closes_go() -> None:
+    here.closes.set()
+
+
+def be_patient(seconds: float) -> None:
+    """Let a close take so long."""
+    _janitor.PATIENCE = _gate.PATIENCE = seconds
+
+
+def pass_null(count: int) -> int:
+    """Pass files, whose close might block, to a door that is open."""
+    with contextlib.ExitStack() as stack:
+        files = [stack.enter_context(open(os.devnull)) for _ in range(count)]
+        return int(here.open[0](*files))
+
+
+def be_at(path: str, count: int, how: str) -> None:
+    """Have so many connections, if it is for knocks, or else so many channels."""
+    with byhand.reach(path) as door:
+        here.kept = [byhand.reach(path) if how == "knocks" else byhand.dial(door)[0] for _ in range(count)]
+
+
+def send_files(count: int, how: str) -> None:
+    """
+    Send files everywhere, at one moment, and hear nothing of what is said to it.
+
+    Args:
+        how: as a call that is whole; as one that is not; in an empty packet; in the middle of a frame; where
+            knocks are heard.
+    """
+    body = msgpack.encode(([msgpack.Ext(1, place.to_bytes(4, "big")) for place in range(count)], {}))
+    whole = byhand.frame_bytes("Q", 1, body, descriptors=count)
+    others = {"half": whole[:-1], "empty": b"", "middle": whole[-1:], "knocks": b"no knock"}
+    with contextlib.ExitStack() as stack:
+        files = [stack.enter_context(open(os.devnull)).fileno() for _ in range(count)]
+        for channel in here.kept:
+            if how == "middle":
+                byhand.send(channel, whole[:-1])
+            byhand.send(channel, others.get(how, whole), files)
+
+
+def connect_often(path: str, count: int) -> int:
+    """Connect and stay; return how many connections were greeted."""
+    here.kept = [byhand.reach(path) for _ in range(count)]
+    return sum(byhand.receive(one).data[:4] == byhand.greeting_bytes()[:4] for one in here.kept)
+
+
+def held_by_all() -> int:
+    return sum(one.descriptors for one in here.server.statistics().users.values())
+
+
+def put_off() -> int:
+    """How many channels are not read now, until something is closed."""
+    return sum(served.put_off > 0 for served in here.server._shared_pool.gate._served.values())
+
+
+def are_held_up() -> bool:
+    """Whether both janitors of a user are at work, and no thread lingers that has looked before."""
+    channels = here.server._shared_pool.gate._served.values()
+    return len(_janitor._crew._busy) == _janitor.AT_MOST_HIS and not any(it.claim.locked() for it in channels)
+
+
+@pytest.mark.ids("F07", "F20")
+def test_what_a_call_has_brought_counts_until_it_is_closed(serving, actor, path):
+    """And not until the call is answered: it is in our table as long as janitors are held up."""
+    server, one, mate, other = serving(descriptors=120), actor(A), actor(A), actor(B)
+    assert one(open_some, f"{path}.close", 1) == (1, [])
+    server(hold_closes)
+    assert one(pass_null, 100) == 100
+    settle(server, A, descriptors=100 + 3)  # and his connection, and his channel
+    assert mate(connect_often, path, 30) == 120 - 103
+    assert "120 descriptors, and a user's limit is 120" in sole_line(server, "dropped a connection")
+    assert other(call_once, path, "hello") == "hello"
+    mate(disconnect)
+    server(let_closes_go)
+    settle(server, A, descriptors=3)
+    assert one(pass_null, 100) == 100
+
+
+@pytest.mark.ids("F07", "F20", "F23")
+@pytest.mark.parametrize("how", ["whole", "half", "empty", "middle", "knocks"])
+def test_files_that_are_not_closed_leave_room_for_our_own(serving, actor, path, how):
+    """Nobody's are taken in hand for which there is no room among what all strangers may have."""
+    server, own = serving(), actor(0)
+    strangers = [actor(A + number) for number in range(5)]
+    server(limit_descriptors, 1024)
+    before = server(table)
+    server(hold_closes)
+    server(let_go)  # procedures
+    for stranger in strangers:
+        stranger(be_at, f"{path}.close", 4, how)
+    for stranger in strangers:
+        stranger(send_files, 240, how)
+    for _ in range(5):
+        assert own(pass_some, f"{path}.keep", 100) == 100
+        server(close_given, 100)
+    assert server(table) - before < 768 + 70  # of all strangers, and few besides
+    looked_at = 3 * 4 * 5 if how == "knocks" else 0  # a look takes so many, if no janitor is at work yet
+    wait_until(lambda: server(held_by_all) <= 768 + looked_at, "what is closed counts once", timeout=PATIENCE)
+    server(let_closes_go)
+    for stranger in strangers:
+        stranger(disconnect)
+    wait_until(lambda: not server(users), timeout=PATIENCE)
+    wait_until(lambda: server(table) < before + 20, timeout=PATIENCE)
+
+
+@pytest.mark.ids("F07", "F20")
+@pytest.mark.parametrize(("limit", "count"), [(150, 40), (40, 25)], ids=["much waits", "no room"])
+def test_who_calls_again_before_his_files_are_closed_is_not_refused(serving, actor, path, limit, count):
+    """His call waits for that, and holds no thread."""
+    server, one = serving(descriptors=limit, threads=4), actor(A)
+    server(hold_closes)
+    server(be_patient, PATIENCE)
+    assert one(open_some, f"{path}.close", 1) == (1, [])
+    assert one(pass_null, count) == count
+    wait_until(lambda: server(are_held_up), timeout=PATIENCE)
+    result = one.begin(pass_null, count)
+    wait_until(lambda: server(put_off) == 1, timeout=PATIENCE)
+    assert actor(B)(call_once, path, "hello") == "hello"
+    assert one.acting
+    server(let_closes_go)
+    assert result() == count
+    assert server(refused) == 0
+    settle(server, A, descriptors=3)  # his connection, and his channel
+
+
+@pytest.mark.ids("F07", "F20")
+def test_nobody_waits_for_ever_for_what_is_not_closed(serving, actor, path):
+    server, one = serving(), actor(A)
+    assert one(open_some, f"{path}.close", 1) == (1, [])
+    server(hold_closes)
+    server(be_patient, 0.5)
+    assert one(pass_null, 40) == 40
+    wait_until(lambda: server(are_held_up), timeout=PATIENCE)
+    with pytest.raises(BusyError, match="takes too long"):
+        one(pass_null, 0)
+    server(let_closes_go)
+    wait_until(lambda: server(usage, A)["descriptors"] <= 1, timeout=PATIENCE)
+    assert one(pass_null, 40) == 40
+
+
+def note_passing() -> None:
+    """Take note of how many descriptors a user has while a result with some is being sent."""
+    from doorpool._door import Door
+
+    begin, here.noted = Door.begin_passing, []
+
+    def noted(door: Any, served: Any, count: int) -> Any:
+        here.noted.append(usage(A)["descriptors"])
+        return begin(door, served, count)
+
+    Door.begin_passing = noted
+
+
+def noted() -> list[int]:
+    return list(here.noted)
+
+
+def be_given_back(path: str, count: int) -> int:
+    """Pass descriptors to who gives them back."""
+    with contextlib.ExitStack() as stack:
+        ends = [stack.enter_context(Descriptor(number)) for number in os.pipe()]
+        back = stack.enter_context(Proxy(path, server={0}, timeout=PATIENCE))(ends * (count // 2))
+        for one in back:
+            one.close()
+        return len(back)
+
+
+@pytest.mark.ids("F07")
+def test_what_is_passed_back_counts_until_it_is_sent(serving, actor, path):
+    """Whoever does not read it holds its sending up, and it is in our table."""
+    server, one = serving(), actor(A)
+    server(note_passing)
+    assert one(be_given_back, f"{path}.back", 20) == 20
+    assert server(noted) == [20 + 3]  # its channel has two, and the connection is one
+    wait_until(lambda: server(usage, A) == {}, timeout=PATIENCE)
 
 
 def knock_often(path: str, count: int) -> None:

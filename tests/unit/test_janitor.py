@@ -301,6 +301,46 @@ def test_all_strangers_together_leave_some_janitors_to_us(monkeypatch, held):
     wait_until(lambda: not any(map(is_open, theirs)))
 
 
+@pytest.mark.ids("F07", "F20")
+def test_what_is_not_closed_yet_is_counted_by_whose_it_was(held):
+    numbers = [dup_of_null() for _ in range(AT_MOST_HIS + 3)]
+    close_later(list(numbers), STRANGER)
+    for uid in (NOBODY, os.geteuid()):  # nobody is held to account
+        close_later([dup_of_null()], uid)
+    wait_until(lambda: len(held.entered) == AT_MOST_HIS + 2)
+    assert _janitor.held() == {STRANGER: AT_MOST_HIS + 3}
+    held.let_go.set()
+    wait_until(lambda: not _janitor.held())
+    assert not any(map(is_open, numbers))
+
+
+def test_who_asks_is_told_once_when_nothing_of_a_uid_is_left(held):
+    numbers, told = [dup_of_null() for _ in range(5)], []
+    close_later(list(numbers), STRANGER)
+    _janitor.when_closed(STRANGER, lambda: told.append("his"))
+    left = _janitor.when_closed(STRANGER, lambda: told.append("never mind"))
+    _janitor.when_closed(STRANGER + 1, lambda: told.append("another's, at once"))
+    assert told == ["another's, at once"]
+    for _ in range(2):
+        _janitor.never_mind(left)
+    held.let_go.set()
+    wait_until(lambda: len(told) == 2)
+    assert told[1] == "his"
+    assert not any(map(is_open, numbers))
+    assert not _janitor._crew.told
+
+
+def test_a_close_is_late_when_it_has_taken_too_long(held, monkeypatch):
+    close_later([dup_of_null()], STRANGER)
+    wait_until(lambda: held.entered)
+    assert not _janitor.is_late(STRANGER)
+    monkeypatch.setattr(_janitor, "PATIENCE", 0.01)
+    wait_until(lambda: _janitor.is_late(STRANGER))
+    assert not _janitor.is_late(STRANGER + 1)
+    held.let_go.set()
+    wait_until(lambda: not _janitor.is_late(STRANGER))
+
+
 @pytest.mark.ids("F21")
 def test_a_janitor_hears_no_signals(monkeypatch):
     """One that came to a thread which hangs in the kernel would be handled by nobody."""
