@@ -636,9 +636,10 @@ class _Watcher:
             if time.monotonic() - since > _TICK:
                 try:
                     pump.send_early()
-                except BaseException:
+                except BaseException as error:
                     self.forget(pump)
-                    log.exception("what there is of a batch of a stream could not be sent early")
+                    text = "what there is of a batch of a stream could not be sent early"
+                    log(logging.ERROR, text, error=error)
 
     def _may_go(self) -> bool:
         """Say that it is gone, unless somebody has come meanwhile, who took it to be there."""

@@ -5,6 +5,7 @@ Streams: iterators as results and arguments, what is read ahead, and what ends t
 from __future__ import annotations
 
 import functools
+import contextlib
 import gc
 import itertools
 import os
