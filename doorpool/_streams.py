@@ -76,6 +76,7 @@ import msgspec
 
 from doorpool import _data, _passing, _proxy, _sockets
 from doorpool._call import current
+from doorpool._channel import PACKET
 from doorpool._credentials import is_strange
 from doorpool._descriptor import Descriptor
 from doorpool._doors import arrive
@@ -486,6 +487,10 @@ class Pump:
             if not count:
                 making.unfit = True
                 return  # whoever makes the batch will come to the same, and tell
+            if not _goes_at_once(parcel, invocation):
+                making.unfit = True
+                _data.release(parcel)
+                return  # whoever makes the batch waits for him
             making.asker = None
             del making.items[:count]
             self._limit = 1
@@ -583,6 +588,18 @@ class Pump:
                 "and 253 descriptors may cross at a time", limit=most, value=size, may_have_run=True,
             )  # fmt: skip
         return parcel
+
+
+def _goes_at_once(parcel: Any, invocation: Invocation) -> bool:
+    """
+    Tell whether the watcher, who sends for all, need not wait for somebody who may never read.
+
+    Our own user and root are trusted to; a stranger who has read all gets what his socket certainly takes.
+    """
+    if not is_strange(invocation.credentials.uid):
+        return True
+    unread = _sockets.unsent(invocation.line.channel.socket)
+    return not unread and not parcel[2] and _bytes_of(parcel) <= PACKET // 2
 
 
 class _Watcher:

@@ -4,15 +4,17 @@ Streams: iterators as results and arguments, what is read ahead, and what ends t
 
 from __future__ import annotations
 
-import functools
 import contextlib
+import functools
 import gc
 import itertools
 import os
 import queue
 import signal
+import socket
 import threading
 import time
+import types
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -1824,6 +1826,29 @@ def test_what_a_handler_raises_in_a_generator_leaves_run(
     with Proxy(door_dir / "close.door", timeout=PATIENCE) as close, contextlib.suppress(BrokenDoorError):
         close()  # and its main thread, which ends the process, does not wait for the answer
     assert child.finish().value == [name]
+
+
+@pytest.mark.ids("F11", "F05")
+def test_the_watcher_sends_nothing_that_it_might_have_to_wait_for(monkeypatch):
+    """To a stranger, who may never read it, and for whom all other streams would wait."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours, theirs:
+        line = types.SimpleNamespace(channel=types.SimpleNamespace(socket=ours))
+
+        def goes(size: int, descriptors: tuple[int, ...] = (), uid: int | None = 4242) -> bool:
+            invocation: Any = types.SimpleNamespace(credentials=types.SimpleNamespace(uid=uid), line=line)
+            return streams._goes_at_once((bytes(size), (), descriptors), invocation)
+
+        assert goes(1000)
+        assert not goes(100_000)
+        assert not goes(1000, (0,)), "of which he may leave few unread"
+        assert goes(100_000, (0,), uid=os.geteuid())
+        ours.send(b"an answer that he has not read")
+        assert not goes(1000)
+        assert not goes(1000, uid=None)
+        assert goes(1000, uid=0)
+        theirs.recv(100)
+        assert goes(1000)
 
 
 def test_a_watcher_for_which_there_is_no_thread_keeps_nothing(monkeypatch):
