@@ -142,13 +142,18 @@ def check_spin(value: float | None) -> int:
     """
     Return how long a wait looks before it parks, nanoseconds; -1 for as long as it is worth it.
 
+    For ever is three years.
+
     Raises:
         TypeError: it is no real number.
         ValueError: it is below 0.
     """
     if value is None:
         return -1
-    return 0 if value == 0 and not isinstance(value, bool) else int((check_seconds(value, "spin") or 0) * 1e9)
+    if value == 0 and not isinstance(value, bool):
+        return 0
+    seconds = check_seconds(value, "spin")
+    return int((FOREVER if seconds is None else seconds) * 1e9)
 
 
 def deadline_after(seconds: float | None) -> float | None:

@@ -15,7 +15,6 @@ is told nothing more; the procedure never hears of it.
 
 from __future__ import annotations
 
-import operator
 import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
@@ -23,6 +22,7 @@ from typing import Any, TypeVar
 from doorpool._call import LISTENER, current
 from doorpool._endpoint import Endpoint
 from doorpool._errors import CallTimeoutError
+from doorpool._marshal import came_by_a_signal
 
 __all__ = ["Listener", "track"]
 
@@ -60,9 +60,19 @@ def track(items: Iterable[_T], text: str = "", total: int | None = None) -> Iter
     listener = getattr(invocation, "listener", None)
     if listener is None:
         return iter(items)
-    if total is None and hasattr(items, "__len__"):
-        total = operator.length_hint(items)
+    if total is None:
+        total = _length_of(items)
     return _tracked(items, _Reporter(listener, text, total))
+
+
+def _length_of(items: Any) -> int | None:
+    """Return how many items there are, if they say so; what else they do is not the procedure's problem."""
+    try:
+        return len(items)
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt) or came_by_a_signal(error):
+            raise
+        return None  # there is no length, or it is not known yet, or too large for ``len``
 
 
 def _tracked(items: Iterable[_T], reporter: _Reporter) -> Iterator[_T]:

@@ -99,7 +99,7 @@ from doorpool._errors import (
     ProtocolError,
     RevokedError,
 )
-from doorpool._handle import deadline_after
+from doorpool._handle import check_seconds, deadline_after
 from doorpool._impl import shuttle
 from doorpool._keys import Steps
 from doorpool._log import log
@@ -742,19 +742,15 @@ class Stream:
     Its end reaches the iterator: ``close`` waits for it (and for the ``finally`` of a generator);
     a stream that is collected or whose process dies lets go of it, soon.
 
-    Attributes:
-        timeout: seconds for each pull; None for none.  At first that of the proxy that returned
-            the stream, if the stream was the result itself, and not inside it.
-
     Raises:
         DoorError: of ``next``: the other side could not be asked.
     """
 
     __slots__ = ("__weakref__", "_batch", "_closed", "_count", "_ended", "_generation", "_item", "_lock",
-                 "_proxy", "_pulled", "_value", "_wrong", "timeout")  # fmt: skip
+                 "_proxy", "_pulled", "_timeout", "_value", "_wrong")  # fmt: skip
 
     def __init__(self, proxy: Proxy) -> None:
-        self.timeout: float | None = None
+        self._timeout: float | None = None
         self._proxy = proxy
         self._batch: Iterator[Any] = iter([])  # what was read ahead; of a list, which knows its length
         self._ended = False  # nothing more will come
@@ -766,6 +762,23 @@ class Stream:
         self._value: Any = None  # what the generator has returned
         self._lock = threading.RLock()  # a signal handler may take an item, or close
         self._generation = _sockets.generation
+
+    @property
+    def timeout(self) -> float | None:
+        """
+        Seconds for each pull; None for none.
+
+        At first that of the proxy that returned the stream, if the stream was the result itself, and not
+        inside it.
+
+        Raises:
+            TypeError, ValueError: what is set is no number of seconds above 0, and not None.
+        """
+        return self._timeout
+
+    @timeout.setter
+    def timeout(self, value: float | None) -> None:
+        self._timeout = check_seconds(value, "timeout")
 
     def __iter__(self) -> Generator[Any, None, Any]:
         """
@@ -859,7 +872,7 @@ class Stream:
         return good
 
     def _call(self, *args: Any) -> Any:
-        return self._proxy._line.call(args, {}, deadline_after(self.timeout))
+        return self._proxy._line.call(args, {}, deadline_after(self._timeout))
 
     def _end(self) -> None:
         self._ended = True
@@ -898,7 +911,7 @@ class Stream:
                 lock.release()
 
     def _close_there(self) -> None:
-        seconds = _CLOSING if self.timeout is None else min(self.timeout, _CLOSING)
+        seconds = _CLOSING if self._timeout is None else min(self._timeout, _CLOSING)
         try:
             self._proxy._line.call((True,), {}, deadline_after(seconds))
         except (ClosedError, RevokedError, BrokenDoorError, CallTimeoutError, BusyError):

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from doorpool import CallTimeoutError, Proxy, track
+from doorpool._progress import _length_of
 
 PATIENCE = 20.0
 
@@ -120,6 +121,38 @@ def test_a_total_is_told_if_it_is_known(serve, connect, reports):
     serve(totals)
     connect().options(progress=tell(reports))()
     assert [report[1:] for report in reports] == [(1, "")] * 2 + [(None, "")] * 2 + [(2, "letters")] * 2
+
+
+class Sized:
+    """Three items that cannot say so."""
+
+    def __init__(self, kind: type[BaseException]) -> None:
+        self._kind = kind
+
+    def __iter__(self) -> Iterator[int]:
+        return iter([1, 2, 3])
+
+    def __len__(self) -> int:
+        raise self._kind("how many rows?")
+
+
+@pytest.mark.parametrize("kind", [TypeError, RuntimeError, SystemExit])
+def test_a_length_that_is_not_known_is_not_the_procedures_problem(serve, connect, reports, kind):
+    serve(lambda: sum(track(Sized(kind))))
+    assert connect()() == 6
+    assert connect().options(progress=tell(reports))() == 6
+    assert (reports[0], reports[-1]) == ((0, None, ""), (3, None, ""))
+
+
+def test_a_length_that_is_too_large_for_len_is_not_known(serve, connect, reports):
+    serve(lambda: next(track(range(10**20))))
+    assert connect().options(progress=tell(reports))() == 0
+    assert reports[0] == (0, None, "")
+
+
+def test_ctrl_c_while_a_length_is_asked_for_is_no_answer():
+    with pytest.raises(KeyboardInterrupt):
+        _length_of(Sized(KeyboardInterrupt))
 
 
 def test_a_loop_that_is_left_reports_how_far_it_came(serve, connect, reports):

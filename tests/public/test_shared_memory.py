@@ -15,6 +15,7 @@ from support import wait_until
 
 import doorpool
 from doorpool import Proxy, Server, _impl, _segments, _shelf
+from doorpool._handle import FOREVER, check_spin
 
 numpy = pytest.importorskip("numpy")
 
@@ -66,7 +67,12 @@ def test_spin_is_a_number_of_seconds(value, door_dir):
         Proxy(door_dir / "a.door", spin=value)
 
 
-@pytest.mark.parametrize("spin", [None, 0, 0.01])
+def test_who_looks_for_ever_does_not_park_at_once():
+    assert check_spin(float("inf")) == check_spin(1e300) == check_spin(FOREVER) == FOREVER * 1e9
+    assert (check_spin(0), check_spin(None)) == (0, -1)
+
+
+@pytest.mark.parametrize("spin", [None, 0, 0.01, float("inf")])
 def test_calls_are_right_however_long_one_looks(serve, connect, spin):
     serve(identity, server={"spin": spin})
     proxy = connect(spin=spin)

@@ -1045,6 +1045,30 @@ def test_the_time_of_a_stream_can_be_set(far):
         next(stream)
 
 
+@pytest.mark.parametrize("value", [float("nan"), "abc", 0, -1, True])
+def test_a_time_that_is_none_is_refused_when_it_is_set(far, value):
+    """As by ``Proxy.options(timeout=)``."""
+    numbers = far("numbers")
+    stream = numbers(3)
+    with pytest.raises((TypeError, ValueError)) as by_options:
+        numbers.options(timeout=value)
+    with pytest.raises(type(by_options.value)) as caught:
+        stream.timeout = value
+    assert str(caught.value) == str(by_options.value)
+    assert stream.timeout == PATIENCE
+    assert list(stream) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("value", [float("inf"), 1e10, pytest.param(10**400, id="10**400")])
+def test_a_time_without_an_end_is_none(far, value):
+    stream, closed = far("numbers")(3), far("numbers")(3)
+    stream.timeout = closed.timeout = value
+    assert stream.timeout is None
+    assert list(stream) == [0, 1, 2]
+    assert next(closed) == 0
+    closed.close()
+
+
 # -- the end
 
 
