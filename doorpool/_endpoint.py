@@ -983,7 +983,13 @@ def _is_no_procedure() -> None:
     """Do nothing: a lease is not there to be called."""
 
 
+def _uid_of_caller() -> int | None:
+    invocation = current.get(None)
+    return None if invocation is None else invocation.credentials.uid
+
+
 _objects.make_lease = _make_lease
+_objects.uid_of_caller = _uid_of_caller
 
 #: The endpoints of this process, by the ids of their doors.
 _endpoints: weakref.WeakValueDictionary[bytes, Endpoint] = weakref.WeakValueDictionary()

@@ -37,13 +37,13 @@ import ast
 import functools
 import inspect
 import json
-import secrets
 import threading
 import types
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
+from doorpool._descriptor import NOBODY
 from doorpool._errors import BrokenDoorError, RemoteError
 
 CALL, ENTER, EXIT, METHODS = "__call__", "__enter__", "__exit__", "__methods__"
@@ -71,6 +71,9 @@ _JSON = json.JSONDecoder()
 #: the reason; returns it, the descriptor for the caller, and that as it is to be sent.  Outside a call there
 #: is none.  It is set by ``_endpoint``, which has doors.
 make_lease: Callable[[Callable[[str], None]], tuple[Any, Any, Any]] | None = None
+
+#: Tells the uid of who calls, as the kernel does; likewise.
+uid_of_caller: Callable[[], int | None] | None = None
 
 _T = TypeVar("_T")
 
@@ -168,15 +171,16 @@ class Facade:
             same for each instance then.
     """
 
-    __slots__ = ("_entered", "_kind", "_lock", "_over", "_plain", "names", "object")
+    __slots__ = ("_entered", "_kind", "_last", "_lock", "_over", "_plain", "names", "object")
 
     def __init__(self, target: Any, names: frozenset[str], kind: type | None = None) -> None:
         self.object = target
         self.names = names
         self._plain = names - {ENTER, EXIT}  # which are called and no more
         self._kind = kind
-        self._entered: dict[int, Any] = {}  # who is in it, by numbers: their leases
+        self._entered: dict[int, tuple[Any, int | None]] = {}  # who is in it: by numbers, leases and uids
         self._over = False
+        self._last = 0
         self._lock = threading.Lock()
 
     def __repr__(self) -> str:
@@ -223,7 +227,10 @@ class Facade:
         """
         Enter the object; return whether it gave itself, otherwise what it gave, and a number and a lease.
         """
-        number = 1 + secrets.randbits(62)  # which any codec can carry
+        with self._lock:
+            self._last += 1
+            number = self._last
+        uid = None if uid_of_caller is None else uid_of_caller()
         lease: Any = None
         theirs: Any = None
         parcel: Any = None
@@ -237,7 +244,7 @@ class Facade:
                 theirs.close()
             raise
         with self._lock:
-            self._entered[number] = lease
+            self._entered[number] = lease, uid
             over = self._over
         if over:  # the door was closed meanwhile, and nobody will come to leave it
             for failure in list(self.abandon("the door was closed while it was entered")):
@@ -246,11 +253,16 @@ class Facade:
         return (True, None, number, parcel) if value is self.object else (False, value, number, parcel)
 
     def _exit(self, error: Any = None, number: int = 0) -> bool:
-        """Leave the object, with what ended the caller's block: an exception, or its text."""
+        """
+        Leave the object, with what ended the caller's block: an exception, or its text.
+
+        Who has entered leaves, and nobody else: numbers are easily guessed, and the kernel says who calls.
+        """
+        uid = None if uid_of_caller is None else uid_of_caller()
         with self._lock:
-            if number not in self._entered:
+            if self._entered.get(number, (None, NOBODY))[1] != uid:
                 raise RuntimeError(f"{self._named} was left and had not been entered")
-            lease = self._entered.pop(number)
+            lease, _ = self._entered.pop(number)
         if error is not None and not isinstance(error, BaseException):
             error = RemoteError(str(error))
         return self._leave(error, lease)
@@ -293,7 +305,7 @@ class Facade:
         with self._lock:
             if number not in self._entered:
                 return
-            lease = self._entered.pop(number)
+            lease, _ = self._entered.pop(number)
         error = BrokenDoorError(why, may_have_run=True)
         try:
             self._leave(error, lease)

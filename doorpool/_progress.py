@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 from doorpool._call import LISTENER, current
 from doorpool._endpoint import Endpoint
 from doorpool._errors import CallTimeoutError
-from doorpool._marshal import came_by_a_signal
+from doorpool._log import came_by_a_signal
 
 __all__ = ["Listener", "track"]
 

@@ -754,21 +754,6 @@ def test_who_lets_go_of_a_shared_one_is_left_for(serve, connect):
 
 @pytest.mark.ids("U12")
 @pytest.mark.parametrize("codec", ["pickle", "data"])
-def test_nobody_can_leave_it_for_another_who_holds_the_same_door(serve, connect, codec):
-    manager = Manager()
-    server = serve(lambda: shared, codec=codec)
-    shared = server.attach(manager, linger=True, codec=codec)
-    one, other = connect()(), connect()()
-    with contextlib.closing(other), one:
-        for number in (0, 1, 2):
-            with pytest.raises(RuntimeError, match="had not been entered"):
-                other._line.call_method("__exit__", (None, number), {}, None)
-        assert manager.log.empty()
-    assert manager.log.get(timeout=PATIENCE) == (None, "None")
-
-
-@pytest.mark.ids("U12")
-@pytest.mark.parametrize("codec", ["pickle", "data"])
 @pytest.mark.parametrize("what", ["no value", "too much"])
 def test_who_cannot_be_told_that_he_has_entered_is_left_for_at_once(
     serve, connect, caplog, recwarn, codec, what

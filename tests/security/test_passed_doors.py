@@ -4,6 +4,7 @@ Doors that one user passes to another: who is believed, and what a passer gains 
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -214,6 +215,60 @@ def test_what_a_strangers_door_says_is_cut_and_made_printable(actor, place):
     assert kind == "ValueError"
     assert text.startswith("two\nlines, \\x1b[2J and so on...")
     assert len(text) < 10_000
+
+
+# -- an object that several have entered
+
+
+class Ledger:
+    """What is begun is finished, or undone."""
+
+    def __enter__(self) -> Ledger:
+        here.ledger.append("begun")
+        return self
+
+    def __exit__(self, kind: Any, *_: object) -> None:
+        here.ledger.append("undone" if kind else "finished")
+
+
+def serve_a_ledger(path: str) -> None:
+    here.ledger, here.server = [], Server()
+    shared = here.server.attach(Ledger(), codec="data", linger=True)
+    here.server.attach(lambda: shared, path, codec="data", mode=0o666)
+    here.server.start()
+
+
+def ledger() -> list[str]:
+    return here.ledger
+
+
+def enter(path: str) -> None:
+    here.proxy = Proxy(path, server={0})
+    here.entered = here.proxy()
+    here.entered._line.enter(None)
+
+
+def leave() -> None:
+    here.entered._line.leave(None, None)
+
+
+def leave_for_others(path: str) -> None:
+    with Proxy(path, server={0}) as proxy, contextlib.closing(proxy()) as shared:
+        for number in range(-1, 10):
+            with pytest.raises(RuntimeError, match="had not been entered"):
+                shared._line.call_method("__exit__", (None, number), {}, None)
+
+
+@pytest.mark.ids("U12")
+def test_nobody_leaves_an_object_for_another_user(actor, place):
+    service, one, other = actor(None), actor(M), actor(C)
+    service(serve_a_ledger, str(place / "ledger.door"))
+    one(enter, str(place / "ledger.door"))
+    other(leave_for_others, str(place / "ledger.door"))
+    leave_for_others(str(place / "ledger.door"))  # nor does root
+    assert service(ledger) == ["begun"]
+    one(leave)
+    assert service(ledger) == ["begun", "finished"]
 
 
 # -- a door through a door, and three users

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import itertools
 import json
 import operator
 import threading
@@ -17,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from doorpool import BrokenDoorError, RemoteError
+from doorpool import _objects as objects
 from doorpool._objects import (
     ROOM,
     Facade,
@@ -270,7 +270,7 @@ class Manager:
 def test_a_context_manager_gives_itself_or_something_else():
     itself, value, number, lease = facade(Manager())("__enter__")
     assert (itself, value, lease) == (True, None, None)
-    assert 0 < number < 2**63
+    assert number == 1
     itself, value, _, lease = facade(Manager(itself=False))("__enter__")
     assert (itself, value, lease) == (False, "value", None)
 
@@ -298,17 +298,21 @@ def test_who_was_not_entered_cannot_be_left():
         it("__exit__", None, number)
 
 
-def test_who_has_entered_is_left_by_his_number_alone():
-    """Which nobody can guess who has entered it himself."""
+def test_who_has_entered_leaves_and_nobody_else(monkeypatch):
+    callers = [4001]
+    monkeypatch.setattr(objects, "uid_of_caller", lambda: callers[-1])
     manager = Manager()
     it = facade(manager)
-    numbers = [it("__enter__")[2] for _ in range(100)]
-    between = {abs(one - other) for one, other in itertools.pairwise(numbers)}
-    assert min(between) > 2**16
-    for guess in (0, 1, 100, -1, None, "last"):
-        with pytest.raises(RuntimeError, match="had not been entered"):
-            it("__exit__", None, guess)
-    assert manager.log == ["enter"] * 100
+    number = it("__enter__")[2]
+    for uid in (4002, 0, None):
+        callers.append(uid)
+        for guess in (number, 0, -1, None, "last"):
+            with pytest.raises(RuntimeError, match="had not been entered"):
+                it("__exit__", None, guess)
+    assert manager.log == ["enter"]
+    callers.append(4001)
+    it("__exit__", None, number)
+    assert len(manager.log) == 2
 
 
 def test_whoever_is_gone_is_left_for_as_often_as_he_had_entered():
