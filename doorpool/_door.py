@@ -308,7 +308,7 @@ class Door:
             return
         self._keeper.say(
             logging.WARNING, "%s: made no descriptor for uid %s: %s", self.name, uid, full,
-            about=("descriptors", uid),  # of any door: each stream that he asks for has one of its own
+            about="descriptors", offender=uid,  # of any door: each stream that he asks for has one of its own
         )  # fmt: skip
         self._count_refused()
         raise ShareError(full)
@@ -458,7 +458,7 @@ class Door:
         if full is not None:
             self._keeper.say(
                 logging.WARNING, "%s: dropped a connection of uid %s: %s", self.name, uid, full,
-                about=(self.id, uid, "room"),
+                about=(self.name, "room"), offender=uid,
             )  # fmt: skip
             self._count_refused()
             with contextlib.suppress(OSError):  # who has gone already
@@ -471,7 +471,7 @@ class Door:
         except OSError as error:
             self._keeper.say(
                 logging.WARNING, "%s: dropped a connection of uid %s: %s", self.name, uid, error.strerror,
-                about=(self.id, uid, "take in"),
+                about=(self.name, "take in"), offender=uid,
             )  # fmt: skip
             self._close_port(port)
 
@@ -574,7 +574,7 @@ class Door:
             return False
         if uid in _janitor.stuck():
             self._keeper.say(
-                logging.WARNING, SLOW, self.name, uid, about=(self.id, uid, "stuck"),
+                logging.WARNING, SLOW, self.name, uid, about=(self.name, "stuck"), offender=uid,
             )  # fmt: skip
         elif self._guests.why_full(uid, self.gate.limits, _LOOKED_AT) is None:
             return False
@@ -632,7 +632,8 @@ class Door:
         self._keeper.say(
             logging.WARNING, "%s: refused %s: %s", self.name, knock.credentials,
             refusal.logged or refusal.text,
-            about=(self.id, knock.credentials and knock.credentials.uid, refusal.reason),
+            about=(self.name, refusal.reason),
+            offender=None if knock.credentials is None else knock.credentials.uid,
         )  # fmt: skip
 
     def _why_not(self, visitor: _opening.Visitor) -> Refusal | None:

@@ -41,11 +41,12 @@ import os
 import select
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Hashable
 
 from doorpool import _sockets
 from doorpool._credentials import Credentials, is_strange
+from doorpool._descriptor import NOBODY
 
 log = logging.getLogger("doorpool")
 
@@ -53,6 +54,7 @@ SHORTAGE_PAUSE = 0.1  #: Seconds until what found no descriptor is tried again.
 
 LOG_INTERVAL = 5.0  #: Seconds for which one line about the same thing is enough.
 _MOST_TOPICS = 1_000  # of which the last line is remembered, so that it is not said again
+_MOST_OF_ONE = 8  # of them that are one stranger's doing; what else he does is one topic more
 _MOST_LINES = 1_000  # that wait to be written
 
 Callback = Callable[[], None]
@@ -96,7 +98,8 @@ class Keeper:
         self._soon: deque[Callback] = deque()
         self._afterwards: deque[Callback] = deque()
         self._short_since = self._short_at = -math.inf
-        self._topics: dict[Hashable, int] = {}
+        self._topics: dict[tuple[int | None, Hashable], int] = {}
+        self._offences: Counter[int | None] = Counter()  # topics of strangers, by uid
         self._lines: deque[Line] = deque()
         self._scribe = threading.Lock()  # guards the next
         self._writing = False
@@ -170,7 +173,7 @@ class Keeper:
             return now - self._short_since > SHORTAGE_PAUSE / 2
 
     def say(
-        self, level: int, text: str, *args: object, about: Hashable = None,
+        self, level: int, text: str, *args: object, about: Hashable = None, offender: int | None = NOBODY,
         error: BaseException | None = None,
     ) -> None:  # fmt: skip
         """
@@ -179,32 +182,46 @@ class Keeper:
         Args:
             level, text, args: as for ``Logger.log``.
             about: of lines about the same thing one is written, and later how many there were.
+            offender: the uid whose doing it is, if it is somebody's.  A stranger may do as many things as he
+                likes, so few of them are told apart.
             error: whose traceback to show.
         """
-        if about is not None and not self._is_news(about, (level, text, args)):
+        if about is not None and not self._is_news((offender, about), (level, text, args)):
             return
         if len(self._lines) < _MOST_LINES:
             self._lines.append((level, text, args, error))
             self._ring()
 
-    def _is_news(self, about: Hashable, line: tuple[int, str, tuple[object, ...]]) -> bool:
+    def _is_news(
+        self, topic: tuple[int | None, Hashable], line: tuple[int, str, tuple[object, ...]]
+    ) -> bool:  # fmt: skip
+        offender = topic[0]
+        is_his = offender != NOBODY and is_strange(offender)
         with self.lock:
-            if about not in self._topics and len(self._topics) >= _MOST_TOPICS:
-                about = None
-            count = self._topics.get(about)
-            self._topics[about] = 0 if count is None else count + 1
+            if topic not in self._topics and is_his and self._offences[offender] >= _MOST_OF_ONE:
+                topic = offender, None
+            if topic not in self._topics and len(self._topics) >= _MOST_TOPICS:
+                topic, is_his = (NOBODY, None), False
+            count = self._topics.get(topic)
+            self._topics[topic] = 0 if count is None else count + 1
             if count is None:
-                self.after(LOG_INTERVAL, lambda: self._say_how_many(about, line))
+                self._offences[offender] += is_his
+                self.after(LOG_INTERVAL, lambda: self._say_how_many(topic, line))
             return count is None
 
-    def _say_how_many(self, about: Hashable, line: tuple[int, str, tuple[object, ...]]) -> None:
+    def _say_how_many(
+        self, topic: tuple[int | None, Hashable], line: tuple[int, str, tuple[object, ...]]
+    ) -> None:  # fmt: skip
         """Say how many lines were not written, and go on being silent; or forget about it."""
-        count = self._topics.pop(about)
-        if count:
-            level, text, args = line
-            self.say(level, f"{text} (and %d more such in %g s)", *args, count, LOG_INTERVAL)
-            self._topics[about] = 0
-            self.after(LOG_INTERVAL, lambda: self._say_how_many(about, line))
+        count = self._topics.pop(topic)
+        if not count:
+            self._offences[topic[0]] -= 1
+            self._offences += Counter()  # drops those of whom there are none
+            return
+        level, text, args = line
+        self.say(level, f"{text} (and %d more such in %g s)", *args, count, LOG_INTERVAL)
+        self._topics[topic] = 0
+        self.after(LOG_INTERVAL, lambda: self._say_how_many(topic, line))
 
     def after(self, seconds: float, callback: Callback) -> Timer:
         """Call back in the keeper's thread after some time, under the lock."""
@@ -361,6 +378,6 @@ def report(
         about, level, text, args, error: as of ``Keeper.say``.
     """
     if is_strange(peer.uid):
-        keeper().say(level, text, *args, about=(about, peer.uid), error=error)
+        keeper().say(level, text, *args, about=about, offender=peer.uid, error=error)
     else:
         log.log(level, text, *args, exc_info=error)

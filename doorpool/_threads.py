@@ -317,7 +317,7 @@ class Pool:
             self.served += 1
             door, peer = invocation.door, invocation.credentials
             text = "%s: a call of %s by %s could not be answered"
-            report(peer, (door.id, "answer"), logging.ERROR, text, self.name, door.name, peer, error=error)
+            report(peer, (door.name, "answer"), logging.ERROR, text, self.name, door.name, peer, error=error)
             invocation.fail(text="the server failed to answer", may_have_run=True)
         finally:
             del self._running[thread]

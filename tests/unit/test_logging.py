@@ -5,6 +5,7 @@ What the library logs: nothing that nobody asked for, and never more than so man
 from __future__ import annotations
 
 import logging
+import os
 import subprocess
 import sys
 import threading
@@ -16,6 +17,7 @@ from doorpool import _keeper
 from doorpool._keeper import keeper
 
 PATIENCE = 20.0
+STRANGER = 6602  # a uid that is neither ours nor root's
 
 PROGRAM = """
 import contextlib, logging, sys
@@ -69,6 +71,28 @@ def test_more_offenders_than_are_remembered_have_one_line_together(monkeypatch, 
     assert sorted(caplog.messages[most + 1 :]) == sorted(more)
     it.say(logging.WARNING, "offender %d", offenders, about=("offence", offenders))
     wait_until(lambda: f"offender {offenders}" in caplog.messages, timeout=PATIENCE)
+
+
+@pytest.mark.ids("F12t")
+def test_a_stranger_who_does_many_things_has_few_lines_and_leaves_room_for_others(monkeypatch, caplog):
+    """What is not told apart any more is one thing more; what others do is news all the while."""
+    monkeypatch.setattr(_keeper, "LOG_INTERVAL", 0.3)
+    most, many = _keeper._MOST_OF_ONE, 2 * _keeper._MOST_TOPICS
+    it = keeper()
+    wait_until(lambda: not it._topics, "what others did is forgotten", PATIENCE)
+    with it.lock:
+        for number in range(many):
+            for uid in (STRANGER, None):
+                it.say(logging.WARNING, "uid %s: offence %d", uid, number, about=number, offender=uid)
+        for uid in (STRANGER + 1, os.geteuid()):  # our own may do as many things as are remembered
+            for number in range(most):
+                it.say(logging.WARNING, "uid %s: offence %d", uid, number, about=number, offender=uid)
+        assert len(it._lines) == 2 * (most + 1) + 2 * most
+    wait_until(lambda: not it._topics and not it._lines and not it._offences, timeout=PATIENCE)
+    for uid in (STRANGER, None):
+        his = [line for line in caplog.messages if line.startswith(f"uid {uid}: ")]
+        assert his[:-1] == [f"uid {uid}: offence {number}" for number in range(most + 1)]
+        assert his[-1] == f"uid {uid}: offence {most} (and {many - most - 1} more such in 0.3 s)"
 
 
 @pytest.mark.ids("F12t")
