@@ -292,7 +292,7 @@ class Door:
                 if giver is not None:
                     giver._check_room(uid)
                 cookie = _sockets.cookie_of(holder.fileno())
-                self._add_port(port)
+                self._add_port(port, strange=giver is not None and is_strange(uid))
                 self._cookies[port], _made[cookie] = cookie, self
                 if giver is not None:
                     self._guests.add_port(port, uid)
@@ -467,7 +467,7 @@ class Door:
             return
         self._guests.add_port(port, uid)
         try:
-            self._add_port(port)
+            self._add_port(port, strange=is_strange(uid))
         except OSError as error:
             self._keeper.say(
                 logging.WARNING, "%s: dropped a connection of uid %s: %s", self.name, uid, error.strerror,
@@ -488,12 +488,12 @@ class Door:
             if not is_strange(_opening.whose_knock(sock)):
                 self.gate.spare(_ROOM)
 
-    def _add_port(self, port: socket.socket) -> None:
+    def _add_port(self, port: socket.socket, *, strange: bool) -> None:
         """Take a port in: leave the greeting in its descriptor's queue and watch for knocks."""
         with self._keeper.lock:
             self._greet(port)
             # step: greeted
-            self._keeper.watch(port.fileno(), lambda: self._hear(port))
+            self._keeper.watch(port.fileno(), lambda: self._hear(port), strange=strange)
             self._ports.add(port)
             self._gain_reference()
 
