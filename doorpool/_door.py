@@ -294,7 +294,7 @@ class Door:
                 if giver is not None:
                     giver._check_room(uid)
                 cookie = _sockets.cookie_of(holder.fileno())
-                self._add_port(port)
+                self._add_port(port, strange=giver is not None and is_strange(uid))
                 self._cookies[port], _made[cookie] = cookie, self
                 if giver is not None:
                     self._guests.add_port(port, uid)
@@ -310,7 +310,7 @@ class Door:
             return
         self._keeper.say(
             logging.WARNING, "%s: made no descriptor for uid %s: %s", self.name, uid, full,
-            about=("descriptors", uid),  # of any door: each stream that he asks for has one of its own
+            about="descriptors", offender=uid,  # of any door: each stream that he asks for has one of its own
         )  # fmt: skip
         self._count_refused()
         raise ShareError(full)
@@ -460,7 +460,7 @@ class Door:
         if full is not None:
             self._keeper.say(
                 logging.WARNING, "%s: dropped a connection of uid %s: %s", self.name, uid, full,
-                about=(self.id, uid, "room"),
+                about=(self.name, "room"), offender=uid,
             )  # fmt: skip
             self._count_refused()
             with contextlib.suppress(OSError):  # who has gone already
@@ -469,11 +469,11 @@ class Door:
             return
         self._guests.add_port(port, uid)
         try:
-            self._add_port(port)
+            self._add_port(port, strange=is_strange(uid))
         except OSError as error:
             self._keeper.say(
                 logging.WARNING, "%s: dropped a connection of uid %s: %s", self.name, uid, error.strerror,
-                about=(self.id, uid, "take in"),
+                about=(self.name, "take in"), offender=uid,
             )  # fmt: skip
             self._close_port(port)
 
@@ -490,12 +490,12 @@ class Door:
             if not is_strange(_opening.whose_knock(sock)):
                 self.gate.spare(_ROOM)
 
-    def _add_port(self, port: socket.socket) -> None:
+    def _add_port(self, port: socket.socket, *, strange: bool) -> None:
         """Take a port in: leave the greeting in its descriptor's queue and watch for knocks."""
         with self._keeper.lock:
             self._greet(port)
             # step: greeted
-            self._keeper.watch(port.fileno(), lambda: self._hear(port))
+            self._keeper.watch(port.fileno(), lambda: self._hear(port), strange=strange)
             self._ports.add(port)
             self._gain_reference()
 
@@ -576,7 +576,7 @@ class Door:
             return False
         if uid in _janitor.stuck():
             self._keeper.say(
-                logging.WARNING, SLOW, self.name, uid, about=(self.id, uid, "stuck"),
+                logging.WARNING, SLOW, self.name, uid, about=(self.name, "stuck"), offender=uid,
             )  # fmt: skip
         elif self._guests.why_full(uid, self.gate.limits, _LOOKED_AT) is None:
             return False
@@ -634,7 +634,8 @@ class Door:
         self._keeper.say(
             logging.WARNING, "%s: refused %s: %s", self.name, knock.credentials,
             refusal.logged or refusal.text,
-            about=(self.id, knock.credentials and knock.credentials.uid, refusal.reason),
+            about=(self.name, refusal.reason),
+            offender=None if knock.credentials is None else knock.credentials.uid,
         )  # fmt: skip
 
     def _why_not(self, visitor: _opening.Visitor) -> Refusal | None:

@@ -939,7 +939,7 @@ class Endpoint:
         self, invocation: Invocation, level: int, what: object, error: BaseException | None = None
     ) -> None:  # fmt: skip
         """Log what has come of a caller's call."""
-        peer, about = invocation.credentials, (invocation.door.id, level)
+        peer, about = invocation.credentials, (self.name, level)
         report(peer, about, level, "%s: %s: %s", self.name, peer, what, error=error)
 
 

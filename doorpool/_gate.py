@@ -395,7 +395,7 @@ class Gate:
         peer, door = served.channel.peer, served.door
         keeper().say(
             logging.WARNING, "%s: refused a call of %s: %s", door.name, peer, refusal.text,
-            about=(about or door.id, peer.uid, "share"),
+            about=(about or door.name, "share"), offender=peer.uid,
         )  # fmt: skip
 
     def _make_room(self, served: Served) -> None:
@@ -445,9 +445,8 @@ class Gate:
     def _say_closed(self, served: Served, error: Exception) -> None:
         """Log that a channel was closed for what its caller has sent; of a stranger not each time."""
         peer, door = served.channel.peer, served.door
-        report(
-            peer, (door.id, "protocol"), logging.WARNING, "%s: %s: channel closed: %s", door.name, peer, error
-        )
+        text = "%s: %s: channel closed: %s"
+        report(peer, (door.name, "protocol"), logging.WARNING, text, door.name, peer, error)
 
     def _next_call(self, served: Served, how: int) -> Invocation | None:
         """Read from a claimed channel; close it if it has come to its end."""
@@ -513,7 +512,7 @@ class Gate:
         except MemoryError as error:  # also in the main thread: a long request must not end the server
             self._drop_with(served, frame)
             report(
-                channel.peer, (door.id, "memory"), logging.WARNING,
+                channel.peer, (door.name, "memory"), logging.WARNING,
                 "%s: %s: channel closed: no memory for a request (%s)", door.name, channel.peer, error,
             )  # fmt: skip
         except Exception as error:
@@ -559,7 +558,7 @@ class Gate:
         He may have many, and each request brings as many descriptors as fit.
         """
         door, uid = served.door, served.channel.peer.uid
-        keeper().say(logging.WARNING, SLOW, door.name, uid, about=(door.id, uid, "stuck"))
+        keeper().say(logging.WARNING, SLOW, door.name, uid, about=(door.name, "stuck"), offender=uid)
         self._say_goodbye(served, _SLOW)
         raise Hangup
 
@@ -1061,7 +1060,7 @@ class Invocation:
     def _say_unread(served: Served) -> None:
         door, peer = served.door, served.channel.peer
         text = "%s: %s: channel closed: nothing of a reply was read for %g s"
-        report(peer, (door.id, "unread"), logging.WARNING, text, door.name, peer, SEND_PATIENCE)
+        report(peer, (door.name, "unread"), logging.WARNING, text, door.name, peer, SEND_PATIENCE)
 
     def _within_share(
         self, kind: int, data: bytes | bytearray | memoryview, buffers: Sequence[memoryview],

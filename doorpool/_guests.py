@@ -278,7 +278,7 @@ class Guests:
         door = guest.served.door
         self._keeper.say(
             logging.WARNING, "%s: uid %s has not read the answer to a knock for %g s", door.name, guest.uid,
-            GREETING_PATIENCE, about=(door.id, guest.uid, "unread answer"),
+            GREETING_PATIENCE, about=(door.name, "unread answer"), offender=guest.uid,
         )  # fmt: skip
 
     def _hear_hangup(self, guest: _Guest) -> None:

@@ -341,7 +341,7 @@ class Pool:
             door, peer = invocation.door, invocation.credentials
             text = "%s: a call of %s by %s could not be answered"
             invocation.fail(text="the server failed to answer", may_have_run=True)
-            report(peer, (door.id, "answer"), logging.ERROR, text, self.name, door.name, peer, error=error)
+            report(peer, (door.name, "answer"), logging.ERROR, text, self.name, door.name, peer, error=error)
         finally:
             del self._running[thread]
             if self._closed:

@@ -25,7 +25,19 @@ from support.rawdoor import PATIENCE, Background
 from support.shortage import LINGER, send_all_of, slow_pair
 from support.victims import call, open_client, open_descriptor, serve
 
-from doorpool import Descriptor, Endpoint, Proxy, Server, Usage, _data, _guests, _janitor, _unread, take
+from doorpool import (
+    Descriptor,
+    Endpoint,
+    Proxy,
+    Server,
+    Usage,
+    _data,
+    _guests,
+    _janitor,
+    _opening,
+    _unread,
+    take,
+)
 from doorpool._errors import BusyError, CallTimeoutError, RevokedError
 from doorpool._guests import MOST_UNREAD
 from doorpool._janitor import AT_MOST, AT_MOST_HIS, MOST_WAITING
@@ -469,6 +481,43 @@ def test_what_is_left_at_a_port_is_charged_to_whose_it_is(actor, raw_server, pat
     wait_until(lambda: raw_server(_janitor.stuck) == {whose}, timeout=LINGER)
     assert raw_server(held_up) == {whose}
     stranger(let_go)
+
+
+def note_knocks() -> None:
+    """Take note of whose messages are heard at the ports, one after the other."""
+    here.heard, hear = [], _opening.hear_knock
+
+    def noted(*args: Any) -> Any:
+        knock = hear(*args)
+        here.heard.append(knock.credentials.uid)
+        return knock
+
+    _opening.hear_knock = noted
+
+
+def heard() -> list[int]:
+    return list(here.heard)
+
+
+def write_to_each() -> None:
+    for door in here.doors:
+        byhand.send(door, b"x")
+
+
+@pytest.mark.ids("F23")
+def test_who_writes_to_many_connections_keeps_our_own_waiting_for_few(actor, raw_server, path, root_only):
+    """They are heard when ours is: of a stranger's some at a time."""
+    stranger, own = actor(M), actor(V)
+    stranger(reach_often, path, 200)
+    own(reach_often, path, 1)
+    wait_until(lambda: raw_server(ports) == 201, timeout=PATIENCE)
+    raw_server(note_knocks)
+    raw_server(hold_keeper)
+    stranger(write_to_each)
+    own(write_to_each)
+    raw_server(let_keeper_go)
+    wait_until(lambda: len(raw_server(heard)) == 201, timeout=PATIENCE)
+    assert raw_server(heard).index(V) <= 2 * 16
 
 
 def serve_closers(path: str) -> None:

@@ -5,7 +5,9 @@ Whatever a stranger can have the server log, however often: one line names him, 
 from __future__ import annotations
 
 import contextlib
+import os
 import select
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -31,12 +33,17 @@ def work(how: str) -> Any:
     return {"no data": object(), "too much": bytes(20_000)}.get(how)
 
 
+def stream() -> Iterator[int]:
+    yield from range(9)
+
+
 def serve(path: str) -> None:
     _gate.SEND_PATIENCE = 0.05
     here.server = Server(limits=Limits(bytes=10_000_000))
     options: dict[str, Any] = {"codec": "data", "mode": 0o666}
     here.server.attach(Endpoint(work, max_reply=10_000, codec="data"), path, mode=0o666)
     here.server.attach(lambda: bytes(9_000_000), f"{path}.unread", **options)
+    here.server.attach(stream, f"{path}.stream", **options)
     here.server.attach(work, f"{path}.closed", callers=lambda who: who.uid == 0, **options)
     here.server.start()
 
@@ -65,6 +72,17 @@ def send_rubbish(path: str, how: str) -> None:
                     continue
 
 
+def spoil_streams(path: str, how: str) -> None:
+    """Ask for streams, each of which is a door of its own, and do each time what is wrong at one."""
+    with Proxy(f"{path}.stream", server={0}, timeout=PATIENCE) as proxy:
+        for _ in range(TIMES):
+            stream = proxy()
+            with Proxy(os.dup(stream._proxy.fileno()), server={0}, timeout=PATIENCE) as pump:
+                with pytest.raises((DoorError, TypeError)):
+                    pump(1, 2, 3)
+            stream.close()
+
+
 def leave_unread(path: str, how: str) -> None:
     """Call for much, and wait until the server has hung up, without having read a byte."""
     door = byhand.reach(f"{path}.unread")
@@ -87,6 +105,7 @@ def leave_unread(path: str, how: str) -> None:
         (call_badly, "raises what is no Exception", "no Exception"),
         (knock_in_vain, "", "refused"),
         (send_rubbish, "", "channel closed"),
+        (spoil_streams, "", "stream"),
         (leave_unread, "", "nothing of a reply was read"),
     ],
     ids=lambda value: getattr(value, "__name__", value) or "",

@@ -24,6 +24,7 @@ from doorpool._keeper import keeper, report
 from doorpool._log import log
 
 PATIENCE = 20.0
+STRANGER = 6602  # a uid that is neither ours nor root's
 
 PROGRAM = """
 import contextlib, logging, sys
@@ -81,11 +82,33 @@ def test_more_offenders_than_are_remembered_have_one_line_together(monkeypatch, 
 
 
 @pytest.mark.ids("F12t")
+def test_a_stranger_who_does_many_things_has_few_lines_and_leaves_room_for_others(monkeypatch, caplog):
+    """What is not told apart any more is one thing more; what others do is news all the while."""
+    monkeypatch.setattr(_keeper, "LOG_INTERVAL", 0.3)
+    most, many = _keeper._MOST_OF_ONE, 2 * _keeper._MOST_TOPICS
+    it = keeper()
+    wait_until(lambda: not it._topics, "what others did is forgotten", PATIENCE)
+    with it.lock:
+        for number in range(many):
+            for uid in (STRANGER, None):
+                it.say(logging.WARNING, "uid %s: offence %d", uid, number, about=number, offender=uid)
+        for uid in (STRANGER + 1, os.geteuid()):  # our own may do as many things as are remembered
+            for number in range(most):
+                it.say(logging.WARNING, "uid %s: offence %d", uid, number, about=number, offender=uid)
+        assert len(it._lines) == 2 * (most + 1) + 2 * most
+    wait_until(lambda: not it._topics and not it._lines and not it._offences, timeout=PATIENCE)
+    for uid in (STRANGER, None):
+        his = [line for line in caplog.messages if line.startswith(f"uid {uid}: ")]
+        assert his[:-1] == [f"uid {uid}: offence {number}" for number in range(most + 1)]
+        assert his[-1] == f"uid {uid}: offence {most} (and {many - most - 1} more such in 0.3 s)"
+
+
+@pytest.mark.ids("F12t")
 def test_no_more_lines_wait_than_may(caplog):
     it, most = keeper(), _keeper._MOST_LINES
     wait_until(lambda: not it._topics and not it._lines, "what others did is forgotten", PATIENCE)
     caplog.clear()
-    with it.lock:
+    with it.lock, it._scribe:  # a turn of the keeper's that is just ending may start who writes
         for number in range(3 * most):
             it.say(logging.WARNING, "line %d", number)
         assert len(it._lines) == most
