@@ -689,9 +689,29 @@ HELD_UP = """
         open("holding", "w").close()
         threading.Event().wait()
 
+    class Entered:
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            open("leaving", "w").close()
+            threading.Event().wait()
+
+    server.attach(Entered(), "c.door")
     ready()
     server.run()
 """
+
+
+@pytest.mark.ids("U12", "T13")
+def test_a_second_signal_ends_a_server_that_leaves_something(spawn_server, door_dir, connect):
+    """For who has entered it and has not left; nobody knows how long that takes."""
+    child = spawn_server(HELD_UP, cwd=door_dir)
+    connect(door_dir / "c.door", wait=10, reopen=False)._line.enter(None)
+    child.signal(signal.SIGTERM)
+    wait_until(lambda: (door_dir / "leaving").exists(), timeout=PATIENCE)
+    child.signal(signal.SIGTERM)
+    assert child.wait() == 128 + signal.SIGTERM
 
 
 @pytest.mark.parametrize("by", ["a procedure, and a clean-up waits", "the clean-up of what was dropped"])
