@@ -607,7 +607,7 @@ class Server:
 
     def _clear_up(self, endpoints: list[Endpoint], timeout: float) -> None:
         """Leave what callers have entered, and have the last threads give back what the pools have."""
-        overdue, self._overdue = self._overdue, True  # an ``__exit__`` may take for ever, and its time is over
+        overdue, self._overdue = self._overdue, True  # an ``__exit__`` may take for ever, its time is over
         interrupts = [endpoint._abandon() for endpoint in endpoints]
         self._overdue = overdue
         self._pools.join(timeout)

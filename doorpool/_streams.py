@@ -895,7 +895,8 @@ class Stream:
 
         Raises:
             Exception: what the generator's ``finally`` raises; a ``RemoteError`` if that cannot cross as
-                itself.  (That the other side is gone is no error, nor that it takes longer.)
+                itself.  (That the other side is gone is no error, nor that it takes longer or answers
+                nonsense.)
         """
         lock = self._lock_here()
         idle = lock.acquire(blocking=False)
@@ -914,8 +915,8 @@ class Stream:
         seconds = _CLOSING if self._timeout is None else min(self._timeout, _CLOSING)
         try:
             self._proxy._line.call((True,), {}, deadline_after(seconds))
-        except (ClosedError, RevokedError, BrokenDoorError, CallTimeoutError, BusyError):
-            pass  # it is gone, or takes longer: that nobody can reach it any more will be seen over there
+        except (ClosedError, RevokedError, BrokenDoorError, CallTimeoutError, BusyError, ProtocolError):
+            pass  # it is gone, is no door's, or takes longer: that nobody has it any more will be seen there
 
     def __enter__(self) -> Stream:
         return self

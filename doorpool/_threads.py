@@ -523,6 +523,7 @@ class Pool:
         own = threading.current_thread()
         with self._lock:
             self._closed = True
+            self._changed.notify_all()  # who waits for the setup of the first threads does so no longer
         self.gate.close()  # each thread leaves as soon as it has answered
         with self._lock:
             self._changed.wait_for(lambda: not self._threads - {own}, timeout)
