@@ -68,7 +68,7 @@ from doorpool._janitor import Open, close_all
 from doorpool._keys import Reader, Steps, Unfit
 from doorpool._passing import Departure, Taken
 from doorpool._shares import ShareError
-from doorpool._texts import MAX_SHOWN, clip, printable
+from doorpool._texts import MAX_SHOWN, clip, printable, printable_lines
 
 Data = bytes | bytearray | memoryview
 
@@ -1136,7 +1136,7 @@ def unpack_outcome(data: Data, arrivals: Arrivals) -> Any:
         Exception: of the fixed table; a ``RemoteError`` for all else.
     """
     kind, body = bytes(data[:1]), memoryview(data)[1:]
-    shown = _lines if is_strange(arrivals.passer) else _as_it_is
+    shown = printable_lines if is_strange(arrivals.passer) else _as_it_is
     try:
         if kind == _RESULT:
             return reading(arrivals, functools.partial(_read_plain.decode, body))
@@ -1157,11 +1157,6 @@ def unpack_outcome(data: Data, arrivals: Arrivals) -> Any:
 
 def _as_it_is(text: str) -> str:
     return text
-
-
-def _lines(text: str) -> str:
-    """Show what does not print in what a stranger says, line by line."""
-    return "\n".join(map(printable, clip(text, MAX_TRACEBACK).split("\n")))
 
 
 def read_text(piece: Any) -> str:

@@ -404,9 +404,7 @@ class Gate:
 
         If he holds his janitors up, what is in our table stays there, wanted or not.
         """
-        refusal = served.door.bring(served, MAX_DESCRIPTORS)
-        if refusal is None:  # nearly always; how many there are is seen when they are here
-            return
+        # As many as there are and no more: other calls of his come at the same time, and find room beside it.
         refusal = served.door.bring(served, min(MAX_DESCRIPTORS, _sockets.coming(served.channel.socket)))
         if refusal is not None:
             self._put_off(served)  # those of his last call are being closed, perhaps

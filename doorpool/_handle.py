@@ -60,6 +60,7 @@ from doorpool._credentials import (
     ENDING,
     Credentials,
     credentials_of,
+    is_strange,
     known_uid,
     peer_groups,
     peer_pidfd,
@@ -84,7 +85,7 @@ from doorpool._errors import (
 )
 from doorpool._gate import check_descriptors, flatten
 from doorpool._impl import shuttle
-from doorpool._janitor import close_all, close_socket
+from doorpool._janitor import close_all, close_later, close_socket
 from doorpool._sockets import MAX_DESCRIPTORS
 from doorpool._texts import printable
 from doorpool._wire import Attribute, Codec, Frame, Greeting, Kind, Knock, Reason, Refusal
@@ -313,7 +314,7 @@ class Handle:
         except BaseException:
             if self.path is None:
                 _leave(door, self._socket.detach())
-            self._socket.close()
+            self._let_go(self._socket)
             raise
 
     def __repr__(self) -> str:
@@ -394,7 +395,7 @@ class Handle:
         try:
             self._check_listener(sock)
         except BaseException:
-            sock.close()
+            self._let_go(sock)
             raise
         return sock
 
@@ -439,7 +440,7 @@ class Handle:
             raise BrokenDoorError(f"{self.name}: the server is gone", filename=self.path)
         refusal = _wire.decode_farewell(data)
         if refusal is not None:
-            raise BusyError(f"{self.name}: {refusal.text}")
+            raise BusyError(f"{self.name}: {self._shown(refusal.text)}")
         try:
             greeting = _wire.decode_greeting(data)
         except ProtocolError as error:
@@ -1198,10 +1199,17 @@ class Handle:
         except ProtocolError:  # who waited is told that his time is over, whatever came at the end of it
             return True
 
+    def _shown(self, text: str) -> str:
+        return printable(text) if self.speaks_for_stranger else text
+
+    @property
+    def speaks_for_stranger(self) -> bool:
+        """Whether what the other side says is another user's word, whom we may have chosen to believe."""
+        return self._stranger_at(self._socket) != NOBODY
+
     def _error(self, refusal: Refusal) -> DoorError:
         """Return the error that a refusal means."""
-        said = refusal.text if self.stranger == NOBODY else printable(refusal.text)
-        text = f"{self.name}: {said}"
+        text = f"{self.name}: {self._shown(refusal.text)}"
         may = refusal.may_have_run
         match refusal.reason:
             case Reason.REVOKED | Reason.CLOSED:
@@ -1241,10 +1249,33 @@ class Handle:
                 return
 
     def _close_descriptor(self) -> None:
-        if self.stranger == NOBODY:
-            self._socket.close()
-        elif (number := self._socket.detach()) >= 0:
-            close_all([number], self.stranger)
+        self._let_go(self._socket)
+
+    def _let_go(self, sock: socket.socket) -> None:
+        """
+        Close the door descriptor.
+
+        Nobody reads its queue, and what a stranger has put there may take as long to close as he likes.  He
+        may do so at any moment, and others may have copies, so that it cannot be shut down before a look.
+        """
+        stranger = self._stranger_at(sock)
+        if stranger == NOBODY:
+            sock.close()
+        elif (number := sock.detach()) >= 0:
+            close_later([number], stranger)
+
+    def _stranger_at(self, sock: socket.socket) -> int | None:
+        """Return the uid, None if unknown, of the stranger who may have sent what is in it; or ``NOBODY``."""
+        if self.stranger != NOBODY:
+            return self.stranger
+        server = getattr(self, "server", None)
+        try:
+            uids = [known_uid(unpack_ids(peer_ucred(sock))[1])]
+        except OSError:  # it is closed
+            uids = []
+        if server is not None:
+            uids.append(server.uid)
+        return next(filter(is_strange, uids), NOBODY)
 
 
 _crossing = threading.Lock()

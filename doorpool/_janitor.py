@@ -252,9 +252,11 @@ def close_socket(sock: socket.socket, uid: int | None) -> None:
     """
     Close a connected socket of ours; idempotent.
 
-    If its other end may still be written to, and is a stranger's, shut it down before: he might
-    send something between our look and the close.
+    If its other end may still be written to, and is a stranger's, nothing comes between look and close.
     """
+    if uid != NOBODY and is_strange(uid):
+        with suppress(OSError):
+            sock.shutdown(socket.SHUT_RD)
     try:
         if _holds_something(sock):
             number = sock.detach()

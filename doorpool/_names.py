@@ -92,7 +92,7 @@ import attrs
 from doorpool import _sockets
 from doorpool._credentials import credentials_of, peer_pidfd, peer_ucred, unpack_ids
 from doorpool._errors import AccessError, BrokenDoorError, CallTimeoutError, DoorError, NotADoorError
-from doorpool._sockets import close_number, door_socket, own_number, set_patience
+from doorpool._sockets import close_number, door_socket, own_number, refuse_rights, set_patience
 
 Path = str | bytes | os.PathLike[str] | os.PathLike[bytes]
 Identity = tuple[int, int]  # st_dev, st_ino
@@ -962,6 +962,7 @@ def _follow(place: _Place, node: int, told: str) -> str:
 def _connect(node: int, status: os.stat_result, told: str, deadline: float | None) -> socket.socket:
     sock = door_socket()
     try:
+        refuse_rights(sock)  # nobody reads them: they would be closed with this socket, and might block
         number = sock.connect_ex(_through(node))
         if number == errno.EAGAIN:
             number = _wait_in_line(sock, _through(node), deadline)

@@ -27,8 +27,8 @@ Each entering gives a *lease*: a descriptor of a door that leads nowhere, which 
 he leaves.  When nobody has that any more, because he died or has let go of the door, the object is left
 for him, with an exception, so that what was begun is undone and not finished.  The object's own door would
 not tell that, for others may hold it, too.  (When that one ends, all who are in it are left for.)
-Its number, by which he leaves, cannot be guessed: who else holds the door is not to leave for him.  A caller
-who is not told that he has entered, because what he was to get cannot cross, is left for at once.
+No other user can leave for him: the kernel says who calls, for his number is easily guessed.  A caller who
+is not told that he has entered, because what he was to get cannot cross, is left for at once.
 """
 
 from __future__ import annotations

@@ -59,6 +59,7 @@ from doorpool._marshal import Dialect, own_dialect, pack_arguments, unpack_outco
 from doorpool._objects import CALL, ENTER, EXIT, METHODS, Table, checked_table, decode_table, read_signature
 from doorpool._passing import Departure
 from doorpool._progress import Listener, ReportingLine
+from doorpool._texts import printable_lines
 from doorpool._threads import waiting_for
 from doorpool._wire import Attribute, Knock
 from doorpool.door import Codec, Handle
@@ -412,7 +413,8 @@ class DataLine(Line):
         finally:
             _data.release(parcel)
         data, _, descriptors = reply if isinstance(reply, tuple) else (reply, (), [])
-        arrivals = _data.Arrivals(descriptors, handle.server.uid)
+        # What it hands out may answer as much as it may itself: without end, if we have opened it.
+        arrivals = _data.Arrivals(descriptors, handle.server.uid, handle.max_reply)
         try:
             result = _data.unpack_outcome(data, arrivals)
         except BaseException:
@@ -734,6 +736,11 @@ class Proxy:
         )
 
 
+def _shown(text: str, line: Line) -> str:
+    """Return a text of the other side's, as a stranger's word is shown if it is one's."""
+    return printable_lines(text) if line.handle.speaks_for_stranger else text
+
+
 class _Doc:
     """The docstring of a class, and of its instances what their doors say."""
 
@@ -749,7 +756,7 @@ class _Doc:
             doc += "\n\nMethods:\n"
             for name, (signature, text) in sorted(_told(line.all_methods())):
                 doc += f"\n    {name}{signature}\n" + textwrap.indent(text, " " * 8) + "\n"
-        return doc
+        return _shown(doc, line)
 
 
 class _Signature:
@@ -844,7 +851,7 @@ class _MethodDoc(_Doc):
     """The docstring of ``RemoteMethod``, and of each the method's own."""
 
     def __get__(self, method: Any, _: type | None = None) -> str | None:
-        return self._text if method is None else method._entry()[1]
+        return self._text if method is None else _shown(method._entry()[1], method._proxy._line)
 
 
 RemoteMethod.__doc__ = _MethodDoc(RemoteMethod.__doc__)  # type: ignore[assignment]

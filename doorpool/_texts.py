@@ -5,11 +5,18 @@ from __future__ import annotations
 #: Characters of a text that a stranger has chosen.
 MAX_SHOWN = 4096
 
+_MOST_OF_LINES = 65_536  # characters: as of a traceback
+
 
 def printable(text: str) -> str:
     """Cut a text, and show what does not print: a stranger may have chosen it."""
     text = clip(text, MAX_SHOWN)
     return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def printable_lines(text: str) -> str:
+    """Likewise, of a text of several lines, which stay such."""
+    return "\n".join(map(printable, clip(text, _MOST_OF_LINES).split("\n")))
 
 
 def clip(text: str, limit: int) -> str:

@@ -210,12 +210,12 @@ class Pool:
 
     def wait_set_up(self) -> None:
         """
-        Wait until the first threads have run their setup.
+        Wait until the first threads have run their setup; in one of them, which may be at it, return at once.
 
         Raises:
             RuntimeError: it failed; what left it is the cause.
         """
-        if self._thread_setup is None:
+        if self._thread_setup is None or self.is_ours():
             return
         first = min(KEPT, self.max_threads)
         with self._lock:

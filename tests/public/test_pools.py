@@ -219,6 +219,31 @@ def test_thread_setup_runs_in_private_threads_too(door_dir, closing, started, ca
     assert any(name.startswith("doorpool-own") for name in names)
 
 
+@pytest.mark.ids("T10")
+def test_thread_setup_may_use_the_endpoint_whose_threads_these_are(door_dir, closing, connect):
+    started, begun, opened = threading.Event(), threading.Event(), []
+
+    def setup() -> None:
+        if thread_name().startswith("doorpool-own"):
+            begun.set()
+            assert started.wait(PATIENCE)  # else nobody waits for the setup yet
+            endpoint.open().close()
+            opened.append(endpoint.info.name)
+
+    server = Server(thread_setup=setup)
+    closing.callback(server.close)
+    endpoint = server.attach(thread_name, door_dir / "own.door", name="own", threads=2)
+    starting = threading.Thread(target=server.start, daemon=True)
+    starting.start()
+    assert begun.wait(PATIENCE)
+    wait_until(lambda: server._started)
+    started.set()
+    starting.join(PATIENCE)
+    assert not starting.is_alive()
+    assert opened == ["own"] * 2
+    assert connect(door_dir / "own.door")().startswith("doorpool-own")
+
+
 @pytest.mark.ids("R10", "T11")
 @pytest.mark.parametrize("how", ["attach", "open"])
 @pytest.mark.parametrize("last", [False, True], ids=["", "and one thread goes last"])

@@ -34,7 +34,9 @@ from doorpool import (
     _data,
     _guests,
     _janitor,
+    _names,
     _opening,
+    _sockets,
     _unread,
     take,
 )
@@ -311,6 +313,95 @@ def test_answers_with_slow_sockets_hold_no_caller_up(actor, how, root_only):
         assert name == "ProtocolError"
         assert taken < LINGER / 2
         client(descriptors)
+
+
+def listen_slowly(path: str) -> None:
+    """Have whoever opens a path greeted, with slow sockets behind that, and hear nothing more."""
+    here.kept, here.sent = [], []
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    listener.bind(path)
+    os.chmod(path, 0o666)
+    listener.listen(5)
+
+    def work() -> None:
+        port, _ = listener.accept()
+        here.kept += [listener, port]
+        port.send(byhand.greeting_bytes(byhand.RAW))
+        for _ in range(3):
+            slow = _slow()[0]
+            try:
+                send_all_of(port, b"behind it", slow)
+                here.sent.append(True)
+            except OSError:
+                here.sent.append(False)
+
+    threading.Thread(target=work, daemon=True).start()
+
+
+def sent() -> list[bool]:
+    return here.sent
+
+
+def look_at(path: str, refusing: bool) -> None:
+    """Look at what a path leads to, on a system whose kernel can refuse descriptors, or cannot."""
+    if not refusing:
+        _names.refuse_rights = lambda sock: None
+    here.handle = Handle(path, server=[M], lazy=True)
+
+
+def dial() -> str:
+    try:
+        here.handle.call(timeout=0.2)
+    except Exception as error:
+        return type(error).__name__
+    return "answered"
+
+
+def close_handle() -> float:
+    began = time.monotonic()
+    here.handle.close()
+    return time.monotonic() - began
+
+
+@pytest.mark.ids("F20")
+@pytest.mark.parametrize("refusing", [True, False])
+def test_slow_sockets_in_the_queue_of_an_opened_door_hold_nobody_up(actor, path, refusing, root_only):
+    stranger, client = actor(M), actor(V)
+    place = f"{path}.slow"
+    stranger(listen_slowly, place)
+    client(look_at, place, refusing)
+    assert client(dial) == "CallTimeoutError"
+    wait_until(lambda: len(stranger(sent)) == 3, timeout=PATIENCE)
+    assert any(stranger(sent)) is not (refusing and has_passrights())
+    assert client(close_handle) < LINGER / 2
+
+
+def has_passrights() -> bool:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
+        try:
+            sock.setsockopt(socket.SOL_SOCKET, _sockets.SO_PASSRIGHTS, 0)
+        except OSError:
+            return False
+    return True
+
+
+@pytest.mark.ids("F20")
+@pytest.mark.parametrize(("uid", "comes"), [(M, False), (None, False), (0, True), (_janitor.NOBODY, True)])
+def test_nothing_comes_between_a_look_at_a_socket_of_a_strangers_and_its_close(monkeypatch, uid, comes):
+    ours, theirs = byhand.pair()
+    holds_something, came = _janitor._holds_something, []
+
+    def look(sock: socket.socket) -> bool:
+        held = holds_something(sock)
+        with contextlib.suppress(BrokenPipeError):
+            theirs.send(b"just now")
+            came.append(held)
+        return held
+
+    monkeypatch.setattr(_janitor, "_holds_something", look)
+    with theirs:
+        _janitor.close_socket(ours, uid)
+        assert came == [False] * comes
 
 
 # -- what holds a janitor up -----------------------------------------------------------------------

@@ -135,12 +135,17 @@ def count_items(items: Iterator[str]) -> int:
     return sum(1 for _ in items)
 
 
-def say_why(door: Proxy) -> list[Any]:
+def say_why(door: Any) -> list[Any]:
     """Call a door that was given, and say what has come of it."""
     try:
         return ["answered", len(door())]
     except Exception as error:
         return [type(error).__name__, str(error), getattr(error, "limit", None)]
+
+
+def say_why_of_items(door: Proxy) -> list[Any]:
+    """Likewise, of the items that it answers with."""
+    return say_why(lambda: list(door()))
 
 
 def go_through(count: int) -> int:
@@ -149,7 +154,7 @@ def go_through(count: int) -> int:
 
 def serve_those_who_pass_doors(place: str) -> None:
     here.server = Server()
-    for procedure in (count_items, say_why, go_through):
+    for procedure in (count_items, say_why, say_why_of_items, go_through):
         path = f"{place}/{procedure.__name__}.door"
         here.server.attach(procedure, path, codec="data", mode=0o666, max_request=MOST, errors=(LimitError,))
     here.server.start()
@@ -192,6 +197,37 @@ def test_a_strangers_door_answers_no_more_than_he_may_ask(actor, place):
     assert f"{MOST} are taken" in stranger(send_items_of, str(place), MOST)
 
 
+def answer_with_a_stream(place: str, size: int) -> Any:
+    """Pass a door that answers with a stream, whose items are another door's answers."""
+    with Proxy(f"{place}/say_why_of_items.door", server={0}) as service:
+        return service(Endpoint(lambda: ("x" * size for _ in range(3)), codec="data"))
+
+
+def answer_a_client(path: str, size: int) -> None:
+    here.server = Server()
+    for what, procedure in (("plain", lambda: "x" * size), ("items", lambda: ("x" * size for _ in range(3)))):
+        here.server.attach(procedure, f"{path}.{what}", codec="data", mode=0o666)
+    here.server.start()
+
+
+@pytest.mark.ids("H03", "C11")
+def test_what_a_strangers_door_answers_with_answers_no_more_either(actor, place):
+    service, stranger = actor(None), actor(M)
+    service(serve_those_who_pass_doors, str(place))
+    assert stranger(answer_with_a_stream, str(place), 1000) == ["answered", 3]
+    kind, _, limit = stranger(answer_with_a_stream, str(place), MOST)
+    assert (kind, limit) == ("LimitError", MOST)
+
+
+def test_a_server_that_one_has_opened_and_believes_answers_as_much_as_it_may(actor, place):
+    size = 2**24 + 2**20
+    actor(M)(answer_a_client, str(place / "a.door"), size)
+    with Proxy(place / "a.door.plain", server={M}) as proxy:
+        assert len(proxy()) == size
+    with Proxy(place / "a.door.items", server={M}) as proxy:
+        assert [len(item) for item in proxy()] == [size] * 3
+
+
 @pytest.mark.ids("H03")
 def test_who_is_told_how_far_it_is_answers_next_to_nothing(actor, place):
     service, stranger = actor(None), actor(M)
@@ -215,6 +251,40 @@ def test_what_a_strangers_door_says_is_cut_and_made_printable(actor, place):
     assert kind == "ValueError"
     assert text.startswith("two\nlines, \\x1b[2J and so on...")
     assert len(text) < 10_000
+
+
+EVIL = "It clears\n\x1b[2Jyour screen"
+
+
+class Clears:
+    def wipe(self) -> None:
+        pass
+
+    wipe.__doc__ = EVIL
+
+
+def clear() -> None:
+    pass
+
+
+clear.__doc__ = EVIL
+
+
+def serve_with_docstrings(path: str) -> None:
+    here.server = Server()
+    here.server.attach(clear, path, codec="data", mode=0o666)
+    here.server.attach(Clears(), f"{path}.object", codec="data", mode=0o666)
+    here.server.start()
+
+
+@pytest.mark.parametrize("server", [None, M], ids=["root's", "a stranger's"])
+def test_help_of_a_strangers_door_prints(actor, place, server):
+    actor(server)(serve_with_docstrings, str(place / "a.door"))
+    said = EVIL if server is None else EVIL.replace("\x1b", "\\x1b")
+    with Proxy(place / "a.door", server={M, 0}) as proxy, Proxy(place / "a.door.object", server={M, 0}) as it:
+        assert said in proxy.__doc__
+        assert said.splitlines()[1] in it.__doc__
+        assert it.wipe.__doc__ == said
 
 
 # -- an object that several have entered
