@@ -631,11 +631,12 @@ class Door:
         # step: joined
 
     def _say_refused(self, knock: _opening.Visitor | _opening.Misfit, refusal: Refusal) -> None:
+        # A stranger may have doors without end that are called the same; of our own each has its line.
+        uid = None if knock.credentials is None else knock.credentials.uid
         self._keeper.say(
             logging.WARNING, "%s: refused %s: %s", self.name, knock.credentials,
             refusal.logged or refusal.text,
-            about=(self.name, refusal.reason),
-            offender=None if knock.credentials is None else knock.credentials.uid,
+            about=(self.name if is_strange(uid) else self.id, refusal.reason), offender=uid,
         )  # fmt: skip
 
     def _why_not(self, visitor: _opening.Visitor) -> Refusal | None:
