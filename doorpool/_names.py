@@ -103,6 +103,7 @@ BACKLOG = 128
 
 GREETING_TIMEOUT = 0.5  # seconds for somebody to greet in the place of a dead process
 LOCK_TIMEOUT = 2.0  # seconds; what is done under the lock takes well under a millisecond
+_GRUDGE = 10.0  # seconds for which nobody waits again for a lock that was waited for in vain
 
 _ROOM_PREFIX = ".doorpool-"
 
@@ -712,16 +713,23 @@ class _Place:
 
     def _wait_for(self, lock: int) -> None:
         """Take the lock, looking again at growing intervals (``flock`` itself has no timeout)."""
-        deadline = time.monotonic() + LOCK_TIMEOUT
+        began, directory = time.monotonic(), _identity(os.fstat(lock))
+        # A server may have many names here, and whoever holds the lock may do so for ever.
+        patience = LOCK_TIMEOUT if began > _in_vain.get(directory, -_GRUDGE) + _GRUDGE else 0.0
         pause = 0.0005
         while True:
             try:
-                return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                if time.monotonic() >= deadline:
+                if time.monotonic() >= began + patience:
                     break
+            else:
+                _in_vain.pop(directory, None)
+                return
             time.sleep(pause)
             pause = min(pause * 1.5, 0.02)
+        if patience:
+            _in_vain[directory] = time.monotonic()
         raise OSError(
             errno.ETIMEDOUT,
             f"somebody has held the lock on the directory {self.directory!r} for {LOCK_TIMEOUT:g} seconds "
@@ -735,6 +743,9 @@ class _Place:
         if descriptor >= 0 and self._generation == _sockets.generation:
             close_number(descriptor)
 
+
+#: When the lock of a directory was last waited for in vain.
+_in_vain: dict[Identity, float] = {}
 
 _DIRECTORY_ADVICE = {
     errno.ENOENT: "does not exist: make it first",

@@ -620,6 +620,22 @@ def test_removing_waits_for_the_lock_too(door_dir, published, monkeypatch):
 
 
 @pytest.mark.ids("A19")
+def test_many_names_wait_once_for_a_lock_that_is_never_given_up(door_dir, published):
+    names = [published(door_dir / f"{number}.door") for number in range(4)]
+    with lock_held(door_dir):
+        began = time.monotonic()
+        with pytest.raises(TimeoutError, match="lock"):
+            names[0].remove()
+        waited = time.monotonic() - began
+        for name in names:
+            with pytest.raises(TimeoutError, match="lock"):
+                name.remove()
+        assert time.monotonic() - began < 1.5 * waited
+    assert all(name.remove() for name in names)
+    assert not _names._in_vain
+
+
+@pytest.mark.ids("A19")
 def test_a_lock_that_is_given_up_is_had(door_dir, published, monkeypatch):
     leave_stale(door_dir / "a.door")
     monkeypatch.setattr(_names, "LOCK_TIMEOUT", 30.0)
