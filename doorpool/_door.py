@@ -68,6 +68,9 @@ _DEAD = Refusal(Reason.CLOSED, "the caller has died")
 #: Knocks of one user of whom nobody knows yet whether he may come in; of strangers fewer.
 _MOST_PENDING = 256
 
+#: The same of all strangers together, who leave our own user and root their room.
+_MOST_STRANGE_PENDING = 384
+
 _Rule = Callable[[Credentials], Bar | str | None]
 
 
@@ -666,14 +669,10 @@ class Door:
     def _begin_to_ask(self, visitor: _opening.Visitor, rule: _Rule) -> Refusal | None:
         """Have a doorman ask about a visitor; what comes of it is carried out by ``_end_asking``."""
         uid = visitor.credentials.uid
-        most = self.gate.limits.greetings if is_strange(uid) else _MOST_PENDING
-        his, all_of_them = self._pending[uid], self._pending.total()
-        if his >= most or all_of_them >= 2 * _MOST_PENDING:
+        if (refusal := self._why_not_ask(uid)) is not None:
             if is_strange(uid):
                 self._count_refused()
-            if his >= most:
-                return _too_much_asked(f" of uid {uid}", his, most)
-            return _too_much_asked("", all_of_them, 2 * _MOST_PENDING)
+            return refusal
 
         def ask() -> None:
             bar = self._ask_rule(rule, visitor.credentials)
@@ -682,7 +681,7 @@ class Door:
 
         def call_doorman() -> None:
             try:
-                doormen().take(ask)
+                doormen().take(ask, uid)
             except (RuntimeError, MemoryError):
                 text = "the server has no thread to ask its rule about who may call"
                 with self._keeper.lock:
@@ -691,6 +690,18 @@ class Door:
         self._keeper.afterwards(call_doorman)
         self._pending[uid] += 1
         self._guests.begin_asking(uid)
+        return None
+
+    def _why_not_ask(self, uid: int | None) -> Refusal | None:
+        """Say why there is no room for one more knock to be asked about."""
+        most = self.gate.limits.greetings if is_strange(uid) else _MOST_PENDING
+        if (his := self._pending[uid]) >= most:
+            return _too_much_asked(f" of uid {uid}", his, most)
+        if not is_strange(uid):
+            return None
+        strange = sum(count for whose, count in self._pending.items() if is_strange(whose))
+        if strange >= _MOST_STRANGE_PENDING:
+            return _too_much_asked(" of strangers", strange, _MOST_STRANGE_PENDING)
         return None
 
     def _end_asking(self, visitor: _opening.Visitor, denial: Refusal | None) -> None:

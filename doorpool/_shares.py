@@ -109,7 +109,8 @@ class Limits:
             him in results, as long as he keeps them; by default half of what strangers may have together,
             which is three quarters of ``RLIMIT_NOFILE``.
         greetings: knocks that are being answered: those that ``callers`` is asked about, and likewise answers
-            that have not been read.
+            that have not been read.  (A ``callers`` function is asked about two of them at a time, and about
+            six of all strangers' together, of whom 384 may wait for it at each door.)
         unread: descriptors in results that he has not read, in the process; by default 256, or a quarter of
             ``RLIMIT_NOFILE`` if that is less.  (All strangers together: twice that.)  A result alone is let
             pass.

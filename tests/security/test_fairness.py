@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from support import wait_until
+from support import byhand, wait_until
 from support.actors import here
 
 from doorpool import Limits, Proxy, Server, _sockets, current_call
@@ -465,3 +465,63 @@ def test_clean_up_for_a_stranger_leaves_threads_to_the_others(actor, place, what
             proxy()
     assert service(let_go_on) == 1
     wait_until(lambda: service(how_many_end) == 12, timeout=PATIENCE)
+
+
+OWN, C, D = 4201, 6703, 6704
+
+
+def serve_with_rules(path: str) -> None:
+    """Serve a door whose rule takes long about strangers, and another whose rule says yes at once."""
+    here.gate, here.asked = threading.Event(), []
+
+    def take_long(who: Any) -> bool:
+        if who.uid not in (0, OWN):
+            here.asked.append(who.uid)
+            here.gate.wait(3 * PATIENCE)
+        return True
+
+    here.server = Server()
+    options: dict[str, Any] = {"codec": "data", "mode": 0o666}
+    here.server.attach(lambda: "slow", path, callers=take_long, **options)
+    here.server.attach(lambda: "prompt", f"{path}.prompt", callers=lambda who: True, **options)
+    here.server.start()
+
+
+def asked() -> list[int]:
+    return sorted(here.asked)
+
+
+def knock_often(path: str, count: int) -> None:
+    """Knock, and leave the answers unread."""
+    here.kept = []
+    for _ in range(count):
+        door = byhand.reach(path)
+        here.kept += [door, byhand.knock(door)]
+
+
+def open_and_call(path: str) -> Any:
+    with Proxy(path, server={OWN}) as proxy:
+        return proxy()
+
+
+@pytest.mark.ids("F11t")
+def test_strangers_about_whom_a_rule_takes_long_keep_nobody_out_of_another_door(actor, path):
+    """Each has two of the threads that ask, and all strangers together six of eight."""
+    server, own, root = actor(OWN), actor(OWN), actor(0)
+    server(serve_with_rules, path)
+    actor(A)(knock_often, path, 12)
+    wait_until(lambda: len(server(asked)) >= 2, timeout=PATIENCE)
+    other = actor(B)
+    for one in (own, root, other):
+        assert one(open_and_call, f"{path}.prompt") == "prompt"
+    assert server(asked) == [A, A]
+    for uid in (C, D):
+        actor(uid)(knock_often, path, 12)
+    wait_until(lambda: len(server(asked)) >= 6, timeout=PATIENCE)
+    for one in (own, root):
+        assert one(open_and_call, f"{path}.prompt") == "prompt"
+        assert one(open_and_call, path) == "slow"
+    assert server(asked) == [A, A, C, C, D, D]
+    server(let_go)
+    wait_until(lambda: server(asked) == 12 * [A] + 12 * [C] + 12 * [D], timeout=PATIENCE)
+    assert other(open_and_call, f"{path}.prompt") == "prompt"
