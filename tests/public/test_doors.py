@@ -42,7 +42,7 @@ from doorpool import (
     take,
 )
 from doorpool import _doors as doors
-from doorpool import _janitor as janitor
+from doorpool import _handle as handles
 from doorpool._keeper import keeper
 
 PATIENCE = 20.0
@@ -388,7 +388,7 @@ def test_a_strangers_door_is_closed_by_those_who_have_time(far, monkeypatch):
         if numbers:
             left.append((list(numbers), uid))
 
-    monkeypatch.setattr(janitor, "close_later", note)
+    monkeypatch.setattr(handles, "close_later", note)
     with far("backend")() as backend:
         stranger = doors.arrive(Descriptor(os.dup(backend.fileno())), 12345)
         number = stranger.fileno()
