@@ -129,9 +129,9 @@ def release(parcel: tuple[Any, Any, Sequence[int]]) -> None:
 
 Rebuild = Callable[[Descriptor, int | None, int], Any]
 
-#: Bytes that may come with one answer of a stranger's door that was passed to us, where nobody says less:
-#: as many as may come with his request.
-MOST_ANSWERED = 2**24
+#: Bytes that may come of a stranger at a time, where nobody says less: with a request of his, or as the
+#: answer of a door of his that was passed to us.
+MOST_OF_A_STRANGER = 2**24
 
 
 @attrs.frozen
@@ -221,7 +221,7 @@ class Arrivals:
     __slots__ = ("_made", "left", "most", "passer", "steps")
 
     def __init__(
-        self, numbers: Sequence[int], passer: int | None = None, most: int = MOST_ANSWERED
+        self, numbers: Sequence[int], passer: int | None = None, most: int = MOST_OF_A_STRANGER
     ) -> None:  # fmt: skip
         self.left = list(numbers)
         self.passer = passer
@@ -1142,7 +1142,7 @@ def unpack_outcome(data: Data, arrivals: Arrivals) -> Any:
             return reading(arrivals, functools.partial(_read_plain.decode, body))
         if kind == _EXCEPTION:
             name, said, trace = _read_error.decode(body)
-            error: Exception = _rebuild(name, said and shown(said), trace and shown(trace))
+            error: Exception = _rebuild(shown(name), said and shown(said), trace and shown(trace))
         elif kind in (_MISFIT, _BAD_RESULT):
             error = MarshalError(shown(_read_text.decode(body)), may_have_run=kind == _BAD_RESULT)
         elif kind == _NO_ROOM:

@@ -83,7 +83,7 @@ class _ArrivedLine(Line):
 
     def __init__(
         self, descriptor: Descriptor, passer: int | None, codecs: tuple[Codec, ...] = SPOKEN,
-        most: int = _data.MOST_ANSWERED,
+        most: int = _data.MOST_OF_A_STRANGER,
     ) -> None:  # fmt: skip
         believed = frozenset[int]() if passer is None else frozenset({passer})
         self._proven = False
@@ -243,7 +243,7 @@ def _reduce(door: Any, departure: Departure) -> Recipe:
 
 def arrive(
     descriptor: Descriptor, passer: int | None, *, codecs: tuple[Codec, ...] = SPOKEN,
-    most: int = _data.MOST_ANSWERED,
+    most: int = _data.MOST_OF_A_STRANGER,
 ) -> Proxy:  # fmt: skip
     """
     Make a proxy of a door that has arrived, opening nothing; the descriptor is taken over.

@@ -83,7 +83,7 @@ _DataOutcome = tuple[_data.Parcel | None, bool, BaseException | None]
 #: Bytes of a request, if nothing is said.  Callers of "data" may be strangers, and a byte of theirs may
 #: become an object of 140 bytes when it is read (an empty list, in a list) and hold the interpreter for
 #: 75 ns: 16 MiB are 2 GiB and 1 s, and 1 GiB would be the end of most machines.
-_MOST_BYTES, _MOST_DATA = 2**30, 2**24
+_MOST_BYTES, _MOST_DATA = 2**30, _data.MOST_OF_A_STRANGER
 
 #: Bytes with which a stranger may answer at doors of his that come with a call: as many as with his requests,
 #: but a batch of a stream has always room; and next to none where he is told how far a procedure is.
@@ -808,8 +808,7 @@ class Endpoint:
             invocation.fail(Reason.REPLY_TOO_LARGE, str(error), limit=error.limit, value=error.value)
             returned = False
         finally:
-            if parcel is not None:
-                _data.release(parcel)
+            _data.release(parcel)
         if interrupt is not None:
             raise Interrupt(interrupt)
         return returned

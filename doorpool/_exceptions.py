@@ -54,7 +54,7 @@ from typing import Any, cast
 import attrs
 
 from doorpool._errors import DoorError, ProtocolError, RemoteError, RemoteTraceback
-from doorpool._texts import clip
+from doorpool._texts import MAX_LINES, clip
 
 Dump = Callable[[object], bytes]
 Load = Callable[[bytes], Any]
@@ -68,7 +68,7 @@ MAX_NESTING = 32
 
 #: Characters: of a traceback (CPython's own frames of a RecursionError take 3,000), of the text
 #: of the raised exception, and of that of the others, which only matters if they cannot be rebuilt.
-MAX_TRACEBACK, MAX_TEXT, MAX_OTHER_TEXT = 65536, 8192, 1024
+MAX_TRACEBACK, MAX_TEXT, MAX_OTHER_TEXT = MAX_LINES, 8192, 1024
 
 #: Bytes of the pickles of one envelope together; beyond it the text must do.
 MAX_PICKLES = 16 * 2**20

@@ -5,7 +5,8 @@ from __future__ import annotations
 #: Characters of a text that a stranger has chosen.
 MAX_SHOWN = 4096
 
-_MOST_OF_LINES = 65_536  # characters: as of a traceback
+#: Likewise, of a text of several lines, such as a traceback.
+MAX_LINES = 65_536
 
 
 def printable(text: str) -> str:
@@ -16,7 +17,7 @@ def printable(text: str) -> str:
 
 def printable_lines(text: str) -> str:
     """Likewise, of a text of several lines, which stay such."""
-    return "\n".join(map(printable, clip(text, _MOST_OF_LINES).split("\n")))
+    return "\n".join(map(printable, clip(text, MAX_LINES).split("\n")))
 
 
 def clip(text: str, limit: int) -> str:

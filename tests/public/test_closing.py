@@ -62,6 +62,21 @@ class Work:
             assert self.begun.acquire(timeout=PATIENCE)
 
 
+class Manager:
+    """An object to enter, and how it was left."""
+
+    def __init__(self, then: Callable[[], object] = bool) -> None:
+        self.left: list[type[BaseException] | None] = []
+        self._then = then
+
+    def __enter__(self) -> Manager:
+        return self
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        self.left.append(kind)
+        self._then()
+
+
 @pytest.fixture
 def work() -> Iterator[Work]:
     work = Work()
@@ -252,18 +267,10 @@ def test_ctrl_c_while_closing_cuts_what_is_left(spawn_server, door_dir, connect)
 
 def test_an_exception_while_closing_cuts_what_is_left_and_keeps_nothing(serve, connect, caplog):
     """What callers have entered is left for them, and the last thread gives the descriptors back."""
-    left: list[Any] = []
-
-    class Manager:
-        def __enter__(self) -> Manager:
-            return self
-
-        def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-            left.append(kind)
-
+    manager = Manager()
     work = Work()
     server = serve(work)
-    held = connect(server.attach(Endpoint(Manager())))
+    held = connect(server.attach(Endpoint(manager)))
     held._line.enter(None)
     call = Background(connect(), "too late:1")
     work.wait_begun(1)
@@ -281,7 +288,7 @@ def test_an_exception_while_closing_cuts_what_is_left_and_keeps_nothing(serve, c
         with pytest.raises(KeyboardInterrupt):
             server.close(None)
     assert patience == [None, 0]
-    assert left == [BrokenDoorError]
+    assert manager.left == [BrokenDoorError]
     error = call.error()
     assert isinstance(error, BrokenDoorError)
     assert error.may_have_run
@@ -373,17 +380,9 @@ def test_an_endpoint_that_is_dropped_is_forgotten():
 def test_ctrl_c_at_any_step_of_closing_an_endpoint_leaves_the_rest_for_the_next_time(
     serve, connect, door_dir, where
 ):
-    left: list[Any] = []
-
-    class Manager:
-        def __enter__(self) -> Manager:
-            return self
-
-        def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-            left.append(kind)
-
+    manager = Manager()
     path, interrupted = door_dir / "a.door", []
-    server = serve(Manager(), threads=1)
+    server = serve(manager, threads=1)
     (endpoint,) = server.endpoints
     held = connect(reopen=False)
     held._line.enter(None)
@@ -403,7 +402,7 @@ def test_ctrl_c_at_any_step_of_closing_an_endpoint_leaves_the_rest_for_the_next_
         for _ in range(2):
             endpoint.close()
     assert not path.exists()
-    assert left == [BrokenDoorError]
+    assert manager.left == [BrokenDoorError]
     assert server.endpoints == ()
     with pytest.raises(RevokedError):
         held.ping()
@@ -463,22 +462,13 @@ def test_two_threads_take_a_name_away_one_after_the_other(serve, caplog, monkeyp
 
 def test_an_endpoint_that_closes_itself_for_each_who_is_left_for(serve, connect):
     """However many there are: more than there may be calls within one another."""
-    left: list[Any] = []
-
-    class Manager:
-        def __enter__(self) -> int:
-            return 1
-
-        def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-            endpoint.close()
-            left.append(kind)
-
-    (endpoint,) = serve(Manager()).endpoints
+    manager = Manager(lambda: endpoint.close())
+    (endpoint,) = serve(manager).endpoints
     line = connect()._line
     for _ in range(sys.getrecursionlimit() // 2):
         line.enter(None)
     endpoint.close()
-    assert left == [BrokenDoorError] * (sys.getrecursionlimit() // 2)
+    assert manager.left == [BrokenDoorError] * (sys.getrecursionlimit() // 2)
 
 
 # -- generators that clean up as their server closes
@@ -736,12 +726,7 @@ def test_a_second_signal_ends_a_server_whose_main_thread_is_held(spawn_server, d
     if "procedure" in by:
         assert isinstance(call.exception(PATIENCE), BrokenDoorError)
 
-    def told_again() -> bool:
-        if not child.ended:
-            child.signal(signal.SIGTERM)
-        return child.ended
-
-    wait_until(told_again, timeout=10)
+    child.signal_until_ended(signal.SIGTERM)
     assert child.wait() == 128 + signal.SIGTERM
 
 
@@ -750,23 +735,17 @@ def test_a_second_signal_ends_a_server_whose_main_thread_is_held(spawn_server, d
 
 @pytest.mark.parametrize("what", [Server.close, Endpoint.close])
 def test_all_is_left_though_that_fails_and_the_log_with_it(serve, connect, failing_log, what):
-    left: list[Any] = []
+    def fail() -> None:
+        raise OSError("cannot be left")
 
-    class Manager:
-        def __enter__(self) -> int:
-            return 1
-
-        def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-            left.append(kind)
-            raise OSError("cannot be left")
-
-    server = serve(Manager())
+    manager = Manager(fail)
+    server = serve(manager)
     (endpoint,) = server.endpoints
     line = connect()._line
     for _ in range(3):
         line.enter(None)
     what(server if what is Server.close else endpoint)
-    assert left == [BrokenDoorError] * 3
+    assert manager.left == [BrokenDoorError] * 3
     assert len(failing_log.seen) == 3
 
 

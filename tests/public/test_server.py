@@ -841,12 +841,7 @@ def test_a_second_signal_ends_a_server_whose_main_thread_is_held(spawn_server, d
     wait_until(lambda: "1 calls cut" in child.stderr)
     assert not child.ended, "whoever holds the main thread is not broken into"
 
-    def told_again() -> bool:
-        if not child.ended:
-            child.signal(number)
-        return child.ended
-
-    wait_until(told_again, timeout=10)
+    child.signal_until_ended(number)
     assert child.wait() == 128 + number
 
 

@@ -1745,16 +1745,10 @@ def test_a_signal_while_the_main_thread_is_in_a_generator(spawn_server, door_dir
     assert errors
     assert set(errors) <= {RevokedError, BrokenDoorError}
     wait_until(lambda: not path.exists(), "names go first")
-
-    def told_again() -> bool:
-        if not child.ended:
-            child.signal(signal.SIGTERM)
-        return child.ended
-
     if code:
         wait_until(lambda: "calls cut" in child.stderr)
         assert not child.ended, "whoever holds the main thread is not broken into"
-        wait_until(told_again, timeout=10)
+        child.signal_until_ended(signal.SIGTERM)
     assert child.wait() == code
 
 

@@ -4,16 +4,19 @@ Fair between uids: how many channels one of them has, and how hard it presses, i
 
 from __future__ import annotations
 
+import socket
 import threading
 import time
 from collections.abc import Iterator
 from typing import Any
 
+import msgspec
 import pytest
 from support import byhand, wait_until
 from support.actors import here
 
 from doorpool import Limits, Proxy, Server, _sockets, current_call
+from doorpool._wire import Kind
 
 PATIENCE = 20.0
 A, B = 6701, 6702
@@ -393,6 +396,65 @@ def test_doors_open_and_close_while_a_thread_is_held_up_where_strangers_are_coun
     one(close_it)
     wait_until(lambda: server(channels, B) == 0, timeout=PATIENCE)
     server(let_go)
+
+
+# -- streams that are slow in the making
+
+
+def serve_slow_streams(place: str) -> None:
+    """Serve a few items at once, and the next when they may go on."""
+    here.go_on = threading.Event()
+
+    def items() -> Iterator[int]:
+        yield from range(6)
+        assert here.go_on.wait(PATIENCE)
+
+    here.server = Server()
+    here.server.attach(items, f"{place}/items.door", codec="data", mode=0o666)
+    here.server.start()
+
+
+def pull_and_read_nothing(place: str) -> None:
+    """Ask whether the server is there, leave its answer unread, and pull."""
+    here.proxy = Proxy(f"{place}/items.door", server={0})
+    here.stream = here.proxy()
+    assert [next(here.stream) for _ in range(3)] == [0, 1, 2], (
+        "batches of one and two; in the next would be four"
+    )
+    handle = here.stream._proxy._line.handle
+    handle.open_channel(None)
+    here.channel = handle._idle.pop()
+    here.channel.post(Kind.PING, 1)
+    wait_until(lambda: _sockets.unread(here.channel.socket))
+    here.channel.post(Kind.REQUEST, 2, msgspec.msgpack.encode([[], {}]))
+
+
+def answers() -> int:
+    """Read the answers that have come, and count them."""
+    count = 0
+    while True:
+        try:
+            here.channel.socket.recv(1 << 16, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return count
+        count += 1
+
+
+def let_makers_go_on() -> None:
+    here.go_on.set()
+
+
+@pytest.mark.ids("F11", "F05")
+def test_who_reads_nothing_has_nothing_sent_early_and_others_have(actor, place):
+    """What there is of a batch is sent by one thread for all, which waits for nobody who may never read."""
+    service, stranger = actor(None), actor(A)
+    service(serve_slow_streams, str(place))
+    stranger(pull_and_read_nothing, str(place))
+    with Proxy(place / "items.door", timeout=PATIENCE) as proxy, proxy() as stream:
+        assert [next(stream) for _ in range(6)] == list(range(6))
+        assert stranger(answers) == 1, "and no batch"
+        service(let_makers_go_on)
+        wait_until(lambda: stranger(answers) == 1, "whoever makes it sends it", PATIENCE)
 
 
 # -- what is left to be done when strangers let go of something

@@ -244,9 +244,22 @@ def fail_with(place: str, text: str) -> Any:
         return service(Endpoint(fail, codec="data"))
 
 
+def fail_oddly(place: str) -> Any:
+    """By an exception whose name is no better."""
+
+    def fail() -> None:
+        raise type("E\x1b[2J", (Exception,), {})
+
+    with Proxy(f"{place}/say_why.door", server={0}) as service:
+        return service(Endpoint(fail, codec="data"))
+
+
 def test_what_a_strangers_door_says_is_cut_and_made_printable(actor, place):
     service, stranger = actor(None), actor(M)
     service(serve_those_who_pass_doors, str(place))
+    kind, text, _ = stranger(fail_oddly, str(place))
+    assert kind == "RemoteError"
+    assert "E\\x1b[2J" in text
     kind, text, _ = stranger(fail_with, str(place), "two\nlines, \x1b[2J and so on")
     assert kind == "ValueError"
     assert text.startswith("two\nlines, \\x1b[2J and so on...")

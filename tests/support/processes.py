@@ -152,6 +152,16 @@ class Child:
     def signal(self, number: int) -> None:
         signal.pidfd_send_signal(self.pidfd, number)
 
+    def signal_until_ended(self, number: int, timeout: float = 10.0) -> None:
+        """Tell it again and again: one signal may come just before the last is dealt with."""
+
+        def told() -> bool:
+            if not self.ended:
+                self.signal(number)
+            return self.ended
+
+        wait_until(told, timeout=timeout)
+
     def stop(self) -> None:
         """Stop it (SIGSTOP), and return when the kernel says that it has stopped."""
         self.signal(signal.SIGSTOP)
