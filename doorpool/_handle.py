@@ -1143,8 +1143,10 @@ class Handle:
         """Raise that a reply is too large, of which nothing but that has been kept."""
         if self.max_reply == MAX_REPLY:
             raise ProtocolError(f"{self.name}: a reply that claims {size} bytes")
-        text = f"{self.name}: a reply of {size} bytes, and of a stranger's door that was passed to us "
-        text += f"{self.max_reply} are taken"
+        text = (
+            f"{self.name}: a reply of {size} bytes, and of a stranger's door that was passed to us "
+            f"{self.max_reply} are taken: as many as `max_request` of the door that it came by, or 1 MiB"
+        )
         raise LimitError(text, limit=self.max_reply, value=size, may_have_run=True)
 
     def _look_up(self, channel: Channel, deadline: float | None) -> None:
