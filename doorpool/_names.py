@@ -713,7 +713,8 @@ class _Place:
 
     def _wait_for(self, lock: int) -> None:
         """Take the lock, looking again at growing intervals (``flock`` itself has no timeout)."""
-        began, directory = time.monotonic(), _identity(os.fstat(lock))
+        began = time.monotonic()
+        directory = self.directory, _identity(os.fstat(lock))  # the number of one removed is soon another's
         # A server may have many names here, and whoever holds the lock may do so for ever.
         patience = LOCK_TIMEOUT if began > _in_vain.get(directory, -_GRUDGE) + _GRUDGE else 0.0
         pause = 0.0005
@@ -729,7 +730,7 @@ class _Place:
             time.sleep(pause)
             pause = min(pause * 1.5, 0.02)
         if patience:
-            _in_vain[directory] = time.monotonic()
+            _remember(directory)
         raise OSError(
             errno.ETIMEDOUT,
             f"somebody has held the lock on the directory {self.directory!r} for {LOCK_TIMEOUT:g} seconds "
@@ -744,8 +745,18 @@ class _Place:
             close_number(descriptor)
 
 
-#: When the lock of a directory was last waited for in vain.
-_in_vain: dict[Identity, float] = {}
+#: When the lock of a directory was last waited for in vain; forgotten with the grudge.
+_in_vain: dict[tuple[str, Identity], float] = {}
+
+
+def _remember(directory: tuple[str, Identity]) -> None:
+    """Note that a lock was waited for in vain just now, and forget those of long ago."""
+    now = time.monotonic()
+    for other, since in list(_in_vain.items()):
+        if now > since + _GRUDGE:
+            _in_vain.pop(other, None)
+    _in_vain[directory] = now
+
 
 _DIRECTORY_ADVICE = {
     errno.ENOENT: "does not exist: make it first",

@@ -632,7 +632,34 @@ def test_many_names_wait_once_for_a_lock_that_is_never_given_up(door_dir, publis
                 name.remove()
         assert time.monotonic() - began < 1.5 * waited
     assert all(name.remove() for name in names)
-    assert not _names._in_vain
+    assert not holds_grudge(door_dir), "the lock was had since"
+
+
+@pytest.mark.ids("A19")
+def test_a_grudge_is_against_one_directory_and_soon_forgotten(tmp_path, published, monkeypatch):
+    monkeypatch.setattr(_names, "LOCK_TIMEOUT", 0.05)
+    first, second = (tmp_path / which for which in ("first", "second"))
+    first.mkdir(mode=0o700)
+    leave_stale(first / "a.door")
+    with lock_held(first):
+        assert isinstance(refusal(first / "a.door"), TimeoutError)
+    assert holds_grudge(first)
+    first.rename(second)  # as if it were removed, and its number given to another
+    with lock_held(second) as lock, monkeypatch.context() as patch:
+        patch.setattr(_names, "LOCK_TIMEOUT", 30.0)
+        patch.setattr(time, "sleep", lambda _: fcntl.flock(lock, fcntl.LOCK_UN))
+        published(second / "a.door")
+
+    monkeypatch.setattr(_names, "_GRUDGE", 0.0)
+    leave_stale(second / "b.door")
+    with lock_held(second):
+        assert isinstance(refusal(second / "b.door"), TimeoutError)
+    assert not holds_grudge(first)
+    assert holds_grudge(second)
+
+
+def holds_grudge(directory: Path) -> bool:
+    return any(path == str(directory) for path, _ in _names._in_vain)
 
 
 @pytest.mark.ids("A19")
