@@ -55,7 +55,7 @@ from doorpool._errors import (
     MarshalError,
     NotADoorError,
 )
-from doorpool._handle import Handle, deadline_after
+from doorpool._handle import MAX_REPLY, Handle, deadline_after
 from doorpool._info import describe
 from doorpool._objects import CALL
 from doorpool._passing import Departure, Recipe
@@ -89,11 +89,11 @@ class _ArrivedLine(Line):
         self._proven = False
         super().__init__(
             descriptor, open_timeout=_OPENING, reopens=False, trust="namespace", server=believed, spin=None,
-            codecs=codecs,
+            codecs=codecs, max_reply=min(most, MAX_REPLY) if is_strange(passer) else None,
         )  # fmt: skip
         self.warns = False  # nobody has opened it by himself
         if is_strange(passer):
-            self.handle.stranger, self.handle.max_reply = passer, most
+            self.handle.stranger = passer
         self._believed = passer, self.handle.greeting.codec
         self.enters = bool(self.handle.greeting.attributes & Attribute.CONTEXT_MANAGER)
 

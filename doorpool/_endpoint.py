@@ -45,6 +45,7 @@ from doorpool._credentials import Credentials, is_strange
 from doorpool._descriptor import NOBODY, Descriptor
 from doorpool._errors import ClosedError, DoorError, LimitError, MarshalError
 from doorpool._exceptions import text_of
+from doorpool._handle import check_limit
 from doorpool._impl import shuttle
 from doorpool._info import DoorInfo, describe
 from doorpool._janitor import close_all
@@ -221,9 +222,9 @@ class Endpoint:
         self._refuse_descriptors = bool(refuse_descriptors)
         if max_request is _USUAL:
             max_request = _MOST_DATA if codec == "data" else _MOST_BYTES
-        self._max_request = _checked_limit("max_request", max_request)
-        self._max_reply = _checked_limit("max_reply", max_reply)
-        self._max_descriptors = _checked_limit("max_descriptors", max_descriptors, 253)
+        self._max_request = check_limit("max_request", max_request)
+        self._max_reply = check_limit("max_reply", max_reply)
+        self._max_descriptors = check_limit("max_descriptors", max_descriptors, 253)
 
     def __repr__(self) -> str:
         state = "closed" if self._closed else ", ".join(self.paths) or "no name"
@@ -259,7 +260,7 @@ class Endpoint:
 
     @max_request.setter
     def max_request(self, value: int) -> None:
-        self._set_limit("max_request", _checked_limit("max_request", value))
+        self._set_limit("max_request", check_limit("max_request", value))
 
     @property
     def max_reply(self) -> int:
@@ -268,7 +269,7 @@ class Endpoint:
 
     @max_reply.setter
     def max_reply(self, value: int) -> None:
-        self._set_limit("max_reply", _checked_limit("max_reply", value))
+        self._set_limit("max_reply", check_limit("max_reply", value))
 
     @property
     def max_descriptors(self) -> int:
@@ -277,7 +278,7 @@ class Endpoint:
 
     @max_descriptors.setter
     def max_descriptors(self, value: int) -> None:
-        self._set_limit("max_descriptors", _checked_limit("max_descriptors", value, 253))
+        self._set_limit("max_descriptors", check_limit("max_descriptors", value, 253))
 
     def _set_limit(self, name: str, value: int) -> None:
         setattr(self, f"_{name}", value)
@@ -1099,14 +1100,6 @@ def _checked_tracebacks(tracebacks: bool, codec: str) -> bool:
     if tracebacks and codec != "data":
         raise ValueError('tracebacks= is for codec="data": by pickle the traceback comes along always')
     return bool(tracebacks)
-
-
-def _checked_limit(what: str, value: int, most: int = 2**62) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{what} is a whole number, not {value!r}")
-    if not 0 <= value <= most:
-        raise ValueError(f"{what} is from 0 to {most}, not {value}")
-    return value
 
 
 def checked_threads(what: str, value: int) -> int:

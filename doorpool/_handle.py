@@ -157,6 +157,21 @@ def check_spin(value: float | None) -> int:
     return int((FOREVER if seconds is None else seconds) * 1e9)
 
 
+def check_limit(what: str, value: int, most: int = 2**62, least: int = 0) -> int:
+    """
+    Return a number of bytes or descriptors if it is one.
+
+    Raises:
+        TypeError: it is no whole number.
+        ValueError: it is out of its range, which is named.
+    """
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{what} is a whole number, not {value!r}")
+    if not least <= value <= most:
+        raise ValueError(f"{what} is from {least} to {most}, not {value}")
+    return value
+
+
 def deadline_after(seconds: float | None) -> float | None:
     """Return when so many seconds are over, by ``time.monotonic()``; None for never."""
     return None if seconds is None else time.monotonic() + seconds
@@ -291,7 +306,7 @@ class Handle:
         self._spin = check_spin(spin)
         #: Who has passed us the descriptor, if a stranger has: to close it may take what he likes.
         self.stranger: int | None = NOBODY
-        #: Bytes of an answer at most.
+        #: Bytes of an answer at most; what is no answer of a procedure's always fits.
         self.max_reply = MAX_REPLY
         self._owner: int | None = None
         self.path: str | None = None
@@ -954,6 +969,8 @@ class Handle:
         # step: reply-read
         if type(frame) is bytes:
             self._give_back(channel)
+            if len(frame) > self.max_reply:
+                self._refuse_reply(len(frame))
             return frame
         if isinstance(frame, tuple):
             return self._unpacked(channel, *frame)
@@ -966,7 +983,7 @@ class Handle:
                     channel.close()  # there may have been a manifest, and some of them segments
                 raise OSError(errno.EMFILE, "no free descriptors for those that the reply brought")
             self._give_back(channel)
-            return frame.data, frame.buffers, frame.descriptors
+            return self._within_limit(frame.data, frame.buffers, frame.descriptors)
         close_all(frame.descriptors, channel.peer.uid)
         self._take_failure(channel, frame, fresh)
 
@@ -979,7 +996,17 @@ class Handle:
             error.may_have_run = True
             raise self._named(error) from None
         self._give_back(channel)
-        return whole[manifest:], buffers, []
+        return self._within_limit(whole[manifest:], buffers, [])
+
+    def _within_limit(
+        self, data: bytes | bytearray, buffers: Sequence[bytearray | memoryview], descriptors: list[int]
+    ) -> Whole:  # fmt: skip
+        """Return a reply if it may be as large; what it has in segments is only known now."""
+        size = len(data) + sum(map(len, buffers))
+        if size > self.max_reply:
+            close_all(descriptors, self.server.uid)
+            self._refuse_reply(size)
+        return data, buffers, descriptors
 
     @staticmethod
     def _drop(channel: Channel) -> bool:
@@ -1143,10 +1170,14 @@ class Handle:
         """Raise that a reply is too large, of which nothing but that has been kept."""
         if self.max_reply == MAX_REPLY:
             raise ProtocolError(f"{self.name}: a reply that claims {size} bytes")
-        text = (
-            f"{self.name}: a reply of {size} bytes, and of a stranger's door that was passed to us "
-            f"{self.max_reply} are taken: as many as `max_request` of the door that it came by, or 1 MiB"
-        )
+        if self.stranger == NOBODY:
+            text = f"{self.name}: a reply of {size} bytes is over this proxy's max_reply, {self.max_reply}"
+        else:
+            text = (
+                f"{self.name}: a reply of {size} bytes, and of a stranger's door that was passed to us "
+                f"{self.max_reply} are taken: as many as `max_request` of the door it came by, or 1 MiB, "
+                "or `max_reply` of the proxy whose result it was"
+            )
         raise LimitError(text, limit=self.max_reply, value=size, may_have_run=True)
 
     def _look_up(self, channel: Channel, deadline: float | None) -> None:

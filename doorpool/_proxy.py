@@ -36,6 +36,7 @@ from typing import Any, TypeVar, cast
 
 from doorpool import _data, _sockets
 from doorpool._callers import Judge, Rule
+from doorpool._credentials import is_strange
 from doorpool._descriptor import Descriptor
 from doorpool._endpoint import Endpoint, endpoint_with_id
 from doorpool._errors import (
@@ -51,7 +52,7 @@ from doorpool._errors import (
     RevokedError,
 )
 from doorpool._exceptions import text_of
-from doorpool._handle import FOREVER, Came, check_seconds, check_spin, deadline_after
+from doorpool._handle import FOREVER, MAX_REPLY, Came, check_limit, check_seconds, check_spin, deadline_after
 from doorpool._impl import shuttle
 from doorpool._info import DoorInfo, describe
 from doorpool._janitor import close_all
@@ -72,6 +73,12 @@ _RETRY = 0.02
 
 #: What a proxy can speak; which of them, its door says.
 SPOKEN: tuple[Codec, ...] = (Codec.PICKLE, Codec.DATA)
+
+#: Bytes of a result of another user's server, where nobody says how many.
+MOST_OF_ANOTHER = 2**30
+
+#: The least that ``max_reply`` may be: in less, hardly an error can be told.
+_LEAST_REPLY = 1024
 
 _SUBMITTERS = 64  #: Threads at most that ``submit`` and ``map`` start.
 
@@ -102,8 +109,10 @@ class Line:
     def __init__(
         self, door: Path | int | Descriptor, *, open_timeout: float | None, reopens: bool, trust: str,
         server: Rule | None, spin: float | None, codecs: tuple[Codec, ...] = SPOKEN,
+        max_reply: int | None = None,
     ) -> None:  # fmt: skip
         self.spin = spin
+        self.max_reply = max_reply
         self.open_timeout = open_timeout
         self.trust = trust
         self.server = server
@@ -186,6 +195,10 @@ class Line:
         self._pool = home._pool if home is not None else None  # of this very process, if the door is
         self._table: Table | None = None
         self.is_object = bool(handle.greeting.attributes & Attribute.OBJECT)
+        if self.max_reply is not None:
+            handle.max_reply = self.max_reply
+        elif is_strange(handle.server.uid):
+            handle.max_reply = MOST_OF_ANOTHER
         self.handle = handle  # last: who calls by it marshals for it
 
     def transact(self, args: tuple[Any, ...], kwargs: dict[str, Any], deadline: float | None) -> Any:
@@ -413,7 +426,7 @@ class DataLine(Line):
         finally:
             _data.release(parcel)
         data, _, descriptors = reply if isinstance(reply, tuple) else (reply, (), [])
-        # What it hands out may answer as much as it may itself: without end, if we have opened it.
+        # What it hands out may answer as much as it may itself.
         arrivals = _data.Arrivals(descriptors, handle.server.uid, handle.max_reply)
         try:
             result = _data.unpack_outcome(data, arrivals)
@@ -491,6 +504,10 @@ class Proxy:
         wait: seconds for which to wait for a door to be there.
         reopen: open a path anew, and call again, when the server has gone and the call
             certainly did not run.
+        max_reply: bytes of a result, or of what is raised, at most; from 1,024 on.  What is over it is a
+            ``LimitError`` and has run.  By default 1 GiB of a server of another user (that is not
+            root), as ``Endpoint`` has it too; of others whatever comes.  Doors and streams that
+            another user's server returns are bounded by it as well.
         spin: seconds for which a call looks whether the answer is there, before it sleeps; by
             default up to 0.0002, as long as that is worth it; 0: never.
         server: whose server to believe, before anything of a call is sent: a set of uids and
@@ -523,8 +540,11 @@ class Proxy:
         self, door: Path | int | Descriptor | Endpoint | Proxy, *, timeout: float | None = None,
         open_timeout: float | None = 5.0, wait: float = 0.0, reopen: bool = True,
         server: Rule | None = None, trust: str = "namespace", spin: float | None = None,
+        max_reply: int | None = None,
     ) -> None:  # fmt: skip
         check_spin(spin)
+        if max_reply is not None:
+            check_limit("max_reply", max_reply, MAX_REPLY, _LEAST_REPLY)
         self._methods = None
         if server is not None:
             Judge(server, "server")  # that it is a rule
@@ -535,8 +555,9 @@ class Proxy:
 
         def connect(opened: Path | int | Descriptor) -> Line:
             return Line(
-                opened, open_timeout=open_timeout, reopens=reopen, trust=trust, server=server, spin=spin
-            )
+                opened, open_timeout=open_timeout, reopens=reopen, trust=trust, server=server, spin=spin,
+                max_reply=max_reply,
+            )  # fmt: skip
 
         if isinstance(door, int | Descriptor | Endpoint | Proxy):
             self._line = _connect_descriptor(door, connect)
@@ -925,6 +946,7 @@ def _reduce_for_multiprocessing(proxy: Proxy) -> Any:
         "trust": line.trust,
         "server": line.server,
         "spin": line.spin,
+        "max_reply": line.max_reply,
     }
     if line.handle.path is not None:
         return _from_path, (line.handle.path, {**options, "reopen": line.reopens})

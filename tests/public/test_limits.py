@@ -4,13 +4,16 @@ The limits of a door: what they may be, what they do while calls run, and when t
 
 from __future__ import annotations
 
+import os
+import pickle
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing import reduction
 
 import pytest
 from support import wait_until
 
-from doorpool import CallTimeoutError, Endpoint, LimitError, Proxy, RevokedError
+from doorpool import CallTimeoutError, Descriptor, Endpoint, LimitError, Proxy, RevokedError
 
 LIMITS = {"max_request": 2**62, "max_reply": 2**62, "max_descriptors": 253}
 
@@ -82,6 +85,71 @@ def test_a_reply_over_its_limit_ran_and_leaves_the_channel(serve, connect):
         assert proxy(1) == b"\0"
     assert sizes == [9_000, *[50_000, 1] * 3], "no call was made twice"
     assert server.statistics().channels == channels
+
+
+@pytest.mark.ids("P7", "P3")
+def test_what_a_proxy_takes_is_a_number_in_its_range(door_dir):
+    for value in (-1, 0, 1023, 2**40 + 1, 2**70):
+        with pytest.raises(ValueError, match=rf"max_reply is from 1024 to {2**40}, not {value}"):
+            Proxy(door_dir / "a.door", max_reply=value)
+    for wrong in (1024.0, "1024", True, b"1"):
+        with pytest.raises(TypeError, match="max_reply is a whole number"):
+            Proxy(door_dir / "a.door", max_reply=wrong)
+
+
+def produce(size: int) -> str:
+    return "x" * size
+
+
+def produce_memory(size: int) -> list[bytearray]:
+    return [bytearray(size // 4) for _ in range(4)]
+
+
+@pytest.mark.ids("P7")
+@pytest.mark.parametrize("codec", ["pickle", "data"])
+@pytest.mark.parametrize("most", [5000, 40_000, 1_000_000])
+@pytest.mark.parametrize("procedure", [produce, produce_memory])
+def test_a_proxy_takes_no_more_than_it_says(serve, connect, codec, procedure, most):
+    """Whether it comes in the page, in segments or by the socket; and goes on with the next call."""
+    server = serve(procedure, codec=codec)
+    unbound, bound = connect(), connect(max_reply=most)
+
+    for proxy in (bound, bound.options(timeout=20.0)):
+        for _ in range(3):
+            assert proxy(most // 2) == unbound(most // 2)
+            with pytest.raises(LimitError, match=f"over this proxy's max_reply, {most}") as caught:
+                proxy(most + 4)
+            assert caught.value.may_have_run is True
+            assert caught.value.limit == most < caught.value.value < 2 * most
+    wait_until(lambda: server.statistics().running == 0)
+
+
+@pytest.mark.ids("P7")
+def test_descriptors_of_a_result_that_is_not_taken_are_closed(serve, connect):
+    """Whichever way its bytes come."""
+    with Descriptor(os.open(os.devnull, os.O_RDONLY)) as source:
+        serve(lambda size: [source, bytearray(size)])
+        proxy = connect(max_reply=2000)
+        for size in (3000, 100_000, 10_000_000):
+            for _ in range(3):
+                with pytest.raises(LimitError, match="over this proxy's max_reply, 2000"):
+                    proxy(size)
+                copy, memory = proxy(1000)
+                copy.close()
+                assert memory == bytes(1000)
+
+
+@pytest.mark.ids("P7")
+def test_a_proxy_takes_no_more_after_a_restart_nor_as_an_argument_of_a_process(serve, connect):
+    first = serve(produce)
+    proxy = connect(max_reply=2000)
+    first.close()
+    serve(produce)
+    with pickle.loads(reduction.ForkingPickler.dumps(proxy)) as elsewhere:
+        for each in (proxy, elsewhere):
+            assert each(1000) == produce(1000)
+            with pytest.raises(LimitError, match="over this proxy's max_reply, 2000"):
+                each(3000)
 
 
 # -- a door that takes nothing

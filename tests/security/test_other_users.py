@@ -19,7 +19,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from support import become, byhand, enter_pid_namespace
+from support import become, byhand, enter_pid_namespace, rawpeer
 from support.actors import Fd, counts, here, logged
 from support.marker import Marker
 from support.strangers import frames_with, overheard, pose_as_door
@@ -33,7 +33,7 @@ from support.victims import (
     seen,
 )
 
-from doorpool import Credentials, Descriptor, Group, Server, anyone, current_call
+from doorpool import Credentials, Descriptor, Group, LimitError, Proxy, Server, anyone, current_call
 from doorpool._errors import AccessError, DoorError, MarshalError, ProtocolError
 
 V, M, FRIEND, STAFF = 4201, 6602, 4203, 5150
@@ -853,6 +853,48 @@ def test_no_name_of_a_hostile_server_is_looked_up(actor):
             assert (kind, module, may_have_run) == (name, "builtins", None)
         else:
             assert (kind, may_have_run) == ("RemoteError", True), name
+
+
+def server_of_long_answers(number: int, lengths: Sequence[int]) -> None:
+    """Answer one call on each channel, by a head alone that says that so many bytes follow."""
+    with socket.socket(fileno=number) as port:
+        for length in lengths:
+            theirs, _ = byhand.hear(port)
+            with theirs, byhand.admit(theirs, DATA) as channel:
+                byhand.receive(channel)
+                byhand.send(channel, rawpeer.frame(rawpeer.REPLY, 1, b"V", length=length))
+                assert byhand.read_all(channel) == b""
+
+
+def limits_met(number: int, times: int, options: dict[str, int]) -> list[tuple[int, int, bool, str]]:
+    with Proxy(number, server={M}, **options) as proxy:
+        met = []
+        for _ in range(times):
+            with pytest.raises(LimitError) as caught:
+                proxy()
+            error = caught.value
+            met.append((error.limit, error.value, error.may_have_run, str(error)))
+        return met
+
+
+@pytest.mark.ids("P7", "H03")
+@pytest.mark.parametrize("options", [{}, {"max_reply": 5000}], ids=["by default", "as asked for"])
+def test_a_server_of_another_user_answers_no_more_than_is_taken(actor, options):
+    """Before any of it is read."""
+    most = options.get("max_reply", 2**30)
+    lengths = [most + 1, 2**40, 2**62]
+    holder, port = byhand.door_pair(byhand.greeting_bytes(DATA))
+    with holder, port:
+        server, client = actor(M), actor(V)
+        before = client(counts)
+        calling = client.begin(limits_met, Fd(holder.fileno()), len(lengths), options)
+        serving = server.begin(server_of_long_answers, Fd(port.fileno()), lengths)
+        met = calling()
+        serving()
+        assert client(counts) == before
+    assert [each[:3] for each in met] == [(most, length, True) for length in lengths]
+    assert all(f"a reply of {length} bytes is over this proxy's max_reply, {most}" in text
+               for length, (*_, text) in zip(lengths, met, strict=True))  # fmt: skip
 
 
 @pytest.mark.ids("B25")
