@@ -160,7 +160,7 @@ def test_time_over_while_the_server_is_stopped(staged):
     error, seconds = failing(handle.call, b"lost", timeout=0.2)
     assert isinstance(error, CallTimeoutError)
     assert not error.may_have_run
-    assert 0.2 <= seconds < 0.7
+    assert 0.2 <= seconds < 0.2 + PROMPTLY
     server.cont()
     assert handle.call(timeout=PATIENCE).data == b"fresh"
 
@@ -171,7 +171,7 @@ def test_time_over_while_the_call_runs(staged):
     error, seconds = failing(handle.call, timeout=0.2)
     assert isinstance(error, CallTimeoutError)
     assert error.may_have_run
-    assert 0.2 <= seconds < 0.7
+    assert 0.2 <= seconds < 0.2 + PROMPTLY
 
 
 def test_time_over_before_the_knock_is_heard(staged):
@@ -179,7 +179,7 @@ def test_time_over_before_the_knock_is_heard(staged):
     error, seconds = failing(handle.call, timeout=0.2)
     assert isinstance(error, CallTimeoutError)
     assert not error.may_have_run
-    assert 0.2 <= seconds < 0.7
+    assert 0.2 <= seconds < 0.2 + PROMPTLY
 
 
 @pytest.mark.ids("E06")
@@ -196,7 +196,7 @@ def test_time_over_while_the_answer_drips(staged):
     error, seconds = failing(handle.call, timeout=0.3)
     assert isinstance(error, CallTimeoutError)
     assert error.may_have_run
-    assert 0.3 <= seconds < 1.0
+    assert 0.3 <= seconds < 0.3 + PROMPTLY
 
 
 @pytest.mark.ids("E06")
@@ -211,7 +211,7 @@ def test_time_over_while_the_request_is_sipped(staged):
     error, seconds = failing(handle.call, bytes(64 << 20), timeout=0.3)
     assert isinstance(error, CallTimeoutError)
     assert not error.may_have_run
-    assert 0.3 <= seconds < 1.5
+    assert 0.3 <= seconds < 0.3 + 2 * PROMPTLY
 
 
 @pytest.mark.ids("I1", "I7")

@@ -443,7 +443,7 @@ def test_a_wait_ends_when_its_time_is_over(waiting):
     assert waiting.client.post(b"", 0, 0) is True
     started = time.monotonic()
     assert waiting.client.wait(SECOND // 20) == shuttle.NOTHING
-    assert 0.05 <= time.monotonic() - started < 0.5
+    assert 0.05 <= time.monotonic() - started < 2
 
 
 @pytest.mark.ids("X19")
@@ -460,7 +460,7 @@ def test_ctrl_c_takes_effect_while_one_waits(waiting):
     thread.start()
     with pytest.raises(KeyboardInterrupt):
         waiting.client.wait(10 * SECOND)
-    assert time.monotonic() - struck[0] < 0.2
+    assert time.monotonic() - struck[0] < 2, "it waited to the end"
     thread.join()
     assert waiting.server.take()[0] == b""
     assert waiting.server.answer(b"still on", 0) is True
