@@ -89,7 +89,7 @@ class _ArrivedLine(Line):
         self._proven = False
         super().__init__(
             descriptor, open_timeout=_OPENING, reopens=False, trust="namespace", server=believed, spin=None,
-            codecs=codecs, max_reply=min(most, MAX_REPLY) if is_strange(passer) else None,
+            codecs=codecs, max_reply=min(most, MAX_REPLY) if is_strange(passer) else MAX_REPLY,
         )  # fmt: skip
         self.warns = False  # nobody has opened it by himself
         if is_strange(passer):
