@@ -1226,10 +1226,13 @@ class Handle:
                 close_all(frame.descriptors, channel.peer.uid)
             if frame is None or frame.kind not in (Kind.GOODBYE, Kind.FAILURE):
                 return True
+            page = channel.page
+            if page is not None and frame.kind == Kind.GOODBYE and not isinstance(page.wait(0), int):
+                return True  # it had answered in the page before it said goodbye
             return _wire.decode_refusal(frame.data).may_have_run
         except Hangup as hangup:
             return channel.page is not None or not hangup.unread
-        except ProtocolError:  # who waited is told that his time is over, whatever came at the end of it
+        except (ProtocolError, shuttle.PageError):  # who waited is told that his time is over, whatever came at the end of it
             return True
 
     def _shown(self, text: str) -> str:

@@ -24,12 +24,12 @@ import pytest
 from support import byhand, rawpeer, run_as_uid, wait_until
 from support.rawdoor import Background
 
-from doorpool import BrokenDoorError, ClosedError, Endpoint, Proxy, RevokedError, Server
+from doorpool import BrokenDoorError, CallTimeoutError, ClosedError, Endpoint, Proxy, RevokedError, Server
 from doorpool._keeper import keeper
 from doorpool._names import Name
 from doorpool._objects import Facade
 from doorpool._threads import Pool, Pools
-from doorpool.door import Door, Gate
+from doorpool.door import Door, Gate, Handle
 
 PATIENCE = 30.0  # seconds until what certainly happens is taken for a hang
 PROMPTLY = 1.0  # seconds (threats.md, G09)
@@ -146,6 +146,34 @@ class HalfOpen:
             assert said[rawpeer.HEAD : rawpeer.HEAD + 2] == bytes([CLOSED, False])
         for door in self.doors:  # greeting and farewell; first of all, once, that a knock was not heard
             assert byhand.read_all(door) or byhand.read_all(door)
+
+
+@pytest.mark.ids("X7", "G09")
+@pytest.mark.parametrize("size", [1, 1_000_000])
+def test_a_goodbye_behind_an_answer_does_not_say_that_the_call_did_not_run(
+    serve, connect, monkeypatch, size
+):
+    """The time is over just when the answer comes, and the server, which has nothing to do, closes."""
+    go_on, ran = threading.Event(), []
+
+    def procedure() -> bytes:
+        ran.append(go_on.wait(PATIENCE))
+        return bytes(size)
+
+    def answered_closed_and_given_up(handle: Handle, channel: Any) -> bool:
+        go_on.set()
+        wait_until(lambda: server.statistics().served == 1)
+        server.close()
+        return give_up(handle, channel)
+
+    server = serve(procedure)
+    proxy = connect(timeout=0.2, reopen=False)
+    give_up = Handle._give_up
+    monkeypatch.setattr(Handle, "_give_up", answered_closed_and_given_up)
+    with pytest.raises(CallTimeoutError) as caught:
+        proxy()
+    assert ran == [True]
+    assert caught.value.may_have_run
 
 
 @pytest.mark.ids("E11", "R1", "R2", "R3", "L14")
