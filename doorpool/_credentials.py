@@ -65,6 +65,17 @@ _libc.getauxval.argtypes = [ctypes.c_ulong]
 #: Device and inode of a pidfd: no two processes ever have the same.
 ProcessId = tuple[int, int]
 
+#: Groups of a peer that are kept.  A user of many sub-gids may have 65,536, and each channel would.
+MOST_GROUPS = 1024
+
+_SHOWN_GROUPS = 32  #: Of them in a text, and so in a line of a log.
+
+
+def _shown_groups(groups: tuple[int, ...] | None) -> str:
+    if groups is None or len(groups) <= _SHOWN_GROUPS:
+        return repr(groups)
+    return f"({', '.join(map(str, groups[:_SHOWN_GROUPS]))}, ... {len(groups)} in all)"
+
 
 @attrs.frozen
 class Credentials:
@@ -76,7 +87,7 @@ class Credentials:
             may have been given to another process since.
         uid: the user, or None if the kernel could not say.
         gid: the group, or None if the kernel could not say.
-        groups: the supplementary groups, or None if the kernel could not say.
+        groups: the supplementary groups, or None if the kernel could not say, or they are more than 1,024.
 
     Modelled on: door_ucred(3C)
     """
@@ -84,7 +95,7 @@ class Credentials:
     pid: int | None
     uid: int | None
     gid: int | None
-    groups: tuple[int, ...] | None
+    groups: tuple[int, ...] | None = attrs.field(repr=_shown_groups)
     _process: ProcessId | None = attrs.field(default=None, eq=False, repr=False)
 
     def pidfd(self) -> Descriptor:
@@ -178,23 +189,28 @@ def peer_pidfd(sock: socket.socket) -> int:
 
 
 def peer_groups(sock: socket.socket) -> tuple[int, ...] | None:
-    """Return the supplementary groups of whoever made the other end, None if unknown."""
+    """Return the supplementary groups of whoever made the other end, None if unknown or too many."""
     size = 1024  # the most that socket.getsockopt takes: 256 groups
     try:
         packed = sock.getsockopt(socket.SOL_SOCKET, SO_PEERGROUPS, size)
     except OSError as error:
         if error.errno != errno.ERANGE:
             return None
-        packed = _many_groups(sock.fileno())
+        many = _many_groups(sock.fileno())
+        if many is None:
+            return None
+        packed = many
     return struct.unpack(f"={len(packed) // 4}I", packed)
 
 
-def _many_groups(descriptor: int) -> bytes:
-    """Ask for the groups of somebody who has more than 256 of them (at most 65,536)."""
-    buffer = ctypes.create_string_buffer(4 * 65_536)
+def _many_groups(descriptor: int) -> bytes | None:
+    """Ask for the groups of somebody who has more than 256 of them; None if they are over ``MOST_GROUPS``."""
+    buffer = ctypes.create_string_buffer(4 * MOST_GROUPS)
     size = ctypes.c_uint(len(buffer))
     if _libc.getsockopt(descriptor, socket.SOL_SOCKET, SO_PEERGROUPS, buffer, ctypes.byref(size)):
         number = ctypes.get_errno()
+        if number == errno.ERANGE:
+            return None
         raise OSError(number, os.strerror(number))
     return buffer.raw[: size.value]
 

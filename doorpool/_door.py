@@ -44,7 +44,7 @@ from doorpool._credentials import Credentials, credentials_of, is_strange, peer_
 from doorpool._doorman import doormen
 from doorpool._errors import SHORTAGE, ClosedError
 from doorpool._gate import SLOW, Gate, Served
-from doorpool._guests import guests
+from doorpool._guests import ASKED_ABOUT, guests
 from doorpool._keeper import keeper
 from doorpool._log import log
 from doorpool._names import Name
@@ -702,7 +702,8 @@ class Door:
         strange = sum(count for whose, count in self._pending.items() if is_strange(whose))
         if strange >= _MOST_STRANGE_PENDING:
             return _too_much_asked(" of strangers", strange, _MOST_STRANGE_PENDING)
-        return None
+        full = self._guests.why_full(uid, self.gate.limits, ASKED_ABOUT)
+        return None if full is None else Refusal(Reason.BUSY, full)
 
     def _end_asking(self, visitor: _opening.Visitor, denial: Refusal | None) -> None:
         """Carry out what the rule has said, unless the door was taken away, or this process forked."""
@@ -792,6 +793,10 @@ class Door:
             text = "the server had no room for the descriptors; try again later"
             return Refusal(Reason.DESCRIPTORS_LOST, text)
         return None
+
+    def end_leaving(self, what: object) -> None:
+        """Count out what a stranger has let go of, and is closed now; any thread, without a lock."""
+        self._guests.end_leaving(what)
 
     def bring(self, served: Served, count: int) -> Refusal | None:
         """Count the descriptors that a stranger's call has brought, or say why they are too many."""

@@ -45,6 +45,7 @@ from doorpool._credentials import Credentials, is_strange
 from doorpool._descriptor import NOBODY, Descriptor
 from doorpool._errors import ClosedError, DoorError, LimitError, MarshalError
 from doorpool._exceptions import text_of
+from doorpool._guests import guests
 from doorpool._handle import check_limit
 from doorpool._impl import shuttle
 from doorpool._info import DoorInfo, describe
@@ -558,6 +559,8 @@ class Endpoint:
             interrupt = self._abandon()
             if self._server is not None:  # last: until then it is closed with its server, at the latest
                 self._server._forget(self)
+            if door is not None:  # the pool may be closed, and will not come to it
+                door.end_leaving(self)
             self._done = True
         finally:
             self._closer = None
@@ -619,7 +622,16 @@ class Endpoint:
     def _note_unreferenced(self) -> None:
         """Have a server thread deliver the news; in the keeper's thread."""
         assert self._pool is not None
-        self._pool.run_soon(self._deliver_unreferenced, self._holder)
+        here = guests()
+        here.begin_leaving(self, self._holder)
+
+        def deliver() -> None:
+            try:
+                self._deliver_unreferenced()
+            finally:
+                here.end_leaving(self)
+
+        self._pool.run_soon(deliver, self._holder)
 
     def _deliver_unreferenced(self) -> None:
         """Tell, and close if it does not linger, unless somebody has got hold of it again, or is to."""
@@ -826,7 +838,14 @@ class Endpoint:
         except BaseException as error:  # a validator of the user's may do anything
             refusal = marshal_error("the arguments", error, may_have_run=False)
             self._report(invocation, logging.WARNING, refusal)
-            return self._pack_refusal("the arguments", error, refusal, invocation), False, interrupt_of(error)
+            try:
+                parcel = self._pack_refusal("the arguments", error, refusal, invocation)
+                return parcel, False, interrupt_of(error)
+            finally:
+                # It may be the error itself, whose traceback holds this frame: without a collection both
+                # would stay, with the whole request, which nobody counts any more.
+                del refusal
+                invocation.data = b""
         token = current.set(invocation)
         try:
             value = procedure(*args, **kwargs)
@@ -857,7 +876,11 @@ class Endpoint:
         except BaseException as error:
             refusal = marshal_error("the result", error, may_have_run=True)
             self._report(invocation, logging.ERROR, refusal, error)
-            return self._pack_refusal("the result", error, refusal, invocation), False, interrupt_of(error)
+            try:
+                parcel = self._pack_refusal("the result", error, refusal, invocation)
+                return parcel, False, interrupt_of(error)
+            finally:
+                del refusal  # as above
         finally:
             answering.endpoint = answering.invocation = None
 

@@ -34,6 +34,7 @@ import attrs
 
 from doorpool import _janitor, _opening, _sockets
 from doorpool._credentials import is_strange
+from doorpool._descriptor import NOBODY
 from doorpool._keeper import Keeper, Timer, keeper
 from doorpool._opening import Visitor
 from doorpool._shares import Limits, Usage, most_descriptors
@@ -55,6 +56,9 @@ _SECOND_LOOK = 0.05
 #: unwatched: a watch, a timer and a wake-up for each took 60 µs of an opening.  Nor is his process watched
 #: before: many a client is gone by then.
 _FIRST_LOOK = 0.002
+
+#: Descriptors of a knock that a rule is being asked about: its socket, and one of who sent it.
+ASKED_ABOUT = 2
 
 MOST_UNREAD = Limits().greetings  #: Answers that a strange uid may leave unread, if nothing else is said.
 MOST_UNREAD_OF_ALL = 4_096  #: All together, where not a quarter of ``RLIMIT_NOFILE`` is less.
@@ -87,6 +91,9 @@ class Guests:
         self._strange_ports: dict[socket.socket, int | None] = {}
         self._strange_channels: set[Served] = set()
         self._fresh: list[_Guest] = []  # trusted, and not watched yet
+        self._leaving: dict[
+            object, int | None
+        ] = {}  # what they let go of and is not closed yet, by whose it was
         self._asked_about: Counter[int | None] = Counter()  # knocks of strangers that wait for a rule, by uid
         self._brought: dict[Served, int] = {}  # descriptors of strangers' calls
         self.unread = Unread(keeper)
@@ -150,6 +157,7 @@ class Guests:
         """Say who has how many descriptors, and over which limit of whose so many more would be."""
         most = most_descriptors() * 3 // 4
         others = sum(list(self._brought.values())) + self.unread.held().total() + _janitor.held().total()
+        others += len(self._leaving) + ASKED_ABOUT * sum(list(self._asked_about.values()))
         held = len(self._strange_ports) + 2 * len(self._strange_channels) + others
         if held + len(self._guests) + more > most:
             self.look_round()
@@ -168,6 +176,9 @@ class Guests:
             held[served.channel.peer.uid] += 2
         for served, count in list(self._brought.items()):
             held[served.channel.peer.uid] += count
+        for uid, count in list(self._asked_about.items()):
+            held[uid] += ASKED_ABOUT * count
+        held.update(list(self._leaving.values()))
         return held + self.unread.held() + _janitor.held()
 
     def usage(self) -> dict[int | None, Usage]:
@@ -183,6 +194,19 @@ class Guests:
             uid: Usage(descriptors=held[uid], greetings=greeted[uid], unread=unread[uid])
             for uid in {*held, *greeted, *unread}
         }  # fmt: skip
+
+    def begin_leaving(self, what: object, uid: int | None) -> None:
+        """
+        Count what a stranger was given, and nobody has any more, as his until it has been closed.
+
+        That may take its time, and he asks for more meanwhile.  Without the lock, as ``end_leaving``.
+        """
+        if uid != NOBODY and is_strange(uid):
+            self._leaving[what] = uid
+
+    def end_leaving(self, what: object) -> None:
+        """Count it out; idempotent."""
+        self._leaving.pop(what, None)
 
     def begin_asking(self, uid: int | None) -> None:
         """Count in a knock about which a rule is asked."""

@@ -981,6 +981,8 @@ class Handle:
                     self._give_back(channel)
                 else:
                     channel.close()  # there may have been a manifest, and some of them segments
+                if frame.refusal.reason is Reason.TOO_LARGE:
+                    self._refuse_reply(frame.refusal.value)
                 raise OSError(errno.EMFILE, "no free descriptors for those that the reply brought")
             self._give_back(channel)
             return self._within_limit(frame.data, frame.buffers, frame.descriptors)
@@ -1232,7 +1234,8 @@ class Handle:
             return _wire.decode_refusal(frame.data).may_have_run
         except Hangup as hangup:
             return channel.page is not None or not hangup.unread
-        except (ProtocolError, shuttle.PageError):  # who waited is told that his time is over, whatever came at the end of it
+        except (ProtocolError, shuttle.PageError):
+            # Who waited is told that his time is over, whatever came at the end of it.
             return True
 
     def _shown(self, text: str) -> str:
@@ -1314,12 +1317,12 @@ class Handle:
         return next(filter(is_strange, uids), NOBODY)
 
 
-_crossing = threading.Lock()
+_crossing = threading.RLock()  # what is collected meanwhile may cross as well
 
 
 def _forget_parent() -> None:
     global _crossing
-    _crossing = threading.Lock()
+    _crossing = threading.RLock()
 
 
 _sockets.on_fork(_forget_parent)

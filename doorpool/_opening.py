@@ -481,20 +481,25 @@ def refuse(knock: Visitor | Misfit, refusal: Refusal) -> None:
         if isinstance(knock, Visitor):
             _sockets.send_letter(knock.socket, Answer(refusal=refusal).encode())
         elif knock.letter.descriptors and not knock.letter.forged:
-            _refuse_letter(knock.letter.descriptors[0], refusal)
+            _refuse_letter(knock.letter, refusal)
     except OSError:
         return
     finally:
         knock.close()
 
 
-def _refuse_letter(number: int, refusal: Refusal) -> None:
-    """Send a refusal over a descriptor, the letter's, if it is such a socket as one knocks with."""
+def _refuse_letter(letter: Letter, refusal: Refusal) -> None:
+    """
+    Send a refusal over a letter's descriptor, if it is such a socket as one knocks with, of the sender's own.
+
+    To whomever else it leads, he would take what we say for our own user's word.
+    """
+    number = letter.descriptors[0]
     if _sockets.domain_of(number) != socket.AF_UNIX:
         return
     sock = _sockets.adopt(number)
     try:
-        if _sockets.is_unix(sock, socket.SOCK_STREAM):
+        if _sockets.is_unix(sock, socket.SOCK_STREAM) and peer_ucred(sock) == letter.ucred:
             _sockets.send_letter(sock, Answer(refusal=refusal).encode())
     finally:
         sock.detach()

@@ -62,7 +62,7 @@ from doorpool._passing import Departure
 from doorpool._progress import Listener, ReportingLine
 from doorpool._texts import printable_lines
 from doorpool._threads import waiting_for
-from doorpool._wire import Attribute, Knock
+from doorpool._wire import LETTER_SIZE, Attribute, Knock
 from doorpool.door import Codec, Handle
 
 __all__ = ["Proxy"]
@@ -77,8 +77,8 @@ SPOKEN: tuple[Codec, ...] = (Codec.PICKLE, Codec.DATA)
 #: Bytes of a result of another user's server, where nobody says how many.
 MOST_OF_ANOTHER = 2**30
 
-#: The least that ``max_reply`` may be: in less, hardly an error can be told.
-_LEAST_REPLY = 1024
+#: The least that ``max_reply`` may be: what a server says besides answers is no longer.
+_LEAST_REPLY = LETTER_SIZE
 
 _SUBMITTERS = 64  #: Threads at most that ``submit`` and ``map`` start.
 
@@ -474,12 +474,12 @@ def _kind(is_object: bool) -> str:
     return "an object" if is_object else "a function"
 
 
-_crossing = threading.Lock()
+_crossing = threading.RLock()  # what is collected meanwhile may cross as well
 
 
 def _forget_parent() -> None:
     global _crossing
-    _crossing = threading.Lock()
+    _crossing = threading.RLock()
 
 
 _sockets.on_fork(_forget_parent)
@@ -504,7 +504,7 @@ class Proxy:
         wait: seconds for which to wait for a door to be there.
         reopen: open a path anew, and call again, when the server has gone and the call
             certainly did not run.
-        max_reply: bytes of a result, or of what is raised, at most; from 1,024 on.  What is over it is a
+        max_reply: bytes of a result, or of what is raised, at most; from 4,096 on.  What is over it is a
             ``LimitError`` and has run.  By default 1 GiB of a server of another user (that is not
             root), as ``Endpoint`` has it too; of others whatever comes.  Doors and streams that
             another user's server returns are bounded by it as well.

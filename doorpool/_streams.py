@@ -716,7 +716,7 @@ def _pump_of(iterator: Iterator[Any], codec: str, *, instead_of: Pump | None = N
 def _forget_parent() -> None:
     global _pumps_lock, _crossing, _watcher
     _watcher = _Watcher()
-    _pumps_lock, _crossing = threading.RLock(), threading.Lock()
+    _pumps_lock, _crossing = threading.RLock(), threading.RLock()
     _pumps.clear()
 
 
@@ -928,7 +928,7 @@ class Stream:
         return f"<Stream of {self._proxy.info.name!r}{', ended' if self._ended else ''}>"
 
 
-_crossing = threading.Lock()
+_crossing = threading.RLock()  # what is collected meanwhile may cross as well
 
 
 # -- which iterators, and how they cross ----------------------------------------------------------

@@ -142,7 +142,7 @@ class Pool:
         self._threads: set[threading.Thread] = set()
         self._running: dict[threading.Thread, Invocation] = {}
         self._jobs: deque[_Job] = deque()
-        self._aside: deque[_Job] = deque()  # those of strangers that wait for others of theirs
+        self._aside: dict[int | None, deque[_Job]] = {}  # those of strangers that wait for others of theirs
         self._awaited: dict[threading.Thread, Pool] = {}  # guarded by ``_waits``
         self._set_up = 0  # threads whose setup is over, one way or the other
         self._setup_error: BaseException | None = None
@@ -399,7 +399,7 @@ class Pool:
                 return
             uid, job = self._jobs.popleft()
             if not self._may_begin(uid):
-                self._aside.append((uid, job))
+                self._aside.setdefault(uid, deque()).append((uid, job))
                 return
             self._at_jobs[thread] = uid
         try:
@@ -421,10 +421,12 @@ class Pool:
 
     def _take_up_again(self) -> None:
         """Have the first job be done that has waited for one that is over."""
-        for it in self._aside:
-            if self._may_begin(it[0]):
-                self._aside.remove(it)
-                self._jobs.append(it)
+        for uid, waiting in self._aside.items():
+            if self._may_begin(uid):
+                self._jobs.append(waiting.popleft())
+                del self._aside[uid]
+                if waiting:
+                    self._aside[uid] = waiting  # behind the others
                 self.gate.wake()
                 return
 

@@ -150,9 +150,7 @@ class HalfOpen:
 
 @pytest.mark.ids("X7", "G09")
 @pytest.mark.parametrize("size", [1, 1_000_000])
-def test_a_goodbye_behind_an_answer_does_not_say_that_the_call_did_not_run(
-    serve, connect, monkeypatch, size
-):
+def test_a_goodbye_behind_an_answer_does_not_say_that_the_call_did_not_run(serve, connect, monkeypatch, size):
     """The time is over just when the answer comes, and the server, which has nothing to do, closes."""
     go_on, ran = threading.Event(), []
 

@@ -89,10 +89,10 @@ def test_a_reply_over_its_limit_ran_and_leaves_the_channel(serve, connect):
 
 @pytest.mark.ids("P7", "P3")
 def test_what_a_proxy_takes_is_a_number_in_its_range(door_dir):
-    for value in (-1, 0, 1023, 2**40 + 1, 2**70):
-        with pytest.raises(ValueError, match=rf"max_reply is from 1024 to {2**40}, not {value}"):
+    for value in (-1, 0, 4095, 2**40 + 1, 2**70):
+        with pytest.raises(ValueError, match=rf"max_reply is from 4096 to {2**40}, not {value}"):
             Proxy(door_dir / "a.door", max_reply=value)
-    for wrong in (1024.0, "1024", True, b"1"):
+    for wrong in (4096.0, "4096", True, b"1"):
         with pytest.raises(TypeError, match="max_reply is a whole number"):
             Proxy(door_dir / "a.door", max_reply=wrong)
 
@@ -129,10 +129,10 @@ def test_descriptors_of_a_result_that_is_not_taken_are_closed(serve, connect):
     """Whichever way its bytes come."""
     with Descriptor(os.open(os.devnull, os.O_RDONLY)) as source:
         serve(lambda size: [source, bytearray(size)])
-        proxy = connect(max_reply=2000)
-        for size in (3000, 100_000, 10_000_000):
+        proxy = connect(max_reply=5000)
+        for size in (6000, 100_000, 10_000_000):
             for _ in range(3):
-                with pytest.raises(LimitError, match="over this proxy's max_reply, 2000"):
+                with pytest.raises(LimitError, match="over this proxy's max_reply, 5000"):
                     proxy(size)
                 copy, memory = proxy(1000)
                 copy.close()
@@ -142,14 +142,14 @@ def test_descriptors_of_a_result_that_is_not_taken_are_closed(serve, connect):
 @pytest.mark.ids("P7")
 def test_a_proxy_takes_no_more_after_a_restart_nor_as_an_argument_of_a_process(serve, connect):
     first = serve(produce)
-    proxy = connect(max_reply=2000)
+    proxy = connect(max_reply=5000)
     first.close()
     serve(produce)
     with pickle.loads(reduction.ForkingPickler.dumps(proxy)) as elsewhere:
         for each in (proxy, elsewhere):
-            assert each(1000) == produce(1000)
-            with pytest.raises(LimitError, match="over this proxy's max_reply, 2000"):
-                each(3000)
+            assert each(4000) == produce(4000)
+            with pytest.raises(LimitError, match="over this proxy's max_reply, 5000"):
+                each(6000)
 
 
 # -- a door that takes nothing
