@@ -44,7 +44,7 @@ import types
 import typing
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextvars import ContextVar
-from typing import Any, NoReturn
+from typing import Any
 
 import attrs
 import msgspec
@@ -1152,7 +1152,10 @@ def unpack_outcome(data: Data, arrivals: Arrivals) -> Any:
     except Exception as failure:
         text = printable(f"what arrived is no outcome of a call: {text_of(failure)}")
         raise ProtocolError(text, may_have_run=True) from failure
-    _raise(error)
+    try:
+        raise error
+    finally:
+        del error  # or this frame and the exception's traceback hold one another, and the call's arguments
 
 
 def _as_it_is(text: str) -> str:
@@ -1184,10 +1187,3 @@ def _rebuild(name: str, text: str | None, trace: str | None) -> Exception:
     if trace is not None:
         error.__cause__ = RemoteTraceback(trace)
     return error
-
-
-def _raise(error: Exception) -> NoReturn:
-    try:
-        raise error
-    finally:
-        del error  # or this frame and the exception's traceback hold one another

@@ -291,6 +291,7 @@ class Door:
 
     def _open(self, uid: int | None, giver: Door | None) -> int:
         holder, port = _sockets.door_pair()
+        before = self._handed_out
         try:
             with self._keeper.lock:
                 self._check_open()
@@ -303,7 +304,12 @@ class Door:
                     self._guests.add_port(port, uid)
         except BaseException:
             holder.close()
-            port.close()
+            with self._keeper.lock:  # a signal handler's exception may come when it is watched already
+                self._close_port(port)
+                if before:
+                    self._lose_reference()
+                else:
+                    self._handed_out = False
             raise
         return holder.detach()
 

@@ -390,6 +390,8 @@ class Endpoint:
             self._server._await_set_up(self)
         except BaseException:
             with self._making:
+                if self._pool is not None and self._pool.is_set_up:
+                    raise  # a signal handler's: the door is there, and may have been for long
                 if self._door is door and self._server is not None:
                     self._server._release_pool(self)
                     self._door = self._pool = None  # the next who needs it tries again

@@ -91,9 +91,8 @@ class Guests:
         self._strange_ports: dict[socket.socket, int | None] = {}
         self._strange_channels: set[Served] = set()
         self._fresh: list[_Guest] = []  # trusted, and not watched yet
-        self._leaving: dict[
-            object, int | None
-        ] = {}  # what they let go of and is not closed yet, by whose it was
+        #: What strangers have let go of and is not closed yet, and whose it was.
+        self._leaving: dict[object, int | None] = {}
         self._asked_about: Counter[int | None] = Counter()  # knocks of strangers that wait for a rule, by uid
         self._brought: dict[Served, int] = {}  # descriptors of strangers' calls
         self.unread = Unread(keeper)

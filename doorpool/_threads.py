@@ -208,6 +208,13 @@ class Pool:
             self._unwanted = len(self._threads)
         self.gate.wake(self._unwanted)
 
+    @property
+    def is_set_up(self) -> bool:
+        """Whether the setup of the first threads has gone well, if there is any."""
+        if self._thread_setup is None:
+            return True
+        return self._setup_error is None and self._set_up >= min(KEPT, self.max_threads)
+
     def wait_set_up(self) -> None:
         """
         Wait until the first threads have run their setup; in one of them, which may be at it, return at once.
@@ -217,11 +224,8 @@ class Pool:
         """
         if self._thread_setup is None or self.is_ours():
             return
-        first = min(KEPT, self.max_threads)
         with self._lock:
-            self._changed.wait_for(
-                lambda: self._setup_error is not None or self._set_up >= first or self._closed
-            )
+            self._changed.wait_for(lambda: self._setup_error is not None or self.is_set_up or self._closed)
         if self._setup_error is not None:
             raise RuntimeError(f"{self.name}: thread_setup failed") from self._setup_error
 

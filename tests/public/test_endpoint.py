@@ -547,3 +547,44 @@ def test_a_directory_that_somebody_holds_up_does_not_hold_a_close_up(serve, conn
     with pytest.raises(RevokedError):
         proxy("b")
     assert "stays behind" in caplog.text
+
+
+CUT = """
+    import gc, os, sys
+    from support.cuts import each_step
+    from doorpool import Proxy, Server
+    from doorpool._keeper import keeper
+
+    options = {"threads": 2} if sys.argv[1] == "threads of its own" else {}
+    with Server() as server:
+        given = server.attach(lambda: "here", "a.door", **options)
+        server.start()
+        with Proxy("a.door") as proxy:
+            proxy()
+            before, steps = None, 0
+            for step in each_step():
+                opened = None
+                with step:
+                    opened = given.open()
+                if opened is not None:
+                    opened.close()
+                step.error = None  # only now is let go of what was being made
+                gc.collect(0)
+                assert proxy() == "here"
+                with Proxy("a.door") as another:
+                    assert another() == "here"
+                steps += 1
+        with keeper().lock:
+            closed = [port for port in given._door._ports if port.fileno() < 0]
+            closed += [it for it in keeper()._callbacks if not os.path.exists(f"/proc/self/fd/{it}")]
+        result((steps, len(closed)))
+"""
+
+
+@pytest.mark.ids("X19", "G05")
+@pytest.mark.parametrize("threads", ["threads of its own", "the server's"])
+def test_a_descriptor_that_is_cut_short_takes_nothing_of_the_door_away(door_dir, run_python, threads):
+    """Neither the door, which others use, nor the port of what was being made stays with the keeper."""
+    steps, closed = run_python(CUT, threads, cwd=door_dir).value
+    assert steps > 30
+    assert closed == 0

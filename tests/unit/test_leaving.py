@@ -1,13 +1,19 @@
 """
-What a stranger lets go of counts as his until it is closed, and knocks that a rule is asked about do, too.
+What callers have left behind: it counts as theirs until it is closed, or is not kept at all.
 """
 
 from __future__ import annotations
 
-from doorpool import Credentials
+import contextlib
+import gc
+
+from support import wait_until
+
+from doorpool import Credentials, MarshalError, Proxy, Server
 from doorpool._guests import ASKED_ABOUT, guests
 from doorpool._keeper import keeper
 from doorpool._shares import Limits
+from doorpool.door import Invocation
 
 STRANGER = 54321
 
@@ -49,3 +55,28 @@ def test_many_groups_are_shown_in_short():
     assert "30, 31, ... 1000 in all)" in shown
     assert len(shown) < 300
     assert "groups=(4, 5)" in repr(Credentials(1, 2, 3, (4, 5)))
+
+
+def test_a_refused_request_needs_no_collection_to_be_let_go_of(door_dir):
+    """Nobody counts it any more, and a collection may be long in coming."""
+
+    def length(words: list[str]) -> int:
+        return len(words)
+
+    with Server() as server:
+        server.attach(length, door_dir / "a.door", codec="data")
+        server.start()
+        with Proxy(door_dir / "a.door") as proxy:
+            for number in range(3):
+                gc.collect()
+                gc.set_debug(gc.DEBUG_SAVEALL)
+                try:
+                    with contextlib.suppress(MarshalError):
+                        proxy(number)
+                    wait_until(lambda number=number: server.statistics().served == number + 1)
+                    gc.collect()
+                    kept = [it for it in gc.garbage if isinstance(it, Invocation | BaseException)]
+                finally:
+                    gc.set_debug(0)
+                    gc.garbage.clear()
+                assert kept == []
