@@ -210,20 +210,6 @@ def _assert_nothing_left_in(folder: Path) -> None:
 
 
 @pytest.fixture
-def caplog(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
-    """
-    Leave out what the keeper adds, after some seconds, of earlier tests: how many lines it has kept back.
-    """
-
-    def is_no_count(record: logging.LogRecord) -> bool:
-        return not record.getMessage().endswith(" more such in 5 s)")
-
-    caplog.handler.addFilter(is_no_count)
-    yield caplog
-    caplog.handler.removeFilter(is_no_count)
-
-
-@pytest.fixture
 def spawn_python(request: pytest.FixtureRequest, door_dir: Path) -> Iterator[Callable[..., support.Child]]:
     """
     Start Python processes (see support.start_python) that end with the test at the latest.
