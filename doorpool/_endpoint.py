@@ -561,6 +561,7 @@ class Endpoint:
             interrupt = self._abandon()
             if self._server is not None:  # last: until then it is closed with its server, at the latest
                 self._server._forget(self)
+            self._let_target_go()
             if door is not None:  # the pool may be closed, and will not come to it
                 door.end_leaving(self)
             self._done = True
@@ -568,6 +569,9 @@ class Endpoint:
             self._closer = None
         if interrupt is not None:
             raise interrupt
+
+    def _let_target_go(self) -> None:
+        """Let go of the target, if it is for this door alone; that may run the user's code, and take long."""
 
     def _retire(self, refusal: Refusal) -> Callable[[], None] | None:
         """

@@ -159,18 +159,13 @@ class _StreamEndpoint(Endpoint):
 
     target: Any
 
-    def close(self) -> None:
-        """Close it, and let go of the iterator; idempotent."""
-        super().close()
-        self._let_iterator_go()
-
     def _retire(self, refusal: Any) -> Callable[[], None]:
         super()._retire(refusal)
         pump: Pump = self.target.__self__
         pump._gone = pump._closing = True  # one that is at work comes to its end
-        return self._let_iterator_go
+        return self._let_target_go
 
-    def _let_iterator_go(self) -> None:
+    def _let_target_go(self) -> None:
         pump: Pump = self.target.__self__
         pump._gone = True
         pump.end()

@@ -149,6 +149,7 @@ def test_calls_with_slow_sockets_hold_nobody_up(actor, raw_server, path, answer,
     with undisturbed(canary, path) as some_more:
         stranger(call_slowly if answer != "calls it a wrong frame" else call_wrongly, path, 60)
         some_more()
+    stranger(let_go)  # or the last of them would be closed half a minute later
     few_descriptors_more(raw_server, before)
 
 

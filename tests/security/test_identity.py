@@ -18,6 +18,7 @@ from support.strangers import frames_with, knock_and_push
 from support.victims import call, give_server_end, open_client, seen, serve
 
 from doorpool import Endpoint, Proxy, Server, anyone, current_call
+from doorpool._credentials import MOST_GROUPS
 from doorpool._errors import AccessError, BrokenDoorError
 
 V, M, FRIEND = 4201, 6602, 4203
@@ -217,6 +218,20 @@ def test_a_client_knows_its_server(actor, come_by, layer, way, uid, path):
     assert groups is not None
     if uid:
         assert sorted(groups) == [11, 12]
+
+
+@pytest.mark.ids("B20", "K8")
+@pytest.mark.parametrize("count", [256, 257, MOST_GROUPS, MOST_GROUPS + 1])
+def test_so_many_groups_are_told_and_no_more(actor, path, count):
+    """More than any person has: a user of sub-gids may have 65,536, and each of his channels would keep them."""
+    groups = tuple(range(100_000, 100_000 + count))
+    server, client = actor(V, groups=groups), actor(V, groups=groups)
+    server(serve, "raw", path)
+    told = groups if count <= MOST_GROUPS else None
+    assert client(open_client, "raw", path) == (server.pid, V, V, told)
+    client(call, b"hello")
+    ((caller, _),) = server(seen)
+    assert caller == (client.pid, V, V, told)
 
 
 @pytest.mark.ids("B20", "K8")

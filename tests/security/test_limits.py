@@ -37,6 +37,19 @@ def stream() -> Iterator[int]:
     yield from range(1000)
 
 
+def lasting() -> Iterator[int]:
+    """Give out a stream that is long in ending."""
+    try:
+        yield from range(1000)
+    finally:
+        here.endings = endings() + 1
+        here.gate.wait(PATIENCE)
+
+
+def endings() -> int:
+    return getattr(here, "endings", 0)
+
+
 def session() -> Any:
     """Give out a door of its own, which is the default server's."""
     return Endpoint(Session(), name="session", codec="data")
@@ -102,7 +115,7 @@ def serve(path: str, threads: int = 64, **limits: int) -> None:
     here.server.attach(keep_given, f"{path}.keep", name="keep", **options)
     here.server.attach(close_at_once, f"{path}.close", name="close", **options)
     here.server.attach(lambda given: given, f"{path}.back", name="back", **options)
-    for kind in (stream, session, room, sessions, bare):
+    for kind in (stream, lasting, session, room, sessions, bare):
         here.server.attach(kind, f"{path}.{kind.__name__}", **options)
     here.server.attach(
         lambda: "hello", f"{path}.asked", name="asked", callers=let_in_when_told, codec="data", mode=0o666
@@ -376,6 +389,37 @@ def test_one_uid_keeps_doors_and_streams_until_it_is_refused_and_another_is_serv
     settle(server, A, descriptors=3)
     assert one(keep_more, 5) == (5, [])
     assert one(use_kept) == said
+
+
+@pytest.mark.ids("F07")
+def test_streams_that_were_dropped_count_until_they_have_ended(serving, actor, path):
+    """Who drops them faster than they end would have them in no count at all."""
+    server, one, other = serving(descriptors=20), actor(A), actor(B)
+    assert one(begin_streams, f"{path}.lasting", 5) == 5
+    assert server(usage, A)["descriptors"] == 3 + 5 * 3  # the way to the door; of each its own, and a channel
+    one(drop)
+    wait_until(lambda: server(endings) > 0, timeout=PATIENCE)
+    settle(server, A, descriptors=3 + 5)
+    kept, refusals = one(keep_more, 13)
+    assert kept == 12
+    for text in (f"{path}.lasting", "20 descriptors", f"uid {A}", "limit is 20", "may_have_run=True"):
+        assert text in refusals[0]
+    assert other(begin_streams, f"{path}.lasting", 5) == 5
+    server(let_go)
+    settle(server, A, descriptors=3 + 12)
+    assert server(endings) == 5
+
+
+def drop() -> None:
+    """Have no more of what was kept, and wait for nothing."""
+    here.kept.clear()
+
+
+def begin_streams(path: str, count: int) -> int:
+    """Have so many streams, and the first item of each."""
+    kept, _ = keep_some(path, count)
+    assert [next(it) for it in here.kept] == kept * [0]
+    return kept
 
 
 def test_our_own_user_keeps_as_many_doors_and_streams_as_there_is_room_for(serving, actor, path):
@@ -865,6 +909,24 @@ def test_one_uid_knocks_while_it_is_being_asked_about_and_another_is_let_in(serv
     assert other(call, door) == "hello"
     server(let_go)
     settle(server, A, greetings=4, channels=4)  # they are answered, and have not read it
+    one(disconnect)
+    wait_until(lambda: server(usage, A) == server(usage, B) == {}, timeout=PATIENCE)
+    assert mates(call, door) == "hello"
+
+
+@pytest.mark.ids("F07")
+def test_a_knock_that_is_asked_about_has_its_descriptors(serving, actor, path):
+    """Its socket, and the process that it names; the connection that it came by is another."""
+    server, one, mates, other = serving(descriptors=8), actor(A), actor(A), actor(B)
+    door = f"{path}.asked"
+    one(knock_often, door, 2)
+    settle(server, A, greetings=2, descriptors=6)
+    opened, (refusal,) = mates(open_some, door, 1)
+    assert opened == 0
+    for text in (door, "7 descriptors", f"uid {A}", "limit is 8", "may_have_run=False"):
+        assert text in refusal
+    assert other(call, door) == "hello"
+    server(let_go)
     one(disconnect)
     wait_until(lambda: server(usage, A) == server(usage, B) == {}, timeout=PATIENCE)
     assert mates(call, door) == "hello"

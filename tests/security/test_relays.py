@@ -196,6 +196,35 @@ def pass_channel_on(path: str) -> None:
             byhand.send(k1, byhand.answer_bytes(), [channel.fileno()], byhand.own_ids())
 
 
+# -- a refusal that somebody else would hear -------------------------------------------------------
+
+
+def knock_for_another(door: str, service: str) -> tuple[int, str] | None:
+    """Say no knock, with a connection to a service beside it; then knock, and return the refusal of that."""
+    with byhand.reach(door) as sock, socket.socket(socket.AF_UNIX) as connection:
+        connection.connect(service)
+        byhand.send(sock, b"no knock", [connection.fileno()], byhand.own_ids())
+        with byhand.knock(sock) as ours:
+            return byhand.refusal_in(byhand.receive(ours).data)
+
+
+@pytest.mark.ids("B17")
+def test_a_refusal_is_sent_over_nobodys_socket_but_the_senders(actor, serving, layer, victim, path, place):
+    """A service that goes by who has sent a message would hear the victim speak."""
+    serving(victim, layer)
+    service = str(place / "service")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(service)
+        os.chmod(service, 0o666)
+        listener.listen()
+        refusal = actor(M)(knock_for_another, path, service)
+        assert refusal is not None
+        assert refusal[0] == byhand.DENIED, "what came first on that port was dealt with"
+        connection, _ = listener.accept()
+        with connection:
+            assert connection.recv(4096) == b""
+
+
 # -- a twin of the port (B18) ----------------------------------------------------------------------
 
 
