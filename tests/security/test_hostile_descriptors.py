@@ -141,13 +141,16 @@ def refuse_descriptors() -> None:
 
 @pytest.mark.ids("F20")
 @pytest.mark.parametrize("answer", ["does not take them", "refuses them", "calls it a wrong frame"])
-def test_calls_with_slow_sockets_hold_nobody_up(actor, raw_server, path, answer, root_only):
+def test_calls_with_slow_sockets_hold_nobody_up(actor, raw_server, path, answer, many, root_only):
     if answer == "refuses them":
         raw_server(refuse_descriptors)
     stranger, canary = actor(M), actor(V)
     before = raw_server(descriptors)
     with undisturbed(canary, path) as some_more:
-        stranger(call_slowly if answer != "calls it a wrong frame" else call_wrongly, path, 60)
+        if answer == "calls it a wrong frame":
+            stranger(call_wrongly, path, many(30, 60))  # who does so is soon not heard for a while
+        else:
+            stranger(call_slowly, path, 60)
         some_more()
     stranger(let_go)  # or the last of them would be closed half a minute later
     few_descriptors_more(raw_server, before)

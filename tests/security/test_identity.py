@@ -223,7 +223,7 @@ def test_a_client_knows_its_server(actor, come_by, layer, way, uid, path):
 @pytest.mark.ids("B20", "K8")
 @pytest.mark.parametrize("count", [256, 257, MOST_GROUPS, MOST_GROUPS + 1])
 def test_so_many_groups_are_told_and_no_more(actor, path, count):
-    """More than any person has: a user of sub-gids may have 65,536, and each of his channels would keep them."""
+    """More than any person has; a user of sub-gids may have 65,536, and each channel would keep them."""
     groups = tuple(range(100_000, 100_000 + count))
     server, client = actor(V, groups=groups), actor(V, groups=groups)
     server(serve, "raw", path)
