@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import os
 import select
 import signal
@@ -22,7 +23,7 @@ import pytest
 import support
 from support import fork_in_c, run_as_uid
 
-from doorpool import BrokenDoorError, ClosedError, Endpoint, Proxy, Server
+from doorpool import BrokenDoorError, ClosedError, Endpoint, Proxy, Server, _handle, _proxy
 from doorpool._keeper import keeper
 
 SERVER = """
@@ -167,6 +168,45 @@ def test_a_closed_proxy_of_the_child_leaves_the_parents_open(server, door_dir):
         proxy()
         in_child(proxy.close)
         assert proxy() == (server.pid, ())
+
+
+class Session:
+    """An object that only a collection frees, and its proxy with it."""
+
+    def __init__(self, path: Path) -> None:
+        self.itself = self
+        self.proxy = Proxy(path)
+        self.proxy._line.warns = False
+
+
+@pytest.mark.ids("Y2", "G01")
+@pytest.mark.parametrize("kind", [_handle.Handle, _proxy.Line])
+def test_a_proxy_that_is_collected_while_another_becomes_the_childs(server, door_dir, monkeypatch, kind):
+    """Both have to cross into the child then, in one thread: the one in the midst of the other."""
+    gc.collect()
+    gc.disable()
+    try:
+        with Proxy(door_dir / "pid.door") as proxy:
+            sessions = [Session(door_dir / "pid.door")]
+            reset, collected = kind._reset, []
+
+            def collect_and_reset(it: object) -> None:
+                collected.append(gc.collect())
+                reset(it)
+
+            def work() -> None:
+                signal.alarm(20)  # it hangs
+                sessions.clear()
+                monkeypatch.setattr(kind, "_reset", collect_and_reset)
+                assert proxy("child") == (server.pid, ("child",))
+                proxy.close()
+                assert any(collected)
+
+            in_child(work)
+            sessions.clear()
+    finally:
+        gc.enable()
+        gc.collect()
 
 
 @pytest.mark.ids("Y1", "R4", "G02")
