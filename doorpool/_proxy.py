@@ -678,7 +678,8 @@ class Proxy:
     def __dir__(self) -> Iterable[str]:
         names = set(object.__dir__(self))
         if self._line.is_object:
-            names.update(name for name in self._line.methods() if not name.startswith("_"))
+            with contextlib.suppress(DoorError):  # of an object that cannot be asked, these must do
+                names.update(name for name in self._line.methods() if not name.startswith("_"))
         return names
 
     # -- the door ------------------------------------------------------------------------------
@@ -690,7 +691,12 @@ class Proxy:
 
     @property
     def alive(self) -> bool:
-        """Whether the server is there, as far as the kernel tells; no round trip."""
+        """
+        Whether the server is there, as far as the kernel tells; no round trip.
+
+        Raises:
+            OSError: there is no descriptor to spare for looking (``EMFILE``).
+        """
         return self._line.handle.alive
 
     @property

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import select
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +16,8 @@ import pytest
 from support import wait_until
 
 from doorpool import CallTimeoutError, Descriptor, Endpoint, LimitError, Proxy, RevokedError
+from doorpool._channel import Channel
+from doorpool._handle import Handle
 
 LIMITS = {"max_request": 2**62, "max_reply": 2**62, "max_descriptors": 253}
 
@@ -138,6 +141,23 @@ def test_descriptors_of_a_result_that_is_not_taken_are_closed(serve, connect):
                 copy, memory = proxy(1000)
                 copy.close()
                 assert memory == bytes(1000)
+
+
+@pytest.mark.ids("P7")
+def test_a_result_that_is_too_large_may_be_there_before_it_is_waited_for(serve, connect, monkeypatch):
+    """A caller who has lost the CPU is told the same; such a one read it as a want of descriptors."""
+    serve(lambda value: [value, value])
+    proxy, wait = connect(max_reply=100_000), Handle._await_either
+
+    def wait_late(handle: Handle, channel: Channel, deadline: float | None) -> object:
+        assert select.select([channel.socket], [], [], 20)[0]
+        return wait(handle, channel, deadline)
+
+    monkeypatch.setattr(Handle, "_await_either", wait_late)
+    value = list(range(70_000))  # does not fit the page, and is no memory that could be lent
+    with pytest.raises(LimitError, match="over this proxy's max_reply, 100000") as caught:
+        proxy(value)
+    assert caught.value.may_have_run is True
 
 
 @pytest.mark.ids("P7")

@@ -327,6 +327,17 @@ def test_of_a_door_that_is_gone_what_is_known_must_do(serve, connect):
     assert "method_number_7(...)" in pydoc.render_doc(proxy, renderer=pydoc.plaintext)
 
 
+def test_what_cannot_be_asked_for_is_not_listed(serve, connect):
+    """Completion in a shell asks for names, and wants no error."""
+    server = serve(large(1500))
+    small, gone = connect(max_reply=5000), connect()
+    with pytest.raises(LimitError, match="max_reply"):
+        small.method_number_7  # noqa: B018
+    server.close()
+    for proxy in (small, gone):
+        assert set(dir(proxy)) == set(object.__dir__(proxy))
+
+
 def test_a_path_that_leads_to_something_else_when_it_is_opened_anew(serve, connect, door_dir):
     server = serve(Bank())
     bank = connect()
