@@ -183,9 +183,9 @@ def test_what_a_method_raises_is_raised(bank):
 
 def test_methods_have_the_options_of_a_proxy(bank):
     with pytest.raises(CallTimeoutError):
-        bank.options(timeout=0.05).block(5)
+        bank.options(timeout=0.05).block(2)
     with pytest.raises(CallTimeoutError):
-        bank.block.options(timeout=0.05)(5)
+        bank.block.options(timeout=0.05)(2)
     assert bank.deposit.options(timeout=5)(1) == 1
 
 
