@@ -66,6 +66,7 @@ Member = TypeVar("Member")
 
 _RETRY = 0.2  # seconds until a thread is asked for again that could not be had
 _ROUSE = 0.05  # seconds until the main thread is woken again, if another has taken what should wake it
+_AT_EXIT = 5.0  # seconds that the end of the process waits for another thread to take names away
 _JOIN = 1.0  # seconds for threads that have nothing left to do to be gone
 _QUICK = 0.25  # seconds that clean-up of the user's has, however little time there is for closing
 _STALL = 0.05  # seconds after which the rest of it does not wait for that which is being done
@@ -189,6 +190,7 @@ class Server:
         self._overdue = False
         self._closer: int | None = None  # the thread that closes it
         self._cleaners: set[int] = set()  # those that do what is the user's meanwhile
+        self._nameless = _Latch()  # and all doors refuse
         self._closed = _Latch()
 
     def __repr__(self) -> str:
@@ -582,6 +584,12 @@ class Server:
             _started.discard(self)
             self._closed.set()
 
+    def _close_at_exit(self) -> None:
+        """Close it as the process ends, or let another thread that is closing it take the names away."""
+        self.close(0)
+        if self._generation == _sockets.here() and self._closer != threading.get_ident():
+            self._nameless.wait(_AT_EXIT)
+
     def _close(self, timeout: float | None) -> None:
         refusal = Refusal(Reason.CLOSED, "the server is closing")
         until = None if timeout is None else time.monotonic() + max(timeout, _QUICK)
@@ -601,6 +609,8 @@ class Server:
     def _retire(self, endpoints: list[Endpoint], refusal: Refusal) -> _Latch:
         """Have all doors refuse; only then the code of the user's begins that one may have to wait for."""
         left = [endpoint._retire(refusal) for endpoint in endpoints]
+        if not self._nameless.wait(0):
+            self._nameless.set()
         clean_up = _CleanUp(self.name, self._cleaners, [it for it in left if it is not None])
         clean_up.begin()
         return clean_up.done
@@ -861,7 +871,7 @@ _started: _Loose[Server] = _Loose()
 def _close_all() -> None:
     """Take the names of servers away that are still there at exit."""
     for server in _started.members():
-        server.close(0)
+        server._close_at_exit()
 
 
 # -- the default server ----------------------------------------------------------------------

@@ -786,7 +786,8 @@ def test_calls_are_cut_though_the_log_fails(serve, connect, failing_log):
         error = call.error()
         assert isinstance(error, BrokenDoorError)
         assert error.may_have_run
-    assert failing_log.seen == ["doorpool: 2 calls cut after 0.0 s: Work"]
+    told = [line for line in failing_log.seen if "more such in" not in line]  # that is of earlier tests
+    assert told == ["doorpool: 2 calls cut after 0.0 s: Work"]
     work.ends["too late"].set()
     wait_until(lambda: server.statistics().threads == 0, timeout=PATIENCE)
 
@@ -804,7 +805,7 @@ def test_a_door_is_taken_away_though_its_name_stays_and_the_log_fails(serve, con
     assert endpoint.paths == ()
     with pytest.raises(RevokedError):
         proxy("x")
-    assert "stays behind" in failing_log.seen[0]
+    assert any("stays behind" in line for line in failing_log.seen)
 
 
 def test_a_signal_for_which_there_is_no_memory_is_not_lost(door_dir, monkeypatch, caplog):

@@ -6,6 +6,7 @@ Each program ends with the code that it was told, soon, and says nothing that it
 
 from __future__ import annotations
 
+import os
 import textwrap
 import time
 
@@ -257,6 +258,36 @@ def test_the_interpreter_ends(run_python, door_dir, many, program, empty_program
         assert took < SOON + 10 * empty_program
         for path in door_dir.iterdir():
             path.unlink() if "os._exit" in program else pytest.fail(f"{path} is left")
+
+
+CLOSED_MEANWHILE = """
+    import atexit, threading, time
+    from doorpool import Endpoint, Server
+
+    begun, ending, retire = threading.Event(), threading.Event(), Endpoint._retire
+    atexit.register(ending.set)  # runs before what was registered earlier
+
+    def retire_late(endpoint, refusal):
+        begun.set()
+        ending.wait(20)
+        time.sleep(0.2)  # it has lost the CPU, whoever else wants to go on
+        return retire(endpoint, refusal)
+
+    Endpoint._retire = retire_late
+    server = Server()
+    for name in ("a.door", "b.door"):
+        server.attach(str.upper, name)
+    server.start()
+    threading.Thread(target=server.close, daemon=True).start()
+    assert begun.wait(20)
+"""
+
+
+@pytest.mark.ids("R4")
+def test_a_server_that_another_thread_is_closing_leaves_no_name(run_python, door_dir):
+    """As one that is closed by a call, whose main thread has nothing more to do."""
+    run_python(CLOSED_MEANWHILE, cwd=door_dir)
+    assert os.listdir(door_dir) == []
 
 
 @pytest.mark.ids("T16", "R7", "X9")
