@@ -282,6 +282,8 @@ class Handle:
         lazy: look at the greeting only; the first call opens the first channel.
         spin: seconds that a wait looks at the shared page before it parks; by default as long as
             that is worth it; 0: never.
+        again: the door has just gone away: where the process that listens is dead, do not wait
+            until somebody else might greet in its place.
 
     Raises:
         FileNotFoundError, PermissionError, NotADoorError: of the path.
@@ -296,9 +298,10 @@ class Handle:
         self, door: _names.Path | int | Descriptor, *, open_timeout: float | None = 5.0,
         server: Rule | None = None, trust: str = "namespace",
         codec: Codec | Collection[Codec] | None = None, words: Knock | None = None, lazy: bool = False,
-        spin: float | None = None,
+        spin: float | None = None, again: bool = False,
     ) -> None:  # fmt: skip
         deadline = deadline_after(check_seconds(open_timeout, "open_timeout"))
+        self._patient = not again
         self._server = None if server is None else Judge(server, "server")
         self._trust = trust
         words = words or Knock(sys.version_info[:2])
@@ -466,7 +469,7 @@ class Handle:
 
     def _peek_message(self, deadline: float | None) -> bytes:
         flags = socket.MSG_PEEK | _sockets.MSG_DONTWAIT
-        waited = False
+        waited = not self._patient
         for attempt in (1, 2):
             while True:
                 try:

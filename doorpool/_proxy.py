@@ -6,7 +6,9 @@ when it was opened, and how to open the path anew when the server has been resta
 
 Opening
     While a path is being opened, its server may close because another one has taken the name
-    over.  So when the door goes away meanwhile, the path is looked at once more.
+    over.  So when the door goes away meanwhile, the path is looked at once more.  A forked child
+    of a dead server may hold its listener open: half a second is given to whoever might greet there
+    in its place, once, and not again with each look.
 
 Reopening
     A call that certainly did not run, because the server has gone, closed or revoked the
@@ -163,17 +165,19 @@ class Line:
     def __repr__(self) -> str:
         return f"<Proxy of {self.info.name!r} at {self.handle.name}{' closed' if self.closed else ''}>"
 
-    def _open(self, door: Path | int | Descriptor, open_timeout: float | None) -> Handle:
-        """Open the door; see "Opening" above."""
+    def _open(
+        self, door: Path | int | Descriptor, open_timeout: float | None, *, again: bool = False
+    ) -> Handle:
+        """Open the door, which may just have gone away; see "Opening" above."""
         deadline = deadline_after(check_seconds(open_timeout, "open_timeout"))
         last = isinstance(door, int | Descriptor)
         while True:
             try:
-                return self._make_handle(door, _left(deadline))
+                return self._make_handle(door, _left(deadline), again=again)
             except (RevokedError, BrokenDoorError):
                 if last:
                     raise
-            last = True
+            last = again = True
 
     def _make_handle(
         self, door: Path | int | Descriptor, open_timeout: float | None, **options: Any
@@ -352,7 +356,7 @@ class Line:
         """Open the path; it must lead to whom we believed at first."""
         assert gone.path is not None
         timeouts = [seconds for seconds in (self.open_timeout, _left(deadline)) if seconds is not None]
-        handle = self._open(gone.path, min(timeouts, default=None))
+        handle = self._open(gone.path, min(timeouts, default=None), again=True)
         believed = handle.server.uid, handle.greeting.codec
         if believed != self._believed:
             handle.close()

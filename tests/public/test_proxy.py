@@ -24,6 +24,7 @@ import attrs
 import numpy
 import pytest
 from support import wait_until
+from support.described import described
 
 from doorpool import (
     AccessError,
@@ -234,7 +235,7 @@ def test_paths_that_are_none(path):
         Endpoint(echo).attach(path)
 
 
-@pytest.mark.parametrize("door", [True, False, None, 1.5, ["a.door"], object()], ids=repr)
+@pytest.mark.parametrize("door", [True, False, None, 1.5, ["a.door"], object()], ids=described)
 def test_no_kind_of_door_at_all(door):
     with pytest.raises(TypeError, match="door is a path or the number"):
         Proxy(door)

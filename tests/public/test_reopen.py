@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import os
 import threading
+import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -21,6 +23,7 @@ from doorpool import (
     RevokedError,
     Server,
 )
+from doorpool.door import Handle
 
 SERVER = """
     import os, sys
@@ -42,8 +45,30 @@ SERVER = """
 """
 
 
+HELD = """
+    import signal
+    from doorpool import Server
+
+    server = Server()
+    server.attach(lambda value: value, "a.door")
+    with server:
+        if fork_in_c() == 0:  # it holds the listener open, and every connection
+            signal.pause()
+        ready()
+        server.run()
+"""
+
+
 def echo(value: Any = None) -> Any:
     return value
+
+
+def seconds_of_failing(call: Callable[[], Any]) -> float:
+    """How long a call takes to say that the server is gone."""
+    begin = time.monotonic()
+    with pytest.raises(BrokenDoorError):
+        call()
+    return time.monotonic() - begin
 
 
 @pytest.mark.parametrize("end", ["terminate", "kill"])
@@ -267,9 +292,9 @@ def test_one_thread_reopens_for_all(door_dir, connect):
         opened = []
         original = type(proxy._line)._open
 
-        def count(self: Any, *args: Any) -> Any:
+        def count(self: Any, *args: Any, **options: Any) -> Any:
             opened.append(threading.get_ident())
-            return original(self, *args)
+            return original(self, *args, **options)
 
         together = threading.Barrier(8)
 
@@ -372,8 +397,8 @@ def test_a_proxy_that_is_closed_while_a_call_reopens_it_stays_closed(door_dir, c
         line.close()
         return reopen(line, *args)
 
-    def close_behind(line: Any, *args: Any) -> Any:
-        opened.append(open_(line, *args))
+    def close_behind(line: Any, *args: Any, **options: Any) -> Any:
+        opened.append(open_(line, *args, **options))
         line.close()
         return opened[0]
 
@@ -402,8 +427,8 @@ def test_of_two_who_reopen_one_within_the_other_the_first_counts(door_dir, conne
     kind = type(proxy._line)
     open_, opened = kind._open, []
 
-    def call_within(line: Any, *args: Any) -> Any:
-        handle = open_(line, *args)
+    def call_within(line: Any, *args: Any, **options: Any) -> Any:
+        handle = open_(line, *args, **options)
         opened.append(handle)
         if len(opened) == 1:
             assert proxy("inner") == "inner"
@@ -417,3 +442,16 @@ def test_of_two_who_reopen_one_within_the_other_the_first_counts(door_dir, conne
         outer, inner = opened
         assert outer.closed
         assert proxy._line.handle is inner
+
+
+@pytest.mark.ids("E05")
+def test_a_path_that_only_a_fork_holds_open_is_waited_for_once(spawn_server, door_dir, connect):
+    server = spawn_server(HELD, cwd=door_dir)
+    connected = [connect() for _ in range(3)]
+    assert [proxy(n) for n, proxy in enumerate(connected)] == [0, 1, 2]
+    server.kill()
+    path = door_dir / "a.door"
+    once = min(seconds_of_failing(lambda: Handle(path)) for _ in range(3))
+    assert min(seconds_of_failing(lambda: Proxy(path)) for _ in range(3)) < 1.5 * once
+    # Here the waiting is for the answer; the door that is then opened anew is dead at the first look.
+    assert min(seconds_of_failing(lambda proxy=proxy: proxy(5)) for proxy in connected) < 1.5 * once

@@ -5,6 +5,7 @@ What the tests share; the fixtures in ``conftest.py`` are made of it.
     processes   start Python processes and forked children, always with an end
     leaks       what a process holds: descriptors, threads, children
     measuring   what they do differently while coverage.py counts
+    described   ids of parametrized tests that are the same in each run
     marker      a pickle that leaves a trace if anybody unpickles it
 """
 

@@ -40,6 +40,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import bare_environment
+from support.described import described
 
 from doorpool import _marshal, _passing
 from doorpool._errors import BusyError, MarshalError, ProtocolError
@@ -379,7 +380,7 @@ def test_copyreg_is_heeded_also_later() -> None:
         del copyreg.dispatch_table[Registered]
 
 
-@pytest.mark.parametrize("value", [lambda: 1, (lambda: 1).__code__, type("Dynamic", (), {})], ids=repr)
+@pytest.mark.parametrize("value", [lambda: 1, (lambda: 1).__code__, type("Dynamic", (), {})], ids=described)
 def test_by_value_needs_the_same_python(value: Any) -> None:
     text = refused([value], OLDER)
     assert text.startswith("args[0][0]")

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.described import described
 
 from doorpool import BrokenDoorError, RemoteError
 from doorpool import _objects as objects
@@ -190,7 +191,7 @@ def just_a_function() -> None: ...
         True,
         object(),
     ],
-    ids=repr,
+    ids=described,
 )
 def test_functions_and_values_are_no_objects(target):
     assert not is_object(target)

@@ -142,7 +142,7 @@ def test_what_is_no_page(ends):
         shuttle.Page(-1, sock, ME, -1, 0)
 
 
-@pytest.mark.parametrize("credentials", [b"", ME[:-1], ME + b"\0"])
+@pytest.mark.parametrize("credentials", [b"", ME[:-1], ME + b"\0"], ids=len)
 def test_what_is_no_ucred(ends, credentials):
     number = shuttle.make_page()
     try:
