@@ -30,7 +30,7 @@ def test_there_are_two_commands_of_one_line_each():
     first, second = blocks("sh")
     assert first.count("\n") == second.count("\n") == 1
     assert "examples/run.py 03_hello_world" in first
-    assert second.endswith("-m pytest\n")
+    assert second.endswith("-m pytest -n 3\n")
 
 
 @pytest.mark.parametrize("which", [0, 1], ids=["example", "tests"])
