@@ -14,7 +14,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -411,16 +411,24 @@ def test_nothing_comes_between_a_look_at_a_socket_of_a_strangers_and_its_close(m
 # -- what holds a janitor up -----------------------------------------------------------------------
 
 
-def knock_nested(path: str, count: int) -> None:
+@contextlib.contextmanager
+def standing_still(server: Actor) -> Iterator[None]:
+    """
+    Have a server read nothing of what is sent meanwhile.
+
+    A sender who is still to close what he has sent when the server's janitor closes it waits in its place.
+    """
+    server.stop()
+    try:
+        yield
+    finally:
+        server.cont()
+
+
+def knock_nested(count: int) -> None:
     """Knock with sockets whose queues hold slow ones: lingering cannot be switched off from outside."""
-    here.kept = []
-    with byhand.reach(path) as door:
-        for _ in range(count):
-            ours, theirs = byhand.pair()
-            send_all_of(ours, b"within", _slow()[0])
-            ours.close()
-            _wait_for_room(door)
-            send_all_of(door, b"no knock", theirs)
+    for _ in range(count):
+        send_all_of(here.doors[0], b"no knock", _nested())
 
 
 @pytest.mark.ids("F20")
@@ -429,7 +437,9 @@ def test_who_holds_a_janitor_up_is_not_heard_meanwhile(actor, raw_server, path, 
     assert mate(try_door, path, V) == "hello"
     before = raw_server(descriptors)
     with undisturbed(canary, path) as some_more:
-        stranger(knock_nested, path, 4)
+        stranger(reach_often, path, 1)
+        with standing_still(raw_server):
+            stranger(knock_nested, 4)
         wait_until(lambda: mate(try_door, path, V) == "CallTimeoutError", timeout=LINGER)
         some_more()
         wait_until(lambda: mate(try_door, path, V) == "hello", timeout=3 * LINGER)
@@ -474,15 +484,20 @@ def _nested() -> socket.socket:
     return theirs
 
 
-def send_too_long(path: str, count: int) -> None:
-    """Send packets that are longer than any may be, each on a channel of its own."""
-    here.kept = []
+def dial_often(path: str, count: int) -> None:
+    """Have so many channels."""
+    here.kept, here.channels = [], []
     with byhand.reach(path) as door:
         for _ in range(count):
             channel, answer = byhand.dial(door)
             assert channel is not None, answer
-            here.kept.append(channel)
-            send_all_of(channel, bytes((1 << 16) + 1), _nested())
+            here.channels.append(channel)
+
+
+def send_too_long() -> None:
+    """Send packets that are longer than any may be, each on a channel of its own."""
+    for channel in here.channels:
+        send_all_of(channel, bytes((1 << 16) + 1), _nested())
 
 
 def reach_often(path: str, count: int) -> None:
@@ -530,7 +545,9 @@ def held_up() -> set[int | None]:
 def test_a_packet_that_is_too_long_is_charged_to_its_sender(actor, raw_server, path, root_only):
     """What it brings is closed by his janitors, who are few, and by nobody else's."""
     stranger, mate, other = actor(M), actor(M), actor(M + 1)
-    stranger(send_too_long, path, 2 * AT_MOST_HIS)
+    stranger(dial_often, path, 2 * AT_MOST_HIS)
+    with standing_still(raw_server):
+        stranger(send_too_long)
     wait_until(lambda: raw_server(_janitor.stuck) == {M}, timeout=LINGER)
     assert raw_server(held_up) == {M}
     assert mate(try_door, path, V) == "CallTimeoutError"
