@@ -273,8 +273,7 @@ def test_an_old_event_gives_no_turn_to_a_channel_on_which_nothing_has_come(actor
     server, one = actor(0), actor(A)
     server(serve_old_events, path)
     assert one(call_beside_an_idle_one, path) < PATIENCE / 4
-    assert server(queued, A) == 0
-    wait_until(lambda: server(running, A) == 0, timeout=PATIENCE)
+    wait_until(lambda: server(queued, A) == server(running, A) == 0, timeout=PATIENCE)
 
 
 def running(uid: int) -> int:
