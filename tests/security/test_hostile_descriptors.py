@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 from support import byhand, rawpeer, wait_until
-from support.actors import Actor, Fd, descriptors, here, logged
+from support.actors import LONE_USER, Actor, Fd, descriptors, here, logged
 from support.canary import few_descriptors_more, try_door, undisturbed
 from support.rawdoor import PATIENCE, Background
 from support.shortage import LINGER, send_all_of, slow_pair
@@ -46,7 +46,7 @@ from doorpool._janitor import AT_MOST, AT_MOST_HIS, MOST_WAITING
 from doorpool._wire import encode_hand_out
 from doorpool.door import Handle
 
-V, M = 4201, 6602
+V, M = LONE_USER, 6602
 
 BUSY = 9  # a reason
 FEW = 4  # knocks of one handle may be unanswered

@@ -13,11 +13,10 @@ import socket
 
 import pytest
 from support import byhand
-from support.actors import here
+from support.actors import LONE_USER, here
 
 from doorpool import BusyError, Descriptor, DoorError, Proxy, Server, take
 
-V = 4211  # nobody else's in these tests: what is in flight counts for all processes of a user
 FEW = 64  # RLIMIT_NOFILE of the caller
 
 
@@ -69,7 +68,7 @@ def call_with(count: int) -> int:
 
 @pytest.mark.ids("C04")
 def test_a_call_that_would_be_one_too_many_in_flight_did_not_run(actor, path, root_only):
-    server, stuck, client, canary = (actor(V) for _ in range(4))
+    server, stuck, client, canary = (actor(LONE_USER) for _ in range(4))
     server(serve_length, path)
     for one in (client, canary):
         one(open_door, path)
@@ -110,7 +109,7 @@ def get(count: int) -> int:
 
 @pytest.mark.ids("C04")
 def test_a_result_that_would_be_one_too_many_in_flight_has_run(actor, path, root_only):
-    server, stuck, client = (actor(V) for _ in range(3))
+    server, stuck, client = (actor(LONE_USER) for _ in range(3))
     server(serve_gifts, path)
     client(open_door, path)
     assert client(get, 2) == 2

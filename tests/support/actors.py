@@ -46,6 +46,10 @@ TIMEOUT = 20.0  # seconds for one scene
 _SIZE = 100_000
 _PR_SET_PDEATHSIG = 1
 
+#: A user that only tests of this process become.  Descriptors in flight the kernel counts for all processes
+#: of a user, and who sends is bound by his own ``RLIMIT_NOFILE``: where that is low, nobody else is to count.
+LONE_USER = 20_000 + os.getpid() % 20_000
+
 #: What this process, being an actor, keeps from one function to the next.
 here = SimpleNamespace()
 
