@@ -352,8 +352,6 @@ FULL_SERVER = """
     ran = []
     def procedure(invocation):
         if invocation.data.startswith(b"fill"):
-            with keeper().lock:
-                guests().look_round()  # or the socket on which the caller has knocked goes a moment later
             free = only(int(invocation.data[4:]))
             free.__enter__()
             keep.append(free)
@@ -363,6 +361,8 @@ FULL_SERVER = """
             invocation.reply(b"%d" % len(ran))
             return
         elif invocation.data == b"open":
+            with keeper().lock:
+                guests().look_round()  # or the socket on which the caller has knocked goes a moment later
             invocation.reply(b"%d" % open_descriptors())
             return
         else:
@@ -385,8 +385,10 @@ def test_no_room_at_the_server(spawn_server, door_dir, files, free):
     spawn_server(FULL_SERVER.format(here=here), cwd=door_dir)
     (ours,) = files()
     with Handle(door_dir / "a.door") as handle:
-        handle.call(descriptors=[ours] * 10)
         before = handle.call(b"open").data
+        handle.call(descriptors=[ours] * 10)
+        # Another thread may answer while that of the first call still closes what came with it.
+        wait_until(lambda: int(handle.call(b"open").data) <= int(before))
         handle.call(b"fill %d" % free)
         for _ in range(5):
             with pytest.raises(BusyError, match="room") as caught:
