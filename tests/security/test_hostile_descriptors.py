@@ -425,21 +425,15 @@ def standing_still(server: Actor) -> Iterator[None]:
         server.cont()
 
 
-def knock_nested(count: int) -> None:
-    """Knock with sockets whose queues hold slow ones: lingering cannot be switched off from outside."""
-    for _ in range(count):
-        send_all_of(here.doors[0], b"no knock", _nested())
-
-
 @pytest.mark.ids("F20")
 def test_who_holds_a_janitor_up_is_not_heard_meanwhile(actor, raw_server, path, root_only):
     stranger, mate, canary = actor(M), actor(M), actor(V)
     assert mate(try_door, path, V) == "hello"
     before = raw_server(descriptors)
     with undisturbed(canary, path) as some_more:
-        stranger(reach_often, path, 1)
+        stranger(reach_often, path, 4)
         with standing_still(raw_server):
-            stranger(knock_nested, 4)
+            stranger(leave_at_doors, 4)
         wait_until(lambda: mate(try_door, path, V) == "CallTimeoutError", timeout=LINGER)
         some_more()
         wait_until(lambda: mate(try_door, path, V) == "hello", timeout=3 * LINGER)
@@ -477,7 +471,7 @@ def test_open_channels_of_who_holds_a_janitor_up_end(actor, raw_server, path, ro
 
 
 def _nested() -> socket.socket:
-    """Make a socket in whose queue a slow one lies."""
+    """Make a socket in whose queue a slow one lies: lingering cannot be switched off from outside."""
     ours, theirs = byhand.pair()
     send_all_of(ours, b"within", _slow()[0])
     ours.close()
