@@ -90,6 +90,23 @@ def leak_guard(request: pytest.FixtureRequest, lasting_parts: None) -> Iterator[
         pytest.fail("left behind:\n  " + "\n  ".join(left), pytrace=False)
 
 
+@pytest.fixture(autouse=True)
+def no_late_lines(leak_guard: None) -> None:
+    """
+    Have no test hear what there still is to be said of those before it.
+
+    The keeper counts what it does not say each time, and says some seconds later how often it was.
+    """
+    module = sys.modules.get("doorpool._keeper")
+    if module is None or module._keeper is None:
+        return
+    keeper = module._keeper
+    with keeper.lock:
+        for topic in keeper._topics:
+            keeper._topics[topic] = 0
+    support.wait_until(lambda: not keeper._lines and not keeper._writing, "all lines are written")
+
+
 def _forget_last_failure() -> None:
     """Let go of the frames of a failed test, with what they hold, before the next baseline."""
     if hasattr(sys, "last_value"):
