@@ -20,7 +20,7 @@ from typing import Any
 
 import attrs
 import pytest
-from support import wait_until
+from support import rawpeer, wait_until
 from support.rawdoor import Background
 
 from doorpool import (
@@ -1137,15 +1137,17 @@ def test_time_that_callers_wait_for_a_thread_is_counted(serve, connect):
         return current_call().waited
 
     server = serve(slow, server={"max_threads": 1})
-    proxy = connect()
-    first = proxy.submit(True)
+    first = connect().submit(True)
     running.wait(10)
+    proxy = connect()
+    channel = proxy._line.handle._idle[-1].socket
     second = proxy.submit(False)
+    wait_until(lambda: rawpeer.unread_there(channel), "its request lies in its channel")
     time.sleep(0.05)  # what is measured
     go_on.set()
     first.result(10)
     waited = second.result(10)
-    assert waited >= 0.04
+    assert waited >= 0.05
     wait_until(lambda: server.statistics().waited >= waited)
 
 
