@@ -12,6 +12,7 @@ import datetime
 import os
 import select
 import signal
+import socket
 import subprocess
 import threading
 from collections.abc import Callable, Container, Iterable
@@ -535,16 +536,22 @@ def test_knocks_that_wait_for_the_rule_are_counted(serve, door_dir, monkeypatch)
 
     server = serve(str.upper, codec="data", callers=rule)
     with contextlib.ExitStack() as stack:
-        knocks = []
-        for _ in range(5):
+        stack.callback(go.set)
+
+        def knock() -> socket.socket:
             sock = stack.enter_context(byhand.reach(str(door_dir / "a.door")))
-            knocks.append(stack.enter_context(byhand.knock(sock)))
-        refused = [byhand.refusal_in(byhand.receive(knocks[-1]).data)]
-        assert f"has 4 knocks of uid {os.geteuid()} to decide about, and the limit is 4" in refused[0][1]
-        assert not any(byhand.readable(knock, 0) for knock in knocks[:4])
+            return stack.enter_context(byhand.knock(sock))
+
+        knocks = []
+        for _ in range(4):
+            knocks.append(knock())
+            assert entered.acquire(timeout=20), "the rule has not been asked"
+        refusal = byhand.refusal_in(byhand.receive(knock()).data)
+        assert f"has 4 knocks of uid {os.geteuid()} to decide about, and the limit is 4" in refusal[1]
+        assert not any(byhand.readable(waiting, 0) for waiting in knocks)
         go.set()
-        for knock in knocks[:4]:
-            answer = byhand.receive(knock)
+        for waiting in knocks:
+            answer = byhand.receive(waiting)
             assert byhand.refusal_in(answer.data) is None
             os.close(answer.fds.pop())
     assert server.endpoints[0]._door._pending.total() == 0
